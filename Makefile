@@ -1,0 +1,41 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help run test lint bench tables publish clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 13); sys.exit(not ok and f"{sys.executable} is Python {sys.version.split()[0]}; use 3.10 to 3.13: make PYTHON=python3.11 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (about a minute; torch is large)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+run: $(READY)  ## set up .venv, then train the main job on scikit-learn's digits, in seconds
+	@$(BIN)/python -m alignprune_exp.train
+
+test: $(READY)  ## the default tests, in minutes
+	@$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff (lint and format) and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(READY)  ## time selection, data and steps beside plain baselines, in minutes
+	@set -e; for part in selection data step; do $(BIN)/python scripts/bench_$$part.py; echo; done
+
+tables: $(READY)  ## tables, figures and report from the runs' records, in seconds
+	@if [ -n "$$(ls results/runs/*/summary.json results/records/runs/*/summary.json 2>/dev/null | head -n 1)" ]; then $(BIN)/python scripts/make_tables.py; \
+	else echo "no runs to tabulate yet: run a suite first, as in python -m alignprune_exp.train -m suite=main scale=cpu"; fi
+
+publish: $(READY)  ## copy a suite's finished runs into results/records: make publish SUITE=main SCALE=cpu
+	@$(BIN)/python -m alignprune_exp.report.publish suite=$(SUITE) scale=$(SCALE)
+
+clean:  ## remove .venv and what tools left behind; results/ stays
+	rm -rf .venv build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
