@@ -1,0 +1,39 @@
+"""AlignPrune's method, on torch and NumPy alone: trajectories, scores, pruners, and the plug-in.
+
+It knows no data set, model, configuration or disk. Names are imported on first use, so that a config can be
+checked against `pruners`, which needs NumPy only, without waiting for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .plugin import DynamicPruning, NonFiniteLossError
+    from .pruners import PRUNERS, Pruner, Selection
+    from .scores import SCORES, Score
+    from .trajectories import History, Trajectories
+
+__all__ = [
+    "PRUNERS",
+    "SCORES",
+    "DynamicPruning",
+    "History",
+    "NonFiniteLossError",
+    "Pruner",
+    "Score",
+    "Selection",
+    "Trajectories",
+]
+
+_HOME = {
+    **dict.fromkeys(("DynamicPruning", "NonFiniteLossError"), "plugin"),
+    **dict.fromkeys(("PRUNERS", "Pruner", "Selection"), "pruners"),
+    **dict.fromkeys(("SCORES", "Score"), "scores"),
+    **dict.fromkeys(("History", "Trajectories"), "trajectories"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,346 @@
+"""Dynamic pruning for a training loop of one's own; the experiments drive the same object."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from .pruners import PRUNERS, Pruner, Selection, settings
+from .scores import SCORES, Loss, Score
+from .seeding import generator
+from .trajectories import Trajectories
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NEVER_SEEN = 3.0  # the score that a sample without a score is ranked by
+NO_STEP = torch.iinfo(torch.int64).max
+
+
+class NonFiniteLossError(ValueError):
+    """Training has diverged: ``what`` became NaN or infinite, in ``epoch``, at ``step`` where it is a training loss."""
+
+    def __init__(self, epoch: int, step: int | None = None, what: str = "the loss") -> None:
+        self.epoch, self.step = epoch, step
+        where = f"at the end of epoch {epoch}" if step is None else f"in epoch {epoch}, step {step}"
+        super().__init__(f"{what} became NaN or infinite {where}; lower the learning rate or clip gradients")
+
+
+class Indexed(Dataset[tuple[int, Any]]):
+    """A map-style data set whose items come with their index."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index]
+
+
+class DynamicPruning(Indexed):
+    """Selects the samples of every epoch, records their losses, weights their gradients.
+
+    >>> pruning = DynamicPruning(dataset, epochs=200, pruner="infobatch", score="das")  # doctest: +SKIP
+    >>> loader = DataLoader(pruning, batch_size=128, sampler=pruning.sampler)           # doctest: +SKIP
+    >>> for epoch in range(200):                                                        # doctest: +SKIP
+    ...     for index, (x, y) in loader:
+    ...         loss = pruning.update(index, F.cross_entropy(model(x), y, reduction="none"))
+    ...         optimizer.zero_grad(); loss.backward(); optimizer.step()
+    ...     pruning.end_epoch(reference_loss)
+
+    A pickled copy, as loader workers get it, is the indexed data set alone; save a run with ``state_dict``.
+
+    Args:
+        dataset: any map-style data set.
+        epochs: number of epochs T of the run.
+        pruner: a name out of ``PRUNERS`` or a `Pruner`.
+        score: a name out of ``SCORES`` or a `Score`.
+        window: epochs N of a trajectory; 3 or more, and for scores that compare with the reference
+            N + 1 <= delta * T.
+        unseen: what becomes of a trajectory where its sample was pruned; see `Trajectories`.
+        seed: seed of every random choice.
+        clean: mask (n,), true where the label is clean; needed by ``score="oracle"`` alone.
+        device: where losses, trajectories and weights lie; best the model's.
+        bank_dtype: of the trajectories; ``torch.float16`` halves their memory.
+        **pruner_settings: of the pruner named, such as ``ratio`` and ``delta``.
+
+    Raises:
+        TypeError: the data set has no length or no items by index.
+        ValueError: an unknown name, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        epochs: int,
+        pruner: str | Pruner = "infobatch",
+        score: str | Score = "das",
+        *,
+        window: int = 10,
+        unseen: str = "carry",
+        seed: int = 0,
+        clean: Sequence[bool] | np.ndarray | Tensor | None = None,
+        device: torch.device | str = "cpu",
+        bank_dtype: torch.dtype = torch.float32,
+        **pruner_settings: Any,
+    ) -> None:
+        if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, f"__{a}__") for a in ("len", "getitem")):
+            raise TypeError(
+                f"{type(dataset).__name__} cannot be pruned: samples are chosen by index, "
+                "so pass a map-style data set with __len__ and __getitem__"
+            )
+        super().__init__(dataset)
+        self.n = len(dataset)
+        if self.n == 0:
+            raise ValueError("the data set is empty")
+        if epochs < 1:
+            raise ValueError(f"epochs={epochs} is out of range; use 1 or more")
+        self.epochs, self.seed = epochs, seed
+        self.pruner = make_pruner(pruner, **pruner_settings)
+        self.score = make_score(score)
+        last = self.pruner.pruning_epochs(epochs)
+        if self.score.aligned and self.pruner.uses_scores and window + 1 > last:
+            enough = next(more for more in itertools.count(epochs) if self.pruner.pruning_epochs(more) > window)
+            shorter = f"a window of at most {last - 1}, or " if last > 3 else ""
+            raise ValueError(
+                f"a window of {window} epochs leaves {self.score.name} none to act in, since pruning lasts delta * "
+                f"epochs, here {last} of {epochs}; use {shorter}{enough} epochs or more"
+            )
+        self.clean: Tensor | None = None
+        if clean is not None:
+            self.clean = torch.as_tensor(clean, dtype=torch.bool, device=device)
+            if self.clean.shape != (self.n,):
+                raise ValueError(f"clean has shape {tuple(self.clean.shape)}; it must be ({self.n},), one a sample")
+        self.trajectories = Trajectories(self.n, window, unseen, device, bank_dtype)
+        self.times_selected = np.zeros(self.n, np.int32)
+        self.sampler = EpochSampler(self)
+        self._step = 0
+        self.bad_step = torch.full((), NO_STEP, device=device)  # the first with a loss that is not finite
+        self._selection: Selection | None = None
+        self._weights: Tensor | None = None
+        self._scores = self._rank()
+
+    @property
+    def epoch(self) -> int:
+        """The running epoch, from 0; the coming one between ``end_epoch`` and the next ``update``."""
+        return self.trajectories.epoch
+
+    @property
+    def ranked_by(self) -> str | None:
+        """Name of the score that the running epoch's selection was ranked by, if scores had a say."""
+        return self._ranking_score().name if self.selection.ranked else None
+
+    @property
+    def ranking(self) -> np.ndarray:
+        """The scores (n,) that the running epoch's selection was ranked by; NaN where a sample had none."""
+        return self._scores
+
+    @property
+    def selection(self) -> Selection:
+        """The running epoch's selection: a function of the seed, the epoch and the scores before it."""
+        if self._selection is None:
+            if self.epoch >= self.epochs:
+                raise ValueError(f"all {self.epochs} epochs are done; make a new DynamicPruning to train on")
+            scores = np.nan_to_num(self._scores, nan=NEVER_SEEN)
+            rng = generator(self.seed, "select", self.epoch)
+            self._selection = self.pruner.select(scores, self.epoch, self.epochs, rng)
+        return self._selection
+
+    def order(self) -> np.ndarray:
+        """Return the running epoch's samples (M,), shuffled."""
+        return generator(self.seed, "order", self.epoch).permutation(self.selection.indices)
+
+    def update(self, index: Tensor, loss: Tensor, observed: Tensor | None = None) -> Tensor:
+        """Record the losses of one batch and return the loss to differentiate.
+
+        Args:
+            index: (B,) sample indices, as they came with the batch.
+            loss: (B,) training loss of each sample, unreduced.
+            observed: (B,) what to record, where that is not the training loss.
+
+        Returns:
+            The weighted sum of ``loss`` divided by B, a scalar.
+
+        Raises:
+            ValueError: a reduced loss, a sample observed twice or not selected in this epoch.
+            IndexError: an index out of range.
+        """
+        index = torch.as_tensor(index)
+        if loss.shape != index.shape or loss.dim() != 1:
+            raise ValueError(
+                f"the loss has shape {tuple(loss.shape)} for {index.numel()} samples: pruning needs one value "
+                "a sample; compute it with reduction='none'"
+            )
+        recorded = (loss if observed is None else observed).detach()
+        if recorded.shape != loss.shape:
+            raise ValueError(f"observed has shape {tuple(recorded.shape)}, the loss {tuple(loss.shape)}")
+        index = self.trajectories.place(index)
+        weights = self._weights_of(index)
+        self.record(index, recorded)
+        if observed is not None:
+            self._watch(loss.detach())
+        self._step += 1
+        return (loss * weights.to(loss.device)).sum() / len(loss)
+
+    def unseen(self) -> Tensor:
+        """Return the samples (K,) not yet observed in the running epoch, for ``unseen="refresh"``."""
+        return self.trajectories.unseen_samples()
+
+    def record(self, index: Tensor, losses: Tensor) -> None:
+        """Record the losses (B,) of samples ``index`` (B,) that were forwarded without being trained on."""
+        self.trajectories.record(torch.as_tensor(index), losses.detach())
+        self._watch(losses.detach())
+
+    def end_epoch(self, reference_loss: float | Tensor | None = None) -> None:
+        """Close the epoch and score every sample for the next one.
+
+        Args:
+            reference_loss: mean loss of the trusted reference set after this epoch, in eval mode; scores that
+                compare with the reference need it.
+
+        Raises:
+            NonFiniteLossError: a loss of this epoch, or the reference loss, was NaN or infinite.
+            ValueError: the reference loss is missing, nothing was recorded, a sample was observed twice, or
+                ``unseen="refresh"`` misses one.
+        """
+        self.check_finite()
+        if reference_loss is None:
+            if self.score.aligned and self.pruner.uses_scores:
+                raise ValueError(
+                    f"score={self.score.name!r} compares with the reference set: pass its mean loss to end_epoch()"
+                )
+        elif not math.isfinite(reference_loss := float(reference_loss)):
+            raise NonFiniteLossError(self.epoch, what="the reference loss")
+        selected = self.selection.indices
+        self.trajectories.end_epoch(reference_loss)
+        self.times_selected[selected] += 1
+        self._step = 0
+        self._selection = self._weights = None
+        self._scores = self._rank()
+
+    def check_finite(self) -> None:
+        """Wait for the device; raise NonFiniteLossError if a loss of the running epoch was NaN or infinite."""
+        step = int(self.bad_step)
+        if step < NO_STEP:
+            raise NonFiniteLossError(self.epoch, step)
+
+    def scores(self, score: str | Score) -> np.ndarray:
+        """Return any score (n,) of the finished epochs, NaN where a sample has none.
+
+        Raises RuntimeError within an epoch, and ValueError where the score needs what is not known.
+        """
+        history = self.trajectories.history(self.clean, self.seed)
+        return make_score(score)(history).cpu().numpy().copy()
+
+    def report(self) -> pd.DataFrame:
+        """Return one row a sample, in data set order.
+
+        Columns: ``loss``, the last recorded one; ``score``, as of the latest ``end_epoch``; both NaN if the
+        sample was never seen; ``times_selected``, in finished epochs.
+        """
+        import pandas as pd
+
+        loss = self.trajectories.last_N.cpu().numpy().copy()
+        return pd.DataFrame(
+            {
+                "loss": loss,
+                "score": np.where(np.isnan(loss), np.nan, self._scores),
+                "times_selected": self.times_selected.copy(),
+            }
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, mid-epoch too: tensors and numbers, safe for ``torch.load(weights_only=True)``."""
+        return {
+            "trajectories": self.trajectories.state_dict(),
+            "scores": torch.from_numpy(self._scores),
+            "times_selected": torch.from_numpy(self.times_selected),
+            "step": self._step,
+            "bad_step": self.bad_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of a run with the same arguments.
+
+        Raises ValueError if it is of another number of samples or window.
+        """
+        self.trajectories.load_state_dict(state["trajectories"])
+        self._scores = state["scores"].numpy().copy()
+        self.times_selected = state["times_selected"].numpy().copy()
+        self._step = state["step"]
+        self.bad_step.copy_(state["bad_step"])
+        self._selection = self._weights = None
+
+    def __reduce__(self) -> tuple[type[Indexed], tuple[Any]]:
+        return Indexed, (self.dataset,)
+
+    def _watch(self, losses: Tensor) -> None:
+        """Note the first step with a loss that is not finite, without waiting for the device."""
+        fine = torch.isfinite(losses).all().to(self.bad_step.device) | (self.bad_step < NO_STEP)
+        self.bad_step = torch.where(fine, self.bad_step, self._step)
+
+    def _ranking_score(self) -> Score:
+        return Loss() if self.score.aligned and self.epoch < self.trajectories.window else self.score
+
+    def _rank(self) -> np.ndarray:
+        return self.scores(self._ranking_score())
+
+    def _weights_of(self, index: Tensor) -> Tensor:
+        if self._weights is None:
+            weights = np.zeros(self.n, np.float32)
+            weights[self.selection.indices] = self.selection.weights
+            self._weights = torch.from_numpy(weights).to(self.trajectories.last_N.device)
+        weights_B = self.trajectories.pick(self._weights, index)
+        if weights_B.device.type == "cpu" and not weights_B.all():
+            stray = int(index[weights_B == 0][0])
+            raise ValueError(
+                f"sample {stray} is not in the selection of epoch {self.epoch}; "
+                "draw batches with sampler=pruning.sampler"
+            )
+        return weights_B
+
+
+class EpochSampler(Sampler[int]):
+    """Yields the running epoch's samples, shuffled; its length is the running epoch's."""
+
+    def __init__(self, pruning: DynamicPruning) -> None:
+        self._pruning = pruning
+
+    def __len__(self) -> int:
+        return len(self._pruning.selection.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._pruning.order().tolist())
+
+
+def make_score(score: str | Score) -> Score:
+    """Return the score of that name. Raises ValueError for an unknown one."""
+    if isinstance(score, Score):
+        return score
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} is unknown; use one of {', '.join(SCORES)}, or a Score")
+    return SCORES[score]()
+
+
+def make_pruner(pruner: str | Pruner, **pruner_settings: Any) -> Pruner:
+    """Return the pruner of that name. Raises ValueError for an unknown name or setting."""
+    if isinstance(pruner, Pruner):
+        if pruner_settings:
+            raise ValueError(f"{', '.join(pruner_settings)}: set it on the pruner that you pass")
+        return pruner
+    if pruner not in PRUNERS:
+        raise ValueError(f"pruner={pruner!r} is unknown; use one of {', '.join(PRUNERS)}, or a Pruner")
+    known = settings(PRUNERS[pruner])
+    for name in pruner_settings:
+        if name not in known:
+            raise ValueError(f"pruner={pruner!r} has no setting {name!r}; it has {', '.join(known) or 'none'}")
+    return PRUNERS[pruner](**pruner_settings)

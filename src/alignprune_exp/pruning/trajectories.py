@@ -1,0 +1,216 @@
+"""The trajectory bank: the last W losses of N samples, and of the reference set.
+
+Shape legend: N samples, W epochs of the window, B samples of a batch or block. A loss that was not recorded
+is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNSEEN = ("carry", "mask", "refresh")
+BLOCK = 32_000  # samples: rows of it stay in a core's cache, and torch leaves fewer than 2 ** 15 numbers to one thread
+BLOCK_ELSEWHERE = 1 << 20  # the same on other devices, which want fewer and larger pieces of work
+
+
+@dataclass(frozen=True)
+class History:
+    """What a score may look at: the bank after a finished epoch. It is a view, valid until the next record.
+
+    Attributes:
+        rows: up to W rows (N,), oldest first, one a finished epoch.
+        reference_W: the reference set's mean loss in the same epochs, float64; NaN where none was given.
+        last_N: the last recorded loss of each sample, NaN if it was never seen.
+        clean_N: whether each label is clean, where that is known.
+        epoch: the number of finished epochs.
+        seed: the run's seed, for scores that draw.
+    """
+
+    rows: list[Tensor]
+    reference_W: Tensor
+    last_N: Tensor
+    clean_N: Tensor | None
+    epoch: int
+    seed: int
+
+    def map(self, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply ``score``, (W, B) float32 losses, oldest first, to (B,) scores, to all samples in blocks.
+
+        Returns (N,) float32; NaN for samples never seen, whatever ``score`` makes of them.
+        """
+        scores_N = torch.full_like(self.last_N, torch.nan)
+        if not self.rows:
+            return scores_N
+        size = BLOCK if scores_N.device.type == "cpu" else BLOCK_ELSEWHERE
+        block_WB = scores_N.new_empty(len(self.rows), min(size, len(scores_N)))
+        for start in range(0, len(scores_N), size):
+            here = slice(start, start + size)
+            losses_WB = block_WB[:, : len(scores_N) - start]
+            for loss_B, row in zip(losses_WB, self.rows, strict=True):
+                loss_B.copy_(row[here])
+            scores_N[here] = score(losses_WB)
+            last_B = self.last_N[here]
+            if last_B.device.type != "cpu" or last_B.sum().isnan():  # a sum is cheaper than a mask
+                scores_N[here].masked_fill_(last_B.isnan(), torch.nan)
+        return scores_N
+
+
+class Trajectories:
+    """A ring buffer of per-sample losses, one row an epoch.
+
+    Args:
+        n: number of samples N.
+        window: number of rows W, 3 or more.
+        unseen: what stands in a finished row for a sample that the epoch did not forward. ``carry`` repeats
+            its last loss, ``mask`` leaves the place empty, ``refresh`` demands that it was recorded as well.
+        device: where the bank lies.
+        dtype: of the bank; half precision halves its memory.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        window: int,
+        unseen: str = "carry",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if window < 3:
+            raise ValueError(f"window={window} is too short for a correlation; use 3 or more")
+        if unseen not in UNSEEN:
+            raise ValueError(f"unseen={unseen!r} is unknown; use one of {', '.join(UNSEEN)}")
+        self.n, self.window, self.unseen = n, window, unseen
+        self.epoch = 0
+        self.recorded = 0  # losses in the running epoch's row
+        self.losses_WN = torch.full((window, n), torch.nan, dtype=dtype, device=device)
+        self.last_N = torch.full((n,), torch.nan, device=device)
+        self.reference_W = torch.full((window,), torch.nan, dtype=torch.float64)
+
+    def record(self, index: Tensor, losses: Tensor) -> None:
+        """Record ``losses`` (B,) of the samples ``index`` (B,) in the running epoch.
+
+        Raises IndexError for an index outside [0, N), and ValueError for a sample recorded twice. The end of the
+        epoch finds what is not found here: a sample twice in one batch, and on devices other than the CPU, where
+        looking would wait for the device, any.
+        """
+        if index.numel() == 0:
+            return
+        index = self.place(index)
+        row = self.losses_WN[self.epoch % self.window]
+        before = self.pick(row, index)
+        if self.recorded == 0:
+            row.fill_(torch.nan)
+        elif before.device.type == "cpu" and not before.isnan().all():
+            raise ValueError(self._twice(f"sample {int(index[~before.isnan()][0])}"))
+        losses = losses.to(row.device, torch.float32)
+        self.last_N.index_copy_(0, index, losses)
+        row.index_copy_(0, index, self._fit(losses))
+        self.recorded += index.numel()
+
+    def place(self, index: Tensor) -> Tensor:
+        """Return sample indices (B,) as int64 where the bank lies; IndexError if they leave the CPU out of range."""
+        index, device = index.long(), self.last_N.device
+        if index.device.type == "cpu" != device.type and not ((index >= 0) & (index < self.n)).all():
+            raise self._outside(index)
+        return index.to(device, non_blocking=True)
+
+    def pick(self, values_N: Tensor, index: Tensor) -> Tensor:
+        """Return ``values_N`` at ``index`` (B,), as `place` gives it; IndexError, on the CPU, if it is out of range."""
+        try:
+            return values_N.index_select(0, index)
+        except IndexError:
+            raise self._outside(index) from None
+
+    def unseen_samples(self) -> Tensor:
+        """Return the samples (K,) without a loss in the running epoch, ascending."""
+        if self.recorded == 0:
+            return torch.arange(self.n, device=self.last_N.device)
+        return self.losses_WN[self.epoch % self.window].isnan().nonzero().squeeze(1)
+
+    def end_epoch(self, reference_loss: float | None) -> None:
+        """Close the running epoch's row.
+
+        Raises ValueError if nothing was recorded, if a sample was recorded twice, or if ``refresh`` misses one.
+        """
+        if self.recorded == 0:
+            raise ValueError(
+                f"no loss was recorded in epoch {self.epoch}, so an epoch was skipped; "
+                "call update() in every step and end_epoch() once after each pass over the loader"
+            )
+        slot = self.epoch % self.window
+        row = self.losses_WN[slot]
+        missing = row.isnan()
+        n_missing = int(missing.sum())
+        if self.n - n_missing != self.recorded:
+            raise ValueError(self._twice("a sample"))
+        if self.unseen == "refresh" and n_missing:
+            raise ValueError(
+                f"unseen='refresh' needs every sample's loss, and {n_missing} of {self.n} have none in epoch "
+                f"{self.epoch}; forward the samples unseen() without gradient and record() their losses"
+            )
+        if self.unseen == "carry" and n_missing:
+            torch.where(missing, self._fit(self.last_N), row, out=row)
+        self.reference_W[slot] = torch.nan if reference_loss is None else reference_loss
+        self.epoch += 1
+        self.recorded = 0
+
+    def history(self, clean_N: Tensor | None = None, seed: int = 0) -> History:
+        """Return the finished epochs of the window. Raises RuntimeError once the next epoch has begun."""
+        if self.recorded:
+            raise RuntimeError("scores exist between end_epoch() and the next update(), not within an epoch")
+        slots = [epoch % self.window for epoch in range(max(0, self.epoch - self.window), self.epoch)]
+        return History(
+            [self.losses_WN[slot] for slot in slots],
+            self.reference_W[slots],
+            self.last_N,
+            clean_N,
+            self.epoch,
+            seed,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "recorded": self.recorded,
+            "losses": self.losses_WN,
+            "last": self.last_N,
+            "reference": self.reference_W,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a state over. Raises ValueError if it is of another window or number of samples."""
+        if state["losses"].shape != self.losses_WN.shape:
+            window, n = state["losses"].shape
+            raise ValueError(
+                f"the state holds {n} samples over a window of {window}, "
+                f"this run {self.n} samples over a window of {self.window}"
+            )
+        self.epoch, self.recorded = state["epoch"], state["recorded"]
+        self.losses_WN.copy_(state["losses"])
+        self.last_N.copy_(state["last"])
+        self.reference_W.copy_(state["reference"])
+
+    def _fit(self, losses: Tensor) -> Tensor:
+        dtype = self.losses_WN.dtype
+        if dtype == losses.dtype:
+            return losses
+        limit = torch.finfo(dtype).max
+        return losses.clamp(-limit, limit).to(dtype)
+
+    def _outside(self, index: Tensor) -> IndexError:
+        wrong = int(index[(index < 0) | (index >= self.n)][0])
+        return IndexError(
+            f"sample index {wrong} is out of range: there are {self.n} samples, counted from 0; "
+            "pass the index that came with the batch"
+        )
+
+    def _twice(self, who: str) -> str:
+        return (
+            f"{who} was observed twice in epoch {self.epoch}; "
+            "call update() once a batch and end_epoch() once after each pass over the loader"
+        )

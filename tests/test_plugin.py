@@ -1,0 +1,699 @@
+"""The plug-in as its user meets it: the loop, resuming, the report, and every mistake's sentence."""
+
+import io
+import math
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from alignprune_exp.pruning import DynamicPruning, NonFiniteLossError, Pruner, Score, Selection
+
+N, T, WINDOW, BATCH = 30, 8, 3, 8  # samples, epochs, window, batch size
+LOSSES = torch.from_numpy(np.random.default_rng(0).gamma(1.0, 1.0, (T, N)).astype(np.float32))
+REFERENCE = [2.0, 1.5, 1.7, 1.2, 1.3, 0.9, 0.8, 0.85]
+CLEAN = np.arange(N) % 3 > 0
+
+
+def make(pruner="infobatch", score="das", *, epochs=T, window=WINDOW, **arguments):
+    dataset = TensorDataset(torch.arange(100, 100 + N), torch.arange(N) % 4)
+    return DynamicPruning(dataset, epochs, pruner, score, window=window, **arguments)
+
+
+def epoch_of(pruning):
+    """One whole epoch without a loader."""
+    for index in torch.from_numpy(pruning.order()).split(BATCH):
+        pruning.update(index, LOSSES[pruning.epoch][index])
+    if pruning.trajectories.unseen == "refresh":
+        index = pruning.unseen()
+        pruning.record(index, LOSSES[pruning.epoch][index])
+    pruning.end_epoch(REFERENCE[pruning.epoch])
+
+
+def selections_of(pruning):
+    selections = []
+    while pruning.epoch < pruning.epochs:
+        selections.append((pruning.order().tolist(), pruning.selection.weights.tolist(), pruning.ranked_by))
+        epoch_of(pruning)
+    return selections
+
+
+# ---- the documented loop -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_documented_loop_trains_with_a_real_data_loader(workers):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruning = make()
+    loader = DataLoader(pruning, batch_size=BATCH, sampler=pruning.sampler, num_workers=workers)
+    lengths, times = [], np.zeros(N, int)
+    for epoch in range(T):
+        assert pruning.epoch == epoch
+        lengths.append(len(pruning.sampler))
+        assert len(loader) == math.ceil(lengths[-1] / BATCH)
+        selected, seen = pruning.selection.indices.tolist(), []
+        for index, (x, y) in loader:
+            assert x.tolist() == (index + 100).tolist()
+            assert y.tolist() == (index % 4).tolist()
+            logits = model(x[:, None] / 100)
+            loss = pruning.update(index, torch.nn.functional.cross_entropy(logits, y, reduction="none"))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen += index.tolist()
+        assert len(seen) == lengths[-1]
+        assert sorted(seen) == selected
+        times[seen] += 1
+        pruning.end_epoch(REFERENCE[epoch])
+    assert pruning.report()["times_selected"].tolist() == times.tolist()
+    assert lengths[0] == lengths[7] == N  # equal scores; annealed
+    assert min(lengths) < N
+
+
+def test_the_loader_gives_the_samples_shuffled_anew_each_epoch():
+    pruning = make("full")
+    orders = [order for order, *_ in selections_of(pruning)]
+    assert all(sorted(order) == list(range(N)) for order in orders)
+    assert len({tuple(order) for order in [*orders, range(N)]}) == T + 1
+
+
+def test_items_come_with_their_index():
+    pruning = make()
+    assert len(pruning) == N
+    assert pruning[7] == (7, (torch.tensor(107), torch.tensor(3)))
+
+
+@pytest.mark.parametrize("score", ["loss", "das", "random"])
+@pytest.mark.parametrize("pruner", ["random", "infobatch", "seta", "topk"])
+def test_the_same_seed_selects_the_same_and_another_seed_another(pruner, score):
+    settings = {"warmup": 1} if pruner == "topk" else {}
+    one, again, other = (selections_of(make(pruner, score, seed=seed, **settings)) for seed in (5, 5, 6))
+    assert one == again
+    assert all(x[0] != y[0] for x, y in zip(one, other, strict=True))
+    sets = [[sorted(order) for order, *_ in selections] for selections in (one, other)]
+    assert sets[0] != sets[1] or (pruner, score) == ("topk", "loss")  # which draws nothing but an order
+
+
+def test_the_seed_alone_makes_the_randomness_not_torchs_or_numpys():
+    torch.manual_seed(1)
+    one = selections_of(make(score="random"))
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    assert selections_of(make(score="random")) == one
+
+
+@pytest.mark.parametrize("score", ["loss", "das", "random"])
+@pytest.mark.parametrize("pruner", ["random", "infobatch", "seta"])
+def test_a_selection_does_not_depend_on_who_asked_for_it_how_often(pruner, score):
+    quiet = selections_of(make(pruner, score))
+    asked = make(pruner, score)
+    for order, weights, ranked_by in quiet:
+        for _ in range(3):
+            assert list(asked.sampler) == order
+            assert len(asked.sampler) == len(order)
+            assert asked.order().tolist() == order
+            assert asked.selection.weights.tolist() == weights
+            assert asked.ranked_by == ranked_by
+            asked.scores("das")
+            asked.scores("random")
+            asked.report()
+        epoch_of(asked)
+
+
+def test_ranked_by_names_the_fallback_then_the_score_then_nothing():
+    assert [ranked for *_, ranked in selections_of(make())] == ["loss"] * 3 + ["das"] * 4 + [None]
+    assert [ranked for *_, ranked in selections_of(make(score="small_loss"))] == ["small_loss"] * 7 + [None]
+    assert [ranked for *_, ranked in selections_of(make("full"))] == [None] * T
+
+
+def test_a_score_of_ones_own_choice_can_be_had_between_epochs():
+    pruning = make("full", "loss", clean=CLEAN)
+    for _ in range(4):
+        epoch_of(pruning)
+    expected = [np.corrcoef(LOSSES[1:4, i], REFERENCE[1:4])[0, 1] for i in range(N)]
+    np.testing.assert_allclose(pruning.scores("das"), expected, atol=1e-5)
+    assert pruning.scores("loss").tolist() == LOSSES[3].tolist()
+    assert pruning.scores("oracle").tolist() == CLEAN.tolist()
+
+
+@pytest.mark.parametrize("clean", [CLEAN, CLEAN.tolist(), torch.from_numpy(CLEAN)], ids=["numpy", "list", "torch"])
+def test_oracle_ranks_by_the_clean_mask(clean):
+    pruning = make("topk", "oracle", warmup=0, ratio=1 / 3, clean=clean)
+    for order, _, ranked_by in selections_of(pruning):
+        assert sorted(order) == np.flatnonzero(CLEAN).tolist()
+        assert ranked_by == "oracle"
+
+
+@pytest.mark.parametrize("name", ["das", "spearman", "cosine", "loss", "random", "small_loss", "oracle"])
+@pytest.mark.parametrize("unseen", ["carry", "mask", "refresh"])
+def test_every_score_runs_with_every_rule_for_unseen_samples(name, unseen):
+    pruning = make("random", name, clean=CLEAN, unseen=unseen)
+    selections_of(pruning)
+    assert np.isfinite(pruning.scores(name)).all()
+
+
+# ---- update ------------------------------------------------------------------------------------------------
+
+
+def weighted_pruning():
+    """A run in the middle, where some samples weigh 2."""
+    pruning = make(score="loss")
+    epoch_of(pruning)
+    assert set(pruning.selection.weights.tolist()) == {1.0, 2.0}
+    return pruning
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_update_is_the_weighted_sum_over_the_batch_size_and_so_is_its_gradient(dtype):
+    pruning = weighted_pruning()
+    weights = dict(zip(pruning.selection.indices.tolist(), pruning.selection.weights.tolist(), strict=True))
+    for index in torch.from_numpy(pruning.order()).split(BATCH):
+        loss = LOSSES[1][index].to(dtype).requires_grad_()
+        value = pruning.update(index, loss)
+        expected = sum(weights[i] * x for i, x in zip(index.tolist(), loss.tolist(), strict=True)) / len(index)
+        assert value.dim() == 0
+        assert value.item() == pytest.approx(expected, rel=1e-6)
+        value.backward()
+        assert loss.grad.tolist() == pytest.approx([weights[i] / len(index) for i in index.tolist()], rel=4e-3)
+
+
+def test_observed_is_recorded_in_place_of_the_loss_that_is_trained_on():
+    pruning = weighted_pruning()
+    index = torch.from_numpy(pruning.order())
+    loss, observed = torch.full((len(index),), 7.0, requires_grad=True), LOSSES[1][index].requires_grad_()
+    value = pruning.update(index, loss, observed=observed)
+    assert value.item() == pytest.approx(7 * float(pruning.selection.weights.sum()) / len(index))
+    value.backward()
+    assert observed.grad is None
+    pruning.end_epoch(1.0)
+    recorded = pruning.report()["loss"].to_numpy()[index]
+    assert recorded.tolist() == observed.tolist()
+    assert not torch.from_numpy(pruning.scores("loss")).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_indices_of_either_width_are_taken(dtype):
+    pruning = make()
+    pruning.update(torch.arange(5, dtype=dtype), torch.ones(5))
+    assert pruning.unseen().tolist() == list(range(5, N))
+
+
+def test_half_precision_losses_of_a_large_batch_are_no_overflow():
+    pruning = DynamicPruning(range(40_000), 20, score="loss")
+    pruning.update(torch.arange(40_000), torch.full((40_000,), 4.0, dtype=torch.float16))
+    pruning.end_epoch()
+
+
+def test_refresh_takes_the_losses_of_unseen_samples_even_of_none():
+    pruning = make(score="loss", unseen="refresh")
+    while pruning.epoch < T:
+        index = torch.from_numpy(pruning.order())
+        pruning.update(index, LOSSES[pruning.epoch][index])
+        missing = sorted(set(range(N)) - set(index.tolist()))
+        assert pruning.unseen().tolist() == missing
+        for part in pruning.unseen().split(BATCH):  # of an empty tensor: one empty part
+            pruning.record(part, LOSSES[pruning.epoch][part])
+        pruning.end_epoch()
+        assert pruning.report()["loss"].tolist() == LOSSES[pruning.epoch - 1].tolist()
+    assert pruning.report()["times_selected"].sum() < T * N  # refreshed is not selected
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------
+
+
+def walk(pruning, skip=0):
+    """Train to the end; after each call yield the batches done and what there is to see."""
+    while pruning.epoch < pruning.epochs:
+        order = torch.from_numpy(pruning.order())
+        for step, index in list(enumerate(order.split(BATCH)))[skip:]:
+            value = pruning.update(index, LOSSES[pruning.epoch][index]).item()
+            seen = (pruning.unseen().tolist(), pruning.report().fillna(-1.0).to_numpy().tolist())
+            yield step + 1, (pruning.epoch, order.tolist(), pruning.ranked_by, value, seen)
+        skip = 0
+        missing = pruning.unseen()
+        if pruning.trajectories.unseen == "refresh" and len(missing):
+            pruning.record(missing, LOSSES[pruning.epoch][missing])
+        pruning.end_epoch(REFERENCE[pruning.epoch])
+        yield 0, (pruning.epoch, pruning.report().fillna(-1.0).to_numpy().tolist())
+
+
+def through_disk(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+class LastLoss(Score):
+    """What a user would write: it hands back what it was shown."""
+
+    name = "last_loss"
+
+    def __call__(self, history):
+        return history.last_N
+
+
+@pytest.mark.parametrize(
+    ("pruner", "score", "arguments"),
+    [
+        ("infobatch", "das", {}),
+        ("infobatch", "das", {"unseen": "refresh", "ratio": 0.8}),
+        ("infobatch", "spearman", {"budget": 0.6, "unseen": "mask"}),
+        ("infobatch", "random", {}),
+        ("infobatch", LastLoss(), {}),
+        ("seta", "cosine", {"bank_dtype": torch.float16}),
+        ("seta", "loss", {"budget": 0.5}),
+        ("topk", "small_loss", {"warmup": 2}),
+        ("random", "das", {"ratio": 0.5}),
+        ("full", "loss", {}),
+    ],
+)
+def test_a_run_resumed_at_any_moment_continues_bit_identically(pruner, score, arguments):
+    whole = [seen for _, seen in walk(make(pruner, score, **arguments))]
+    moments = list(range(0, len(whole) - 1, 2))
+    states = []
+    running = make(pruner, score, **arguments)
+    states.append((0, 0, through_disk(running.state_dict())))
+    for done, (step, _) in enumerate(walk(running), 1):
+        if done in moments:
+            states.append((done, step, through_disk(running.state_dict())))
+    for done, step, state in states:
+        resumed = make(pruner, score, **arguments)
+        resumed.load_state_dict(state)
+        assert [seen for _, seen in walk(resumed, skip=step)] == whole[done:], f"resumed after {done} calls"
+
+
+def test_a_state_goes_back_in_time_within_one_object():
+    pruning = make()
+    epoch_of(pruning)
+    state = through_disk(pruning.state_dict())
+    first = selections_of(pruning)
+    pruning.load_state_dict(state)
+    assert pruning.epoch == 1
+    assert selections_of(pruning) == first
+
+
+@pytest.mark.parametrize("other", [{"window": 4}, {"dataset": range(N + 1)}])
+def test_a_state_of_another_size_is_refused_and_changes_nothing(other):
+    donor = DynamicPruning(other.get("dataset", range(N)), T, window=other.get("window", WINDOW))
+    pruning = make()
+    epoch_of(pruning)
+    before = pruning.report()
+    with pytest.raises(ValueError, match=r"samples over a window of"):
+        pruning.load_state_dict(donor.state_dict())
+    assert pruning.report().equals(before)
+    assert pruning.epoch == 1
+
+
+def test_the_memory_of_a_bad_step_survives_a_checkpoint():
+    pruning = make()
+    pruning.update(torch.arange(3), torch.tensor([1.0, math.nan, 1.0]))
+    resumed = make()
+    resumed.load_state_dict(through_disk(pruning.state_dict()))
+    resumed.update(torch.arange(3, 6), torch.ones(3))
+    with pytest.raises(NonFiniteLossError, match="epoch 0, step 0"):
+        resumed.end_epoch(1.0)
+
+
+def test_pickling_gives_the_indexed_data_set_and_nothing_else():
+    small, large = make(), make(window=6)
+    epoch_of(small)
+    copy = pickle.loads(pickle.dumps(small))
+    assert len(copy) == N
+    assert copy[7] == (7, (torch.tensor(107), torch.tensor(3)))
+    assert not isinstance(copy, DynamicPruning)
+    assert set(vars(copy)) == {"dataset"}
+    assert len(pickle.dumps(small)) == len(pickle.dumps(large))
+
+
+# ---- the report --------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_a_frame_with_one_row_a_sample_in_data_set_order():
+    pruning = make("random", "loss", ratio=0.5)
+    seen = np.zeros(N, int)
+    last = np.full(N, np.nan, np.float32)
+    for t in range(3):
+        frame = pruning.report()
+        assert list(frame.columns) == ["loss", "score", "times_selected"]
+        assert frame.index.tolist() == list(range(N))
+        assert [kind.kind for kind in frame.dtypes] == ["f", "f", "i"]
+        np.testing.assert_array_equal(frame["loss"], last)
+        np.testing.assert_array_equal(frame["score"], last)
+        assert frame["times_selected"].tolist() == seen.tolist()
+        index = pruning.selection.indices
+        seen[index] += 1
+        last[index] = LOSSES[t][index]
+        epoch_of(pruning)
+    assert np.isnan(last).any()
+
+
+@pytest.mark.parametrize("score", ["das", "spearman", "cosine", "loss", "random", "small_loss", "oracle"])
+def test_a_sample_never_seen_is_nan_in_the_report(score):
+    pruning = make("infobatch", score, clean=CLEAN)
+    assert pruning.report()[["loss", "score"]].isna().all(axis=None)
+    never = pruning.selection.indices[-1]
+    while pruning.epoch < 5:
+        index = torch.from_numpy(pruning.order())
+        index = index[index != never]
+        pruning.update(index, LOSSES[pruning.epoch][index])
+        pruning.end_epoch(REFERENCE[pruning.epoch])
+        frame = pruning.report()
+        assert frame.loc[never, ["loss", "score"]].isna().all()
+        assert frame["score"].isna().tolist() == frame["loss"].isna().tolist()
+
+
+@pytest.mark.parametrize("pruner", ["infobatch", "seta", "topk", "random", "full"])
+@pytest.mark.parametrize("score", ["das", "loss"])
+def test_the_reported_score_is_that_of_the_latest_end_epoch_until_the_next(pruner, score):
+    pruning = make(pruner, score)
+    for _ in range(4):
+        epoch_of(pruning)
+    before = pruning.report()
+    index = torch.from_numpy(pruning.order())
+    pruning.update(index, LOSSES[4][index])
+    frame = pruning.report()
+    assert frame["score"].equals(before["score"])
+    assert frame["times_selected"].equals(before["times_selected"])  # of finished epochs
+    assert frame["loss"].to_numpy()[index].tolist() == LOSSES[4][index].tolist()
+
+
+def test_a_frame_once_given_does_not_change():
+    pruning = make()
+    epoch_of(pruning)
+    frame = pruning.report()
+    copy = frame.copy()
+    epoch_of(pruning)
+    assert frame.equals(copy)
+
+
+def test_importing_and_using_the_package_needs_torch_and_numpy_only():
+    program = """
+import sys, torch
+from alignprune_exp.pruning import DynamicPruning
+pruning = DynamicPruning(range(9), 8, score="das", window=3)
+for _ in range(8):
+    index = torch.from_numpy(pruning.order())
+    pruning.update(index, index.float())
+    pruning.end_epoch(1.0)
+strangers = {"pandas", "torchvision", "hydra", "omegaconf", "scipy", "sklearn", "timm", "wandb", "PIL"}
+print(sorted(strangers & sys.modules.keys()))
+pruning.report()
+print("pandas" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "True"]
+
+
+# ---- every mistake has its sentence ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(1.0), torch.ones(1), torch.ones(4, 1)], ids=["0-d", "1", "4x1"])
+def test_a_reduced_loss_is_refused(loss):
+    with pytest.raises(ValueError, match="reduction='none'"):
+        make().update(torch.arange(4), loss)
+
+
+def test_observed_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="observed"):
+        make().update(torch.arange(4), torch.ones(4), observed=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("bad", [N, N + 1000, -1, -N, -N - 1])
+def test_an_index_out_of_range_is_refused_in_any_epoch(bad):
+    pruning = make("topk", "loss", ratio=0.9, warmup=1)
+    for _ in range(3):
+        with pytest.raises(IndexError, match=rf"{bad}\b.* out of range.*{N} samples"):
+            pruning.update(torch.tensor([int(pruning.order()[0]), bad]), torch.ones(2))
+        epoch_of(pruning)  # and nothing of the refused batch was recorded
+
+
+def test_a_sample_outside_the_selection_is_refused():
+    pruning = make("random", "loss", ratio=0.5)
+    stray = min(set(range(N)) - set(pruning.selection.indices.tolist()))
+    with pytest.raises(ValueError, match=rf"sample {stray} .*epoch 0.*sampler=pruning\.sampler"):
+        pruning.update(torch.tensor([stray]), torch.ones(1))
+
+
+def test_a_missing_reference_loss_is_refused_where_the_score_compares_with_it():
+    for score in ("das", "spearman", "cosine"):
+        pruning = make(score=score)
+        pruning.update(torch.arange(N), LOSSES[0])
+        with pytest.raises(ValueError, match=f"{score}.*reference"):
+            pruning.end_epoch()
+        pruning.end_epoch(1.0)  # mended
+    for score in ("loss", "random", "small_loss"):
+        pruning = make(score=score)
+        pruning.update(torch.from_numpy(pruning.order()), torch.ones(len(pruning.sampler)))
+        pruning.end_epoch()
+        assert pruning.epoch == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, torch.tensor(math.nan)], ids=str)
+def test_a_reference_loss_that_is_not_finite_is_refused(bad):
+    pruning = make()
+    pruning.update(torch.arange(N), LOSSES[0])
+    with pytest.raises(ValueError, match=r"reference loss .* end of epoch 0"):
+        pruning.end_epoch(bad)
+
+
+def test_a_reference_loss_may_be_a_tensor_that_requires_grad():
+    pruning = make()
+    pruning.update(torch.arange(N), LOSSES[0])
+    pruning.end_epoch(torch.tensor(1.5))
+    assert pruning.trajectories.history().reference_W.tolist() == [1.5]
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+def test_an_epoch_skipped_is_an_error(finished):
+    pruning = make()
+    for _ in range(finished):
+        epoch_of(pruning)
+    with pytest.raises(ValueError, match=f"epoch {finished}.*skipped"):
+        pruning.end_epoch(1.0)
+    assert pruning.epoch == finished
+
+
+def test_a_sample_observed_twice_is_an_error_across_batches():
+    pruning = make()
+    pruning.update(torch.arange(8), torch.ones(8))
+    with pytest.raises(ValueError, match=r"sample 7 .*twice in epoch 0"):
+        pruning.update(torch.tensor([9, 7]), torch.ones(2))
+
+
+def test_a_sample_observed_twice_is_an_error_within_a_batch():
+    pruning = make()
+
+    def rest_of_the_epoch():
+        pruning.update(torch.tensor([3, 4, 3]), torch.ones(3))
+        pruning.end_epoch(1.0)
+
+    with pytest.raises(ValueError, match="twice in epoch 0"):
+        rest_of_the_epoch()
+
+
+def test_a_second_pass_over_the_loader_without_end_epoch_is_an_error():
+    pruning = make()
+    pruning.update(torch.arange(N), torch.ones(N))
+    with pytest.raises(ValueError, match="twice"):
+        pruning.update(torch.arange(N), torch.ones(N))
+
+
+class Stream(IterableDataset):
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        return iter(range(10))
+
+
+@pytest.mark.parametrize("dataset", [Stream(), iter(range(3)), 10, set(range(10))], ids=lambda d: type(d).__name__)
+def test_a_data_set_without_items_by_index_is_refused(dataset):
+    with pytest.raises(TypeError, match="map-style"):
+        DynamicPruning(dataset, 200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"pruner": "infobach"}, "'infobach'.*full.*random.*infobatch.*seta.*topk"),
+        ({"score": "dass"}, "'dass'.*loss.*das.*spearman.*cosine.*random.*small_loss.*oracle"),
+        ({"unseen": "drop"}, "'drop'.*carry.*mask.*refresh"),
+        ({"rate": 0.5}, "'rate'.*ratio.*delta.*rescale.*budget"),
+        ({"pruner": "full", "ratio": 0.5}, "'ratio'"),
+        ({"ratio": 0.95}, "ratio=0.95"),
+        ({"delta": 0.0}, "delta=0.0"),
+        ({"budget": 2}, "budget=2"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"window": 2}, "window=2.*3"),
+        ({"window": 2, "score": "loss"}, "window=2.*3"),
+        ({"score": "oracle"}, "clean=mask"),
+        ({"score": "oracle", "clean": [True] * 3}, rf"clean.*{N}"),
+    ],
+    ids=str,
+)
+def test_wrong_names_and_settings_are_refused_with_what_is_allowed(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make(**arguments)
+
+
+def test_an_empty_data_set_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        DynamicPruning([], 200)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "delta", "longest"),
+    [(200, 0.875, 174), (16, 0.875, 13), (15, 0.875, 12), (10, 0.7, 6), (4, 1.0, 3)],
+)
+def test_a_window_must_leave_das_an_epoch_to_act_in(epochs, delta, longest):
+    assert longest + 1 <= delta * epochs + 1e-9 < longest + 2
+    pruning = make(epochs=epochs, delta=delta, window=longest)
+    assert pruning.epochs == epochs
+    for score in ("das", "spearman", "cosine"):
+        with pytest.raises(ValueError, match=rf"window of {longest + 1} .*{score}"):
+            make(score=score, epochs=epochs, delta=delta, window=longest + 1)
+    for score in ("loss", "small_loss", "random"):
+        make(score=score, epochs=epochs, delta=delta, window=longest + 1)
+    for pruner in ("full", "random"):
+        make(pruner, epochs=epochs, window=longest + 1)
+
+
+def test_the_longest_window_lets_das_rank_exactly_one_epoch():
+    ranked = [ranked for *_, ranked in selections_of(make(window=6))]
+    assert ranked == ["loss"] * 6 + ["das", None]
+
+
+def test_refresh_that_misses_samples_is_an_error_that_counts_them():
+    pruning = make("random", "loss", ratio=0.5, unseen="refresh")
+    index = torch.from_numpy(pruning.order())
+    pruning.update(index, LOSSES[0][index])
+    pruning.record(pruning.unseen()[:5], torch.ones(5))
+    with pytest.raises(ValueError, match=f"refresh.*10 of {N}.*epoch 0"):
+        pruning.end_epoch()
+    pruning.record(pruning.unseen(), torch.ones(10))
+    pruning.end_epoch()
+    assert pruning.epoch == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "observed"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_epoch_and_the_first_bad_step(bad, where):
+    pruning = make()
+    for _ in range(2):
+        epoch_of(pruning)
+    for step, index in enumerate(torch.from_numpy(pruning.order()).split(4)):
+        loss, observed = LOSSES[2][index].clone(), LOSSES[2][index].clone()
+        if step in (1, 3):
+            (loss if where == "loss" else observed)[2] = bad
+        pruning.update(index, loss, observed=observed)
+    with pytest.raises(NonFiniteLossError, match="epoch 2, step 1") as caught:
+        pruning.end_epoch(1.0)
+    assert (caught.value.epoch, caught.value.step) == (2, 1)
+    assert isinstance(caught.value, ValueError)
+    assert pruning.epoch == 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_refreshed_loss_that_is_not_finite_stops_the_run_too(bad):
+    pruning = make("random", "loss", ratio=0.5, unseen="refresh")
+    index = torch.from_numpy(pruning.order())
+    pruning.update(index, LOSSES[0][index])
+    losses = torch.ones(N - len(index))
+    losses[3] = bad
+    pruning.record(pruning.unseen(), losses)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        pruning.end_epoch()
+
+
+def test_past_the_last_epoch_every_way_on_is_an_error():
+    pruning = make()
+    selections_of(pruning)
+    ways_on = [
+        lambda: pruning.selection,
+        lambda: list(pruning.sampler),
+        lambda: pruning.update(torch.arange(4), torch.ones(4)),
+        lambda: pruning.end_epoch(1.0),
+    ]
+    for way_on in ways_on:
+        with pytest.raises(ValueError, match=f"all {T} epochs are done"):
+            way_on()
+    assert pruning.report()["times_selected"].max() == T
+
+
+def test_scores_within_an_epoch_are_an_error():
+    pruning = make()
+    pruning.update(torch.arange(4), torch.ones(4))
+    with pytest.raises(RuntimeError, match="within an epoch"):
+        pruning.scores("loss")
+
+
+# ---- a score and a pruner of one's own ---------------------------------------------------------------------
+
+
+class Fickle(Score):
+    """How much the loss moved in the last epoch."""
+
+    name = "fickle"
+
+    def __call__(self, history):
+        return history.map(lambda losses_WB: (losses_WB[-1] - losses_WB[0]).abs())
+
+
+class Gap(Score):
+    """The distance of the last loss from the reference's."""
+
+    name = "gap"
+    aligned = True
+
+    def __call__(self, history):
+        return -(history.last_N - history.reference_W[-1]).abs().float()
+
+
+class EveryOther(Pruner):
+    """The better half, at weight 2."""
+
+    def select(self, scores, epoch, epochs, rng):
+        best = np.sort(np.argsort(-scores, kind="stable")[: len(scores) // 2])
+        return Selection(best, np.full(len(best), 2, np.float32), ranked=True)
+
+
+def test_a_score_of_ones_own_ranks_under_any_pruner():
+    pruning = make("topk", Fickle(), warmup=1, ratio=0.5)
+    epoch_of(pruning)
+    epoch_of(pruning)
+    assert pruning.ranked_by == "fickle"
+    np.testing.assert_array_equal(pruning.report()["score"], pruning.scores(Fickle()))
+
+
+def test_an_aligned_score_of_ones_own_falls_back_to_loss_and_needs_the_reference():
+    with pytest.raises(ValueError, match="gap"):
+        make("infobatch", Gap(), window=7)
+    pruning = make("infobatch", Gap())
+    pruning.update(torch.arange(N), LOSSES[0])
+    with pytest.raises(ValueError, match=r"gap.*reference"):
+        pruning.end_epoch()
+    pruning.end_epoch(REFERENCE[0])
+    ranked = [ranked for *_, ranked in selections_of(pruning)]
+    assert ranked == ["loss"] * 2 + ["gap"] * 4 + [None]
+
+
+def test_a_pruner_of_ones_own_is_used_as_it_is():
+    pruning = make(EveryOther(), "loss")
+    epoch_of(pruning)
+    index = torch.from_numpy(pruning.order())
+    last = pruning.report()["loss"].fillna(3.0).to_numpy()
+    assert sorted(last[index]) == sorted(last)[N // 2 :]
+    assert pruning.update(index, torch.ones(N // 2)).item() == 2
+    assert pruning.ranked_by == "loss"
+
+
+def test_settings_beside_a_pruner_of_ones_own_are_refused():
+    with pytest.raises(ValueError, match=r"ratio.*on the pruner"):
+        make(EveryOther(), "loss", ratio=0.5)
