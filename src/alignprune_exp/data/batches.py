@@ -1,0 +1,283 @@
+"""Batches on the device, augmented by a hash of (seed, epoch, sample).
+
+Shape legend: B samples of a batch, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from alignprune_exp.data.split import Split
+from alignprune_exp.errors import UsageError
+from alignprune_exp.pruning.seeding import generator
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Batches:
+    """Turns samples of a split into normalised batches.
+
+    An image's augmentation is a function of (seed, epoch, sample index) alone: neither the other samples of
+    the batch, nor the order, the device or the number of workers can change it.
+
+    Args:
+        split: the samples.
+        batch_size: samples a batch; the last one of an epoch may hold fewer, or one more.
+        device: where batches, and images held in memory, lie.
+        mean: by channel, (C,), in 0..1 units.
+        std: likewise.
+        seed: of the augmentation.
+        train: whether ``epoch`` augments.
+        flip: mirror each image left to right with probability ½.
+        crop: pixels of reflect padding around each image, out of which its own size is cropped at a uniformly
+            drawn place; 0 for none.
+        channels_last: the memory format of the images.
+        workers: processes that decode images that are not held in memory; 0 decodes in this one.
+
+    Raises UsageError where ``crop`` is not smaller than the images.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        device: torch.device | str,
+        mean: np.ndarray,
+        std: np.ndarray,
+        seed: int,
+        train: bool,
+        flip: bool,
+        crop: int,
+        channels_last: bool = True,
+        workers: int = 0,
+    ) -> None:
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.channels_last = channels_last
+        self._n = len(split)
+        self._labels = torch.from_numpy(split.labels).to(self.device)
+        augmentation = Augmentation(seed, flip=train and flip, crop=crop if train else 0)
+        _, height, width = split.source.shape
+        if augmentation.crop >= min(height, width):
+            raise UsageError(
+                f"a crop padding of {crop} pixels does not fit images of {width}x{height}: type a smaller "
+                "one, or 0 for none"
+            )
+        self._pixels: _Resident | _OnDisk
+        if split.images is not None:
+            self._pixels = _Resident(split.images, augmentation, self.device)
+        else:
+            self._pixels = _OnDisk(split, augmentation, self.device, workers)
+        # One entry per value of an image row, so that the inner loop runs over W·C values and not over C.
+        scale = np.tile(1 / (255 * std), width)
+        shift = np.tile(-mean / std, width)
+        self._scale = torch.from_numpy(scale).to(self.device, torch.float32)
+        self._shift = torch.from_numpy(shift).to(self.device, torch.float32)
+
+    def epoch(
+        self, order: Tensor | np.ndarray, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1
+    ) -> Iterator[Batch]:
+        """Yield (index, x, labels) for the samples of ``order``, int (k,), from batch number ``start`` on.
+
+        Of ``ranks`` that share every batch, in consecutive parts whose sizes differ by one at the most, this is
+        number ``rank``. Where a last batch has fewer samples than ranks, some get none of it.
+
+        ``index`` is int64 (B,) on the CPU; on the device are ``x``, float32 (B, C, H, W), and ``labels``,
+        int64 (B,). Finish or drop one iteration before the next begins: they share the workers.
+        """
+        return self._batches(order, epoch, start, rank, ranks)
+
+    def evaluation(self, order: Tensor | np.ndarray | None = None) -> Iterator[Batch]:
+        """Yield the same without augmentation; all samples, in order, if no ``order`` is given."""
+        return self._batches(torch.arange(self._n) if order is None else order, None, 0)
+
+    def _batches(
+        self, order: Tensor | np.ndarray, epoch: int | None, start: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[Batch]:
+        index = torch.as_tensor(order).to("cpu", torch.int64)[start * self.batch_size :]
+        if len(index) == 0:
+            return
+        shares = (part.tensor_split(ranks)[rank] for part in index.split(self.sizes(len(index))))
+        parts = tuple(share for share in shares if len(share))
+        for part, images in zip(parts, self._pixels.batches(parts, epoch), strict=True):
+            yield part, self._normalise(images), self._labels.index_select(0, part.to(self.device, non_blocking=True))
+
+    def sizes(self, n: int) -> list[int]:
+        """Return the sizes of the batches that ``n`` samples make.
+
+        Whole batches and a rest; a rest of one, which batch norm cannot take, joins the batch before it.
+        """
+        whole, rest = divmod(n, self.batch_size)
+        sizes = [self.batch_size] * whole + ([rest] if rest else [])
+        if rest == 1 and whole:
+            sizes[-2:] = [self.batch_size + 1]
+        return sizes
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """Map uint8 (B, H, W, C) to float32 (B, C, H, W)."""
+        flat = images.reshape(-1, len(self._scale)).to(torch.float32)
+        x = torch.addcmul(self._shift, flat, self._scale, out=flat).view(images.shape).permute(0, 3, 1, 2)
+        return x if self.channels_last else x.contiguous()
+
+
+class Augmentation:
+    """Draws each image's crop and flip from a hash, and applies them by gathering pixels.
+
+    Args:
+        seed: of the draws.
+        flip: whether to mirror with probability ½.
+        crop: pixels of reflect padding; 0 for no crop.
+    """
+
+    def __init__(self, seed: int, *, flip: bool, crop: int) -> None:
+        self.seed, self.flip, self.crop = seed, flip, crop
+
+    def draw(self, sample: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return for samples, int64 (B,): the crop's top and left, int64 (B,) in 0..2·crop, and bool flips.
+
+        A place of ``crop`` is the image itself.
+        """
+        key = int(generator(self.seed, "augmentation", epoch).integers(1 << 63))
+        bits = mix(sample * _GOLDEN + key)
+        top = ((bits & _BITS_24) * (2 * self.crop + 1)) >> 24
+        left = (((bits >> 24) & _BITS_24) * (2 * self.crop + 1)) >> 24
+        flip = (((bits >> 48) & 1) == 1) & self.flip
+        return top, left, flip
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Reflect-pad images, uint8 (n, C, H, W), for `apply`: (n, H + 2·crop, W + 2·crop, C)."""
+        n, channels, height, width = images.shape
+        p = self.crop
+        padded = images.new_empty(n, height + 2 * p, width + 2 * p, channels)
+        rows = padded[:, p : p + height]
+        rows[:, :, p : p + width] = images.permute(0, 2, 3, 1)
+        for x in range(p):
+            rows[:, :, x] = rows[:, :, 2 * p - x]
+            rows[:, :, -1 - x] = rows[:, :, x - 1 - 2 * p]
+        for y in range(p):
+            padded[:, y] = padded[:, 2 * p - y]
+            padded[:, -1 - y] = padded[:, y - 1 - 2 * p]
+        return padded
+
+    def plan(self, rows: Tensor, sample: Tensor, epoch: int | None, padded: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Say where each image begins and whether it is mirrored.
+
+        Args:
+            rows: place of each image among the padded ones, int64 (B,).
+            sample: what it is augmented as, int64 (B,).
+            epoch: likewise; without one nothing is augmented.
+            padded: shape (n, H + 2·crop, W + 2·crop, C) of the padded images.
+
+        Returns:
+            The pixel that each begins at, int64 (B,), and the bool flips (B,).
+        """
+        if epoch is None:
+            top = left = torch.full_like(rows, self.crop)
+            flip = torch.zeros_like(rows, dtype=torch.bool)
+        else:
+            top, left, flip = self.draw(sample, epoch)
+        return (rows * padded[1] + top) * padded[2] + left, flip
+
+    def apply(self, padded: Tensor, begin: Tensor, flip: Tensor) -> Tensor:
+        """Cut images out of ``padded``; return them as uint8 (B, H, W, C).
+
+        Args:
+            padded: as `pad` returns them.
+            begin: the pixel that each image begins at, int64 (B,), where ``padded`` lies.
+            flip: which to mirror, bool (B,), on the CPU, so that nothing waits for the device.
+        """
+        _, height, width, channels = padded.shape
+        h, w = height - 2 * self.crop, width - 2 * self.crop
+        count = padded.numel() // channels - (h - 1) * width - w + 1
+        # Overlapping views of what is in memory: for each pixel, the image that begins there.
+        windows = padded.as_strided((count, h, w * channels), (channels, width * channels, 1))
+        images = windows.index_select(0, begin).view(len(begin), -1)
+        if len(flipped := flip.nonzero().squeeze(1)):
+            place = torch.arange(len(begin))
+            place[flipped] = torch.arange(len(begin), len(begin) + len(flipped))
+            flipped, place = (each.to(padded.device, non_blocking=True) for each in (flipped, place))
+            mirrored = images.index_select(0, flipped).view(-1, h, w, channels).flip(2).view(len(flipped), -1)
+            images = torch.cat([images, mirrored]).index_select(0, place)
+        return images.view(-1, h, w, channels)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_BITS_24 = (1 << 24) - 1
+
+
+def mix(z: Tensor) -> Tensor:
+    """Hash int64 values by the finaliser of SplitMix64 (Steele, Lea, Flood 2014), in wrapping arithmetic."""
+    z = (z ^ _shifted(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    z = (z ^ _shifted(z, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    return (z >> by) & ((1 << (64 - by)) - 1)
+
+
+class _Resident:
+    """All images on the device, as uint8 (n, H, W, C), padded."""
+
+    def __init__(self, images: Tensor, augmentation: Augmentation, device: torch.device) -> None:
+        self.images = augmentation.pad(images.to(device))
+        self.augmentation = augmentation
+
+    def batches(self, parts: tuple[Tensor, ...], epoch: int | None) -> Iterator[Tensor]:
+        # Drawn on the CPU, once an epoch: nothing in a batch waits for the device.
+        order, sizes = torch.cat(parts), [len(part) for part in parts]
+        begins, flips = self.augmentation.plan(order, order, epoch, self.images.shape)
+        begins = begins.to(self.images.device)
+        for begin, flip in zip(begins.split(sizes), flips.split(sizes), strict=True):
+            yield self.augmentation.apply(self.images, begin, flip)
+
+
+class _OnDisk:
+    """Decodes batch by batch in a DataLoader, whose workers stay alive between epochs."""
+
+    def __init__(self, split: Split, augmentation: Augmentation, device: torch.device, workers: int) -> None:
+        # The loader holds the list and not this object: in a cycle its workers would take seconds to end.
+        self.keys: list[tuple[int | None, Tensor]] = []
+        self.device = device
+        self.loader: DataLoader[Any] = DataLoader(
+            _Decoded(split, augmentation),
+            sampler=self.keys,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+
+    def batches(self, parts: tuple[Tensor, ...], epoch: int | None) -> Iterator[Tensor]:
+        self.keys[:] = [(epoch, part) for part in parts]
+        for images in self.loader:
+            if isinstance(images, str):
+                raise UsageError(images)
+            yield images.to(self.device, non_blocking=True)
+
+
+class _Decoded(Dataset[Any]):
+    """Maps (epoch, samples) to the augmented images, uint8 (B, H, W, C).
+
+    A user's mistake comes back as its message: raised in a worker it would arrive wrapped in a traceback.
+    """
+
+    def __init__(self, split: Split, augmentation: Augmentation) -> None:
+        self.source, self.rows, self.augmentation = split.source, split.rows, augmentation
+
+    def __getitem__(self, key: tuple[int | None, Tensor]) -> Tensor | str:
+        epoch, sample = key
+        try:
+            images = self.source.pixels(self.rows[sample.numpy()])
+        except UsageError as error:
+            return str(error)
+        images = self.augmentation.pad(images)
+        begin, flip = self.augmentation.plan(torch.arange(len(sample)), sample, epoch, images.shape)
+        return self.augmentation.apply(images, begin, flip)

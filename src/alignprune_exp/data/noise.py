@@ -1,0 +1,155 @@
+"""Label noise: pure functions on label arrays, and the human labels of CIFAR-N."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignprune_exp.errors import UsageError
+
+HUMAN_FILES = {"cifar10": "CIFAR-10_human.pt", "cifar100": "CIFAR-100_human.pt"}
+HUMAN_KEYS = {
+    "cifar10": {
+        "aggre": "aggre_label",
+        "rand1": "random_label1",
+        "rand2": "random_label2",
+        "rand3": "random_label3",
+        "worst": "worse_label",
+    }
+}
+_NEARBY = ("", "cifar_n", "data")
+
+
+def symmetric(clean: np.ndarray, n_classes: int, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Move exactly round(rate·n) uniformly chosen samples, each to a different class drawn uniformly.
+
+    ``clean`` and the result are int64 (n,), in 0..n_classes-1.
+    """
+    labels = clean.copy()
+    moved = rng.choice(len(clean), round(rate * len(clean)), replace=False)
+    labels[moved] = (clean[moved] + rng.integers(1, n_classes, len(moved))) % n_classes
+    return labels
+
+
+def asymmetric(clean: np.ndarray, target: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Move round(rate·n_c) of the n_c samples of every class c that has a target to ``target[c]``.
+
+    ``clean`` and the result are int64 (n,); ``target`` is int64 (C,), -1 for a class that stays as it is.
+    """
+    labels = clean.copy()
+    for c in np.flatnonzero(target >= 0):
+        members = np.flatnonzero(clean == c)
+        labels[rng.choice(members, round(rate * len(members)), replace=False)] = target[c]
+    return labels
+
+
+def asymmetric_map(n_classes: int, superclass: np.ndarray | None, fixed: dict[int, int] | None) -> np.ndarray:
+    """Return the class each class is mistaken for, int64 (n_classes,), -1 for none.
+
+    That is the data set's own ``fixed`` map if it has one; else the next class of the same ``superclass``,
+    (n_classes,), cyclically; else the next class, cyclically.
+    """
+    if fixed is not None:
+        target = np.full(n_classes, -1, np.int64)
+        target[list(fixed)] = list(fixed.values())
+        return target
+    if superclass is None:
+        return np.roll(np.arange(n_classes), -1)
+    target = np.full(n_classes, -1, np.int64)
+    for group in np.unique(superclass[superclass >= 0]):
+        members = np.flatnonzero(superclass == group)
+        if len(members) > 1:
+            target[members] = np.roll(members, -1)
+    return target
+
+
+def human_labels(file: Path | None, root: Path | None, dataset: str, labels: str, clean: np.ndarray) -> np.ndarray:
+    """Return the labels that people gave the training images of CIFAR: CIFAR-N (Wei et al., ICLR 2022).
+
+    Args:
+        file: the published ``.pt`` file; looked for in ``root``, one and two folders above it, and in
+            ``cifar_n`` and ``data`` of these, if not given.
+        root: the data set's folder.
+        dataset: ``cifar10`` or ``cifar100``.
+        labels: for CIFAR-10 which labels: ``aggre``, ``rand1``, ``rand2``, ``rand3`` or ``worst``.
+        clean: the clean labels of the whole training set in the official order, int64 (n,).
+
+    Returns int64 (n,). Raises UsageError where the data set has no human labels, and where the file is
+    absent, malformed, or its own clean labels differ from ``clean``.
+    """
+    if dataset not in HUMAN_FILES:
+        raise UsageError(
+            f"noise=real needs human labels, which {dataset} has none of: use dataset=cifar10 or cifar100, "
+            "or noise=clean to train on the labels as they come"
+        )
+    keys = HUMAN_KEYS.get(dataset)
+    if keys is not None and labels not in keys:
+        raise UsageError(f"noise.labels={labels} is unknown for {dataset}; use one of {', '.join(keys)}")
+    key = "noisy_label" if keys is None else keys[labels]
+    path = _human_file(file, root, HUMAN_FILES[dataset])
+    published = _read_human(path, ("clean_label", key), int(clean.max()) + 1)
+    if len(published[key]) != len(clean):
+        raise UsageError(
+            f"{path} labels {len(published[key])} images where the training set has {len(clean)}: noise=real "
+            "needs the whole official training set under dataset.root"
+        )
+    different = np.flatnonzero(published["clean_label"] != clean)
+    if len(different):
+        raise UsageError(
+            f"the clean labels of {path} differ from those of {dataset} in {len(different)} places, first at "
+            f"index {different[0]}, so that its human labels belong to other images: set dataset.root to the "
+            "files in the official order, as dataset.download=true gets them"
+        )
+    return published[key]
+
+
+def _human_file(file: Path | None, root: Path | None, name: str) -> Path:
+    published = "it is published at http://www.noisylabels.com and https://github.com/UCSC-REAL/cifar-10-100n"
+    if file is not None:
+        if not file.is_file():
+            raise UsageError(f"noise.file={file} does not exist: type the path of {name} ({published})")
+        return file
+    places = [] if root is None else [root, *root.resolve().parents[:2]]
+    for path in (place / near / name for place in places for near in _NEARBY):
+        if path.is_file():
+            return path
+    raise UsageError(f"{name} was not found in or around dataset.root={root}: type noise.file=PATH ({published})")
+
+
+def _read_human(path: Path, keys: tuple[str, ...], n_classes: int) -> dict[str, np.ndarray]:
+    from numpy._core.multiarray import _reconstruct
+
+    # What a pickled int64 array is made of; weights_only refuses everything else a pickle could run.
+    array_parts: list[Any] = [
+        (_reconstruct, "numpy.core.multiarray._reconstruct"),
+        (_reconstruct, "numpy._core.multiarray._reconstruct"),
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.int64)),
+    ]
+    try:
+        with torch.serialization.safe_globals(array_parts):
+            content = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UsageError(
+            f"{path} cannot be read as a label file of CIFAR-N ({type(error).__name__}): fetch it again from "
+            "https://github.com/UCSC-REAL/cifar-10-100n"
+        ) from error
+    found = list(content) if isinstance(content, dict) else [type(content).__name__]
+    if not set(keys) <= set(found):
+        raise UsageError(
+            f"{path} holds {', '.join(map(str, found))} where {', '.join(keys)} are wanted: type noise.file= "
+            "with the file of this data set"
+        )
+    arrays = {key: np.asarray(content[key]) for key in keys}
+    for key, values in arrays.items():
+        if values.ndim != 1 or values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= n_classes:
+            raise UsageError(
+                f"{key} in {path} is not a list of class numbers from 0 to {n_classes - 1}: type noise.file= "
+                "with the file of this data set"
+            )
+    return {key: values.astype(np.int64) for key, values in arrays.items()}

@@ -1,0 +1,239 @@
+"""From a data set to what one run trains on: subset, then reference split, then noise on the rest."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from alignprune_exp.data import noise as label_noise
+from alignprune_exp.data.datasets import Images, Source, stratified
+from alignprune_exp.errors import UsageError
+from alignprune_exp.pruning.seeding import generator
+
+NOISES = ("clean", "sym", "asym", "real")
+_STATISTICS_ROWS = 4096  # images that mean and std are computed from where they are not held in memory
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one role; a sample's index is its position here, 0..n-1.
+
+    Attributes:
+        source: the split of the data set that the images come from.
+        rows: the row of each sample there, int64 (n,).
+        labels: the labels trained on or evaluated with, int64 (n,).
+        clean_labels: int64 (n,); None where unknown.
+        images: uint8 (n, C, H, W) where they are held in memory.
+    """
+
+    source: Images
+    rows: np.ndarray
+    labels: np.ndarray
+    clean_labels: np.ndarray | None
+    images: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Return the image, uint8 (C, H, W), and the label of one sample."""
+        held = self.source.pixels(self.rows[[index]])[0] if self.images is None else self.images[index]
+        return held, int(self.labels[index])
+
+    @property
+    def paths(self) -> np.ndarray | None:
+        """The image files relative to the root, str (n,), where each image is a file of its own."""
+        return None if self.source.paths is None else self.source.paths[self.rows]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What one run trains on and is evaluated with.
+
+    Attributes:
+        train: the samples i of n.
+        reference: the samples with trusted labels; None where ``reference.size`` is 0.
+        test: the evaluation samples, the same for every seed.
+        classes: class names by number.
+        noise_rate: the fraction of training labels that differ from the clean ones; NaN where unknown.
+        pairing: for human labels ``verified`` where the image order is the official one, else ``unverified``;
+            empty for other noise.
+        fingerprint: sha256 of the data set's content and, for human labels, of these.
+        mean: of the training pixels by channel, float64 (C,), in 0..1 units.
+        std: likewise.
+    """
+
+    train: Split
+    reference: Split | None
+    test: Split
+    classes: tuple[str, ...]
+    noise_rate: float
+    pairing: str
+    fingerprint: str
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def prepare(
+    source: Source,
+    *,
+    seed: int,
+    subset: int | None,
+    test_subset: int | None,
+    reference_size: float,
+    reference_noise: float,
+    reference_train: bool,
+    noise: str,
+    noise_rate: float,
+    noise_labels: str,
+    noise_file: Path | None,
+    root: Path | None,
+    resident_bytes: int = 1 << 30,
+) -> TrainingData:
+    """Split ``source`` and inject label noise: subset → reference split → noise on the rest.
+
+    The split depends on the data, ``seed``, ``subset`` and ``reference_size`` alone.
+
+    Args:
+        source: the data set.
+        seed: the run's seed.
+        subset: number of training images to use, stratified; None for all.
+        test_subset: number of test images to evaluate, stratified, the same for every seed; None for all.
+        reference_size: below 1 a fraction of the (sub)set, else a count; 0 for no reference.
+        reference_noise: fraction of the reference labels to corrupt symmetrically.
+        reference_train: whether to append the reference samples, with their clean labels, to training.
+        noise: ``clean``, ``sym``, ``asym`` or ``real``.
+        noise_rate: of ``sym`` and ``asym``.
+        noise_labels: of ``real`` on CIFAR-10; see ``human_labels``.
+        noise_file: of ``real``; see ``human_labels``.
+        root: the data set's folder, around which the file of human labels is looked for.
+        resident_bytes: images are held in memory where all of them, decoded, take no more than this.
+
+    Raises UsageError for sizes and rates that do not fit, and as ``human_labels`` and ``Images.pixels`` do.
+    """
+    official, n_classes = source.train.labels, len(source.classes)
+    if noise not in NOISES:
+        raise UsageError(f"noise={noise} is unknown; use one of {', '.join(NOISES)}")
+    if noise in ("sym", "asym"):
+        _check_fraction("noise.rate", noise_rate)
+    _check_fraction("reference.noise", reference_noise)
+
+    rows = _subset_rows(official, subset, n_classes, seed)
+    chosen = _reference_rows(official[rows], reference_size, seed)
+    reference_rows, train_rows = rows[chosen], np.delete(rows, chosen)
+
+    given, pairing, fingerprint = official, "", source.fingerprint
+    if noise == "real":
+        given = label_noise.human_labels(noise_file, root, source.name, noise_labels, official)
+        pairing = "verified" if source.official_order else "unverified"
+        fingerprint = hashlib.sha256(fingerprint.encode() + given.astype("<i8").tobytes()).hexdigest()
+    labels = given[train_rows]
+    if noise == "sym":
+        labels = label_noise.symmetric(labels, n_classes, noise_rate, generator(seed, "label noise"))
+    elif noise == "asym":
+        target = label_noise.asymmetric_map(n_classes, source.superclass, source.asymmetric)
+        labels = label_noise.asymmetric(labels, target, noise_rate, generator(seed, "label noise"))
+    if reference_train:
+        train_rows = np.concatenate([train_rows, reference_rows])
+        labels = np.concatenate([labels, official[reference_rows]])
+    known = source.labels_clean or noise != "clean"
+    clean_labels = official[train_rows] if known else None
+
+    test_rows = _test_rows(source.test.labels, test_subset)
+    if source.train.shape != source.test.shape:
+        raise UsageError(
+            f"training and test images of {source.name} differ in size ({source.train.shape} and "
+            f"{source.test.shape} as channels, height, width): give them one with dataset.image_size="
+            f"{min(source.train.shape[1:])}"
+        )
+    images_held = len(train_rows) + len(reference_rows) + len(test_rows)
+    resident = images_held * int(np.prod(source.train.shape)) <= resident_bytes
+
+    def split(images: Images, rows: np.ndarray, labels: np.ndarray, clean: np.ndarray | None) -> Split:
+        return Split(images, rows, labels, clean, images.pixels(rows) if resident else None)
+
+    train = split(source.train, train_rows, labels, clean_labels)
+    reference = None
+    if len(reference_rows):
+        trusted = official[reference_rows]
+        rng = generator(seed, "reference noise")
+        evaluated = label_noise.symmetric(trusted, n_classes, reference_noise, rng)
+        reference = split(source.train, reference_rows, evaluated, trusted)
+    mean, std = _statistics(train, seed)
+    return TrainingData(
+        train=train,
+        reference=reference,
+        test=split(source.test, test_rows, source.test.labels[test_rows], source.test.labels[test_rows]),
+        classes=source.classes,
+        noise_rate=float(np.mean(labels != clean_labels)) if clean_labels is not None else float("nan"),
+        pairing=pairing,
+        fingerprint=fingerprint,
+        mean=mean,
+        std=std,
+    )
+
+
+def _check_fraction(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UsageError(f"{key}={value:g} is not a fraction: type a number from 0 to 1")
+
+
+def _subset_rows(labels: np.ndarray, subset: int | None, n_classes: int, seed: int) -> np.ndarray:
+    if subset is None:
+        return np.arange(len(labels))
+    if not n_classes <= subset <= len(labels):
+        raise UsageError(
+            f"dataset.subset={subset} does not fit {len(labels)} training images of {n_classes} classes: "
+            f"type a number from {n_classes} to {len(labels)}, or null for all"
+        )
+    return stratified(labels, subset, generator(seed, "subset"))
+
+
+def _test_rows(labels: np.ndarray, subset: int | None) -> np.ndarray:
+    if subset is None:
+        return np.arange(len(labels))
+    if not 1 <= subset <= len(labels):
+        raise UsageError(
+            f"dataset.test_subset={subset} does not fit {len(labels)} test images: type a number from 1 to "
+            f"{len(labels)}, or null for all"
+        )
+    return stratified(labels, subset, generator(0, "test subset"))
+
+
+def _reference_rows(labels: np.ndarray, size: float, seed: int) -> np.ndarray:
+    """Return the positions that become the reference set, ascending."""
+    n = len(labels)
+    if not size >= 0 or (size > 1 and size != int(size)):
+        raise UsageError(
+            f"reference.size={size:g} is neither a fraction nor a count: type a number below 1, or a whole number"
+        )
+    if size == 0:
+        return np.empty(0, np.int64)
+    count = round(size * n) if size < 1 else int(size)
+    if not 1 <= count < n:
+        raise UsageError(
+            f"reference.size={size:g} takes {count} of {n} samples: type a size that leaves 1 or more on both sides"
+        )
+    return stratified(labels, count, generator(seed, "reference"))
+
+
+def _statistics(train: Split, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation by channel, float64 (C,) each, in 0..1 units."""
+    if train.images is None:
+        few = generator(seed, "statistics").permutation(len(train))[:_STATISTICS_ROWS]
+        images = train.source.pixels(np.sort(train.rows[few]))
+    else:
+        images = train.images
+    counts = np.zeros((images.shape[1], 256))
+    for block in images.split(4096):
+        for channel in range(images.shape[1]):
+            counts[channel] += torch.bincount(block[:, channel].reshape(-1), minlength=256).numpy()
+    value = np.arange(256) / 255
+    share = counts / counts.sum(1, keepdims=True)
+    mean = share @ value
+    variance = (share * (value - mean[:, None]) ** 2).sum(1)
+    return mean, np.where(variance > 0, np.sqrt(variance), 1.0)
