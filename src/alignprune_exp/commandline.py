@@ -1,0 +1,209 @@
+"""What a command line may say: from its words to a checked config, and from errors to one sentence."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from .config import Config, make_pruner, suggest, validate
+from .errors import UsageError
+
+PROGRAM = "python -m alignprune_exp.train"
+NOT_OF_A_RUN = ("hydra", "suite", "method")  # keys of a composed job that are not part of a run's config
+MAY_BE_NULL = ("suite", "method")
+
+
+def config_dir() -> Path:
+    """Return the folder of the configs: inside an installed package, else at the top of the repository."""
+    here = Path(__file__).resolve().parent
+    source = here.parents[1] / "conf"
+    return source if (source / "train.yaml").is_file() else here / "conf"
+
+
+def checked(composed: DictConfig) -> Config:
+    """Return the typed config of a composed job, or raise UsageError."""
+    job = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in NOT_OF_A_RUN])
+    try:
+        values = OmegaConf.to_container(job, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UsageError(f"{error.full_key} is missing; set {error.full_key}=…") from None
+    assert isinstance(values, dict)
+    return validate({str(key): value for key, value in values.items()})
+
+
+def group_of(composed: DictConfig) -> str | None:
+    """Return the suite that a composed job belongs to."""
+    return composed.suite.name if "suite" in composed else None
+
+
+def check_line(arguments: Sequence[str]) -> None:
+    """Raise UsageError for what Hydra would take in silence, or answer with a traceback or in its own words."""
+    from hydra._internal.utils import get_args_parser
+
+    def fail(message: str) -> NoReturn:
+        hint = f"{PROGRAM} --help shows what there is"
+        if "unrecognized arguments" in message and "=" in message:
+            hint = "put flags such as -m before or after all that is key=value"
+        raise UsageError(f"{message}; {hint}")
+
+    parser = get_args_parser()
+    parser.error = fail  # type: ignore[method-assign]
+    flags = parser.parse_args(arguments)
+    with explained(arguments):
+        overrides = OverridesParser.create().parse_overrides(flags.overrides)
+    sweeping = flags.multirun or any(override.key_or_group == "suite" for override in overrides)
+    refuse_clashes(flags.overrides)
+    for override in overrides:
+        _check_override(override, sweeping)
+
+
+def _check_override(override: Override, sweeping: bool) -> None:
+    key, line = override.key_or_group, str(override.input_line)
+    if not key:
+        raise UsageError(f"cannot read {line!r}: write key=value; {PROGRAM} --help shows the keys")
+    if override.is_sweep_override() and not sweeping:
+        raise UsageError(f"{line} is a grid; add -m to run each of its values, or give one")
+    group, _, name = key.partition(".")
+    options = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    if not options or override.is_delete():
+        return
+    if name == "name" and override.value() in options:
+        raise UsageError(f"{line} does not change the rest of {group}; choose it with {group}={override.value()}")
+    if name:
+        return
+    if override.is_add():
+        raise UsageError(f"{line}: {group} always has a choice; leave out the +")
+    values: list[Any] = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    for value in values:
+        null = value is None or value == "null"
+        if not (isinstance(value, str) or null) or (null and group not in MAY_BE_NULL):
+            raise UsageError(f"{line} does not name an option of {group}; use one of {', '.join(options)}")
+
+
+def refuse_clashes(overrides: Sequence[str]) -> None:
+    """Raise UsageError for keys of which one would silently win over the other."""
+    given = {override.split("=")[0].lstrip("+~") for override in overrides}
+    if "recipe" in given:
+        raise UsageError("recipe follows from dataset and scale; choose those")
+    if "method" in given and (twice := given & {"pruner", "score"}):
+        raise UsageError(f"method chooses the pruner and the score; leave out method or {' and '.join(sorted(twice))}")
+
+
+@contextmanager
+def explained(arguments: Sequence[str] | None = None) -> Iterator[None]:
+    """Turn errors of Hydra and OmegaConf into a UsageError of one sentence; ``arguments`` chose the config."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, sys.argv[1:] if arguments is None else arguments)) from None
+
+
+def _explain(error: Exception, arguments: Sequence[str]) -> str:
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        known = sorted(error.options)
+        return f"{group}={option} is unknown{suggest(option, known)}; use one of {', '.join(known)}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: write key=value; {PROGRAM} --help shows the keys"
+    text = str(error).splitlines()
+    if text and text[0].startswith("Could not override"):
+        return _unknown_key(text[0].split("'")[1], arguments)
+    return " ".join(line.strip() for line in text if line.strip())
+
+
+def _unknown_key(key: str, arguments: Sequence[str]) -> str:
+    """Say which keys there are beside the unknown one, in the config that the other arguments choose."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        choices = [a for a in arguments if "=" in a and "." not in a.split("=")[0] and not a.startswith("-")]
+        try:
+            node: Any = compose("train", [a for a in choices if a.split("=")[0].lstrip("+~") != key])
+        except (HydraException, OmegaConfBaseException, ValueError):
+            node = compose("train")
+    *parents, last = key.split(".")
+    if parents[:1] == ["hydra"]:
+        return f"unknown key {key}; {PROGRAM} --cfg hydra shows what hydra has"
+    for depth, parent in enumerate(parents):
+        if not isinstance(node, DictConfig) or parent not in node:
+            last, parents = parent, parents[:depth]
+            break
+        node = node[parent] if not OmegaConf.is_missing(node, parent) else None
+    if not isinstance(node, DictConfig):
+        return f"unknown key {key}; {'.'.join(parents)} holds no keys"
+    known = [str(name) for name in node if name != "name"]
+    where = f"{'.'.join(parents)}={node.get('name')}" if parents else "the config"
+    return f"unknown key {key}{suggest(last, known)}; {where} has {', '.join(known)}"
+
+
+def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
+    """Say which keys of the command line have no effect."""
+    notes = []
+    given = sorted({override.split("=")[0].lstrip("+") for override in overrides})
+    pruner = config.pruner["name"]
+    scores = [key for key in given if key.partition(".")[0] == "score"]
+    if scores and not make_pruner(config.pruner).uses_scores:
+        notes.append(f"{', '.join(scores)} has no effect under pruner={pruner}, which ranks nothing")
+    inert = {"clean": ("rate", "labels", "file"), "real": ("rate",)}.get(config.noise.name, ("labels", "file"))
+    if named := [key for key in given if key in [f"noise.{name}" for name in inert]]:
+        notes.append(f"{', '.join(named)} has no effect under noise={config.noise.name}")
+    return notes
+
+
+def interpreter() -> str:
+    """Return how to call this interpreter from here: ``python`` where that is it."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    here = os.path.relpath(sys.executable)
+    return sys.executable if here.startswith("..") else here
+
+
+def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Return three commands worth typing after this one, each with what it does."""
+
+    def command(pruner: str, score: str | None, *more: str) -> str:
+        changed = {change.split("=")[0] for change in more} | {"method", "pruner", "score", "score.name", "force"}
+        same = pruner == config.pruner["name"]
+        kept = [
+            override
+            for override in overrides
+            if (key := override.split("=")[0].lstrip("+~")) not in changed
+            and (same or not key.startswith("pruner."))
+            and (score is not None or not key.startswith("score."))
+        ]
+        choice = [f"pruner={pruner}", *([f"score={score}"] if score else [])]
+        return shlex.join([*program, *kept, *choice, *more])
+
+    program = [interpreter(), *PROGRAM.split()[1:]]
+    pruner, score = config.pruner["name"], config.score.name
+    ranks = make_pruner(config.pruner).uses_scores
+    trusted = config.reference.size > 0
+    commands = []
+    if not ranks:
+        best = "das" if trusted else "small_loss"
+        commands.append((command("infobatch", best), f"the same, pruned by InfoBatch with {best}"))
+        commands.append((command("infobatch", "loss"), "the same, pruned by InfoBatch as it is"))
+    else:
+        other = "loss" if score != "loss" else "das" if trusted else "small_loss"
+        commands.append((command("full", None), "the same without pruning"))
+        commands.append((command(pruner, other), f"the same, ranked by {other}"))
+    if config.dataset.name == "digits":
+        commands.append(
+            (shlex.join([*program, "dataset=cifar10", "dataset.download=true", "scale=cpu"]), "real images, in minutes")
+        )
+    else:
+        commands.append((command(pruner, score if ranks else None, f"seed={config.seed + 1}"), "another seed"))
+    return commands

@@ -1,0 +1,314 @@
+"""The schema of a run's config: types, ranges, and which keys make a run what it is.
+
+Values live in ``conf/`` alone. Nothing here needs torch or data, so that mistakes are found at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+
+from .errors import UsageError
+from .pruning.pruners import PRUNERS, Pruner, settings
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Dataset(Node):
+    subset: Count | None
+    test_subset: Count | None
+    flip: bool
+    crop: Annotated[int, Field(ge=0)]
+
+
+class Digits(Dataset):
+    name: Literal["digits"]
+
+
+class Cifar(Dataset):
+    name: Literal["cifar10", "cifar100"]
+    root: str
+    download: bool
+
+
+class ImageFolder(Dataset):
+    name: Literal["image_folder"]
+    root: str
+    image_size: Count
+
+
+class Noise(Node):
+    name: Literal["clean", "sym", "asym", "real"]
+    rate: Annotated[float, Field(ge=0, lt=1)]
+    labels: Literal["aggre", "rand1", "rand2", "rand3", "worst"]
+    file: str | None
+
+
+class Score(Node):
+    name: str
+    window: Annotated[int, Field(ge=3)]
+    unseen: Literal["carry", "mask", "refresh"]
+
+
+class Reference(Node):
+    size: Annotated[float, Field(ge=0)]
+    noise: Share
+    train: bool
+
+
+class Narrow(Node):
+    name: Literal["small_cnn", "resnet8"]
+    width: Count
+    norm: Literal["batch", "sync", "group"]
+
+
+class ResNet(Node):
+    name: Literal["resnet18", "resnet50"]
+    stem: Literal["small", "large"]
+    norm: Literal["batch", "sync", "group"]
+
+
+class Optimizer(Node):
+    name: Literal["sgd", "lars"]
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    pct_start: Annotated[float, Field(gt=0, lt=1)]
+    div: Annotated[float, Field(ge=1)]
+    final_div: Annotated[float, Field(ge=1)]
+    cycle_momentum: bool
+
+
+class NoTracking(Node):
+    name: Literal["none"]
+
+
+class Wandb(Node):
+    name: Literal["wandb"]
+    mode: Literal["offline", "online"]
+    project: str
+    entity: str | None
+    group: str | None
+
+
+class Paths(Node):
+    results: Annotated[str, Field(min_length=1)]
+    data: Annotated[str, Field(min_length=1)]
+
+
+class Config(Node):
+    """One run. ``pruner`` holds its name and settings, which the pruner's own class checks."""
+
+    dataset: Annotated[Digits | Cifar | ImageFolder, Field(discriminator="name")]
+    noise: Noise
+    reference: Reference
+    pruner: dict[str, Any]
+    score: Score
+    model: Annotated[Narrow | ResNet, Field(discriminator="name")]
+    optimizer: Optimizer
+    tracking: Annotated[NoTracking | Wandb, Field(discriminator="name")]
+    scale: str
+    seed: Annotated[int, Field(ge=0)]
+    epochs: Count
+    batch_size: Count
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    recorded: Literal["plain", "smoothed"]
+    eval_every: Count
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    precision: Literal["auto", "bf16", "fp32"]
+    channels_last: bool
+    compile: Literal[False, True, "reduce-overhead"]
+    deterministic: bool
+    threads: Count
+    workers: Annotated[int, Field(ge=0)]
+    force: bool
+    keep_checkpoints: bool
+    paths: Paths
+
+    @field_validator("pruner")
+    @classmethod
+    def _check_pruner(cls, value: dict[str, Any]) -> dict[str, Any]:
+        make_pruner(value)
+        return value
+
+
+# What a run records where its pruner ranks nothing: any score would be inert, so that all share one run.
+UNRANKED = Score(name="loss", window=10, unseen="carry")
+
+# Keys that cannot change the result; what the data holds is in the identity by fingerprint.
+NOT_IDENTITY = {
+    "": ("force", "keep_checkpoints", "paths", "tracking", "workers"),
+    "dataset": ("root", "download"),
+    "noise": ("file",),
+}
+
+
+def validate(values: Mapping[str, Any]) -> Config:
+    """Return the config of a run, or raise UsageError with one sentence about its first mistake."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_explain(error, values)) from None
+    reference = config.reference
+    if reference.size >= 1 and reference.size != int(reference.size):
+        raise UsageError(f"reference.size={reference.size} is neither a share below 1 nor a whole number of samples")
+    if not make_pruner(config.pruner).uses_scores:
+        config = config.model_copy(update={"score": UNRANKED})
+    return config
+
+
+def make_pruner(values: Mapping[str, Any]) -> Pruner:
+    """Return the pruner that ``{name: …, setting: …}`` describes; the name may be an import path.
+
+    Raises UsageError for an unknown name or setting, a wrong type, or a value out of range.
+    """
+    name = values["name"]
+    pruner: Any = PRUNERS[name] if name in PRUNERS else import_class(name, Pruner, "pruner", PRUNERS)
+    given = {key: value for key, value in values.items() if key != "name"}
+    try:
+        checked = _schema(pruner).model_validate(given)
+    except ValidationError as error:
+        raise UsageError(_explain(error, given, "pruner", f"pruner={name}")) from None
+    try:
+        return pruner(**checked.model_dump())
+    except ValueError as error:
+        raise UsageError(f"pruner: {error}") from None
+
+
+@cache
+def _schema(pruner: Any) -> type[Node]:
+    """Return what a pruner's constructor takes, as a schema."""
+    hints = typing.get_type_hints(pruner)
+    fields: dict[str, Any] = {setting: (hints[setting], ...) for setting in settings(pruner)}
+    return create_model("Settings", __base__=Node, **fields)
+
+
+def import_class(path: str, base: type, what: str, known: Iterable[str]) -> Any:
+    """Import ``package.module.Class``, a subclass of ``base``; raise UsageError where that fails."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise UsageError(
+            f"{what}.name={path} is unknown{suggest(path, known)}; use one of {', '.join(known)}, "
+            "or package.module.Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{what}.name={path} cannot be imported ({error}); use one of {', '.join(known)}, "
+            "or package.module.Class of a module on PYTHONPATH"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UsageError(f"{what}.name={path} is not a subclass of {base.__module__}.{base.__qualname__}")
+    return found
+
+
+def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, Any]:
+    """Return what makes a run the run it is: the config less its inert keys, and the data's fingerprint.
+
+    The number of processes belongs to it where each normalises by statistics of its own share of a batch.
+    A key that is added later must be left out here while it has the value that reproduces the old behaviour.
+    """
+    values = config.model_dump()
+    for node, keys in NOT_IDENTITY.items():
+        for key in keys:
+            (values[node] if node else values).pop(key, None)
+    noise = values["noise"]
+    if noise["name"] not in ("sym", "asym"):
+        del noise["rate"]
+    if noise["name"] != "real" or config.dataset.name != "cifar10":
+        del noise["labels"]
+    if config.reference.size == 0:
+        values["reference"] = {"size": 0.0}
+    for key in make_pruner(config.pruner).inert():
+        del values["pruner"][key]
+    if config.optimizer.cycle_momentum:
+        values["optimizer"]["momentum"] = config.optimizer.momentum > 0
+    if config.label_smoothing == 0:
+        del values["recorded"]
+    if config.device.startswith("cuda"):
+        values["device"] = "cuda"
+    if config.model.norm == "batch":
+        del values["model"]["norm"]
+        if processes > 1:
+            values["processes"] = processes
+    values["data"] = fingerprint
+    return values
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean …?`` where something known is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _explain(error: ValidationError, values: Mapping[str, Any], at: str = "", chosen: str = "") -> str:
+    """Turn the first validation error into one sentence."""
+    first = error.errors()[0]
+    if isinstance(cause := first.get("ctx", {}).get("error"), UsageError):
+        return str(cause)
+    keys: list[str] = [at] if at else []
+    node: Any = values
+    for part in first["loc"]:
+        if isinstance(node, Mapping) and (part in node or part == first["loc"][-1]):
+            keys.append(str(part))
+            node = node.get(part)
+    key = ".".join(keys)
+    parent = ".".join(keys[:-1])
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(values, keys, at, error)
+        where = chosen or (f"{parent}={_name(values, parent)}" if parent else "the config")
+        return f"unknown key {key}{suggest(keys[-1], known)}; {where} has {', '.join(known) or 'none'}"
+    if kind == "missing":
+        return f"{key} is missing; set {key}=…"
+    given = f"{key}={_show(first['input'])}"
+    if kind in _RANGES:
+        return f"{given} is out of range: use a value {_RANGES[kind]} {next(iter(context.values()))}"
+    if kind in ("literal_error", "union_tag_invalid"):
+        expected = context.get("expected") or context.get("expected_tags")
+        return f"{given} is unknown: use {expected}".replace("'", "").replace("True", "true").replace("False", "false")
+    if kind == "string_pattern_mismatch":
+        return f"{given} is unknown: use auto, cpu, cuda or cuda:K"
+    if isinstance(first["input"], str) and re.fullmatch(r"[-+.\deE]+|true|false|null", first["input"]):
+        return f"{key}='{first['input']}' is a text; leave out the quotes"
+    return f"{given} has the wrong type: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+_RANGES = {
+    "greater_than": "above",
+    "greater_than_equal": "of at least",
+    "less_than": "below",
+    "less_than_equal": "of at most",
+}
+
+
+def _known_keys(values: Mapping[str, Any], keys: list[str], at: str, error: ValidationError) -> list[str]:
+    """The keys that the schema allows beside the unknown one."""
+    extra = {str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden"}
+    node: Any = values
+    for part in keys[(1 if at else 0) : -1]:
+        node = node[part]
+    return [str(key) for key in node if key not in extra and key != "name"]
+
+
+def _name(values: Mapping[str, Any], node: str) -> str:
+    return str(cast(Mapping[str, Any], values[node]).get("name", "…"))
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,96 @@
+"""What a person reads while a run works and when it ends. Every line stands alone, so logs stay readable."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+QUIET = 30.0  # seconds without a line before a log file gets one from within an epoch
+
+
+def speaks() -> bool:
+    """Return whether this process prints: of several that share a run, the first alone does."""
+    return "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """Print one line, after clearing what `Progress` shows."""
+    if not speaks():
+        return
+    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+    print(f"{clear}{line}", flush=True)
+
+
+class Progress:
+    """Shows where an epoch is: in place on a terminal, as a line every ``QUIET`` seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def show(self, line: str) -> None:
+        terminal = sys.stdout.isatty()
+        now = time.monotonic()
+        if now - self._last < (0.2 if terminal else QUIET):
+            return
+        self._last = now
+        if terminal and speaks():
+            print(f"\r\x1b[K{line}", end="", flush=True)
+        else:
+            say(line)
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int, seconds_left: float) -> str:
+    """Return one epoch's line: what ranked it, what was kept, how it went, and the time left."""
+    width = len(str(epochs))
+    parts = [
+        f"epoch {row['epoch'] + 1:>{width}}/{epochs}",
+        f"ranked by {row['ranked_by'] or '–':<10}",
+        f"kept {row['kept_fraction']:.2f}",
+        f"noise in it {_share(row['kept_noise'])}",
+        f"loss {row['train_loss']:.3f}",
+        f"test {'    –' if row['test_accuracy'] is None else format(row['test_accuracy'], '5.1f')} %",
+        f"{row['seconds']:.1f} s",
+        f"left {duration(seconds_left)}",
+    ]
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return hours, minutes and seconds as people write them: 1:02:03, 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def closing(summary: Mapping[str, Any], record: str, commands: Sequence[tuple[str, str]]) -> str:
+    """Return the small table of a finished run, its record, and what to type next."""
+    columns = {
+        "test accuracy": _number(summary["test_accuracy_final"], ".2f", " %"),
+        "saved": _number(summary["saved"], ".1%"),
+        "kept noise": f"{_share(summary['kept_noise_mean'])} of {_share(summary['noise_rate'])}",
+        "detection AUROC": _number(summary["detection_auroc_last"], ".3f"),
+        "seconds": _number(summary["seconds_total"], ".1f"),
+    }
+    widths = [max(len(name), len(value)) for name, value in columns.items()]
+    lines = [
+        "",
+        "  ".join(name.rjust(width) for name, width in zip(columns, widths, strict=True)),
+        "  ".join(value.rjust(width) for value, width in zip(columns.values(), widths, strict=True)),
+        "",
+        f"record  {record}",
+    ]
+    wide = max((len(command) for command, _ in commands), default=0)
+    for number, (command, meaning) in enumerate(commands):
+        lines.append(f"{'next' if number == 0 else '':<6}  {command:<{wide}}  # {meaning}")
+    return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else format(value, form) + unit

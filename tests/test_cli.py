@@ -1,0 +1,483 @@
+"""The command line: every mistake gets one sentence, status 2 and no file; help is fast; the wheel works elsewhere."""
+
+import io
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from alignprune_exp import experiment
+from alignprune_exp.train import main
+
+PROJECT = Path(__file__).parents[1]
+SMALL = ("epochs=4", "score.window=3", "pruner.delta=1", "dataset.subset=100", "dataset.test_subset=50", "threads=1")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working directory, and arguments and environment as they were afterwards."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    folder = tmp_path / "place"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def trained(place, monkeypatch):
+    """The folders of the runs that were trained, if any: the training itself is left out."""
+    folders = []
+
+    def train(self, folder, *_):
+        folders.append(folder.path)
+        raise experiment.Failed("not trained in this test")
+
+    monkeypatch.setattr(experiment.Experiment, "train", train)
+    return folders
+
+
+@pytest.fixture
+def refused(place, trained, tmp_path, capsys):
+    """Run a command line that must be refused; return the one sentence it is answered with."""
+    before = sorted(tmp_path.rglob("*"))
+
+    def run(*arguments):
+        untouched = sorted(tmp_path.rglob("*"))
+        status = main([*arguments])
+        output = capsys.readouterr()
+        assert status == 2, output
+        assert trained == []
+        assert len(output.err.splitlines()) == 1, output.err
+        assert len(output.err.strip()) > 10
+        assert "Traceback" not in output.err
+        assert sorted(tmp_path.rglob("*")) == untouched
+        return output.err.strip()
+
+    assert before == [place]
+    return run
+
+
+MISTAKES = [
+    # unknown options, with the nearest one
+    ("dataset=digit", "dataset=digit digits cifar10 cifar100 image_folder"),
+    ("dataset=cifar-10", "cifar-10 cifar10"),
+    ("pruner=infobach", "pruner=infobach infobatch full random seta topk"),
+    ("pruner=INFOBATCH", "pruner=INFOBATCH infobatch"),
+    ("score=dsa", "score=dsa das loss spearman cosine small_loss oracle"),
+    ("noise=sim0.5", "noise=sim0.5 sym0.5 asym0.2 real clean"),
+    ("noise=sym0.35", "noise=sym0.35 sym"),
+    ("model=resnet", "model=resnet resnet8 resnet18"),
+    ("optimizer=adam", "optimizer=adam sgd lars"),
+    ("reference=trust", "reference=trust trusted none"),
+    ("scale=tiny", "scale=tiny smoke cpu paper"),
+    ("tracking=wand", "tracking=wand wandb none"),
+    ("suite=man", "suite=man main"),
+    ("method=infobach", "method=infobach infobatch"),
+    ("score.name=dass", "dass das"),
+    ("pruner.name=infobach", "infobach infobatch"),
+    # unknown keys, with the nearest one or all there are
+    ("sed=1", "sed seed"),
+    ("epoch=3", "epoch epochs"),
+    ("noise.rte=0.1", "noise.rte rate"),
+    ("pruner.ratoi=0.3", "pruner.ratoi ratio delta rescale budget"),
+    ("score.windw=5", "score.windw window"),
+    ("pruner.warmup=3", "pruner.warmup infobatch ratio delta"),
+    ("pruner=full pruner.ratio=0.3", "pruner.ratio full"),
+    ("dataset.root=/tmp", "dataset.root digits subset"),
+    ("model=resnet18 model.width=3", "model.width resnet18 stem"),
+    ("+foo=1", "foo seed"),
+    ("++a.b=1", "a seed"),
+    ("+noise.foo=1", "noise.foo rate"),
+    ("++noise.foo=1", "noise.foo rate"),
+    ("hydra.foo=1", "hydra.foo"),
+    # removed ones
+    ("~pruner", "pruner"),
+    ("~seed", "seed"),
+    ("~noise.rate", "noise.rate"),
+    # not key=value, and flags
+    ("rubbish", "rubbish key=value"),
+    ("seed", "seed key=value"),
+    ("seed=[", "key=value"),
+    ("--foo", "--foo --help"),
+    ("--cfg bob", "bob job --help"),
+    ("--config-name nowhere", "nowhere"),
+    ("--config-path /nonexistent", "/nonexistent"),
+    # what follows from other keys, and what clashes
+    ("recipe=cifar10_cpu", "recipe dataset scale"),
+    ("recipe=null", "recipe dataset scale"),
+    ("method=seta pruner=full", "method pruner"),
+    # options that are no names
+    ("pruner=null", "pruner full infobatch random seta topk"),
+    ("noise=3", "noise clean sym asym real"),
+    ("score=0.5", "score das loss"),
+    ("dataset=true", "dataset digits"),
+    ("pruner=[full]", "pruner full infobatch"),
+    ("noise=[sym0.2,sym0.8]", "noise sym0.2"),
+    ("=3", "key=value"),
+    # wrong types
+    ("seed='3'", "seed='3' quotes"),
+    ("epochs='30'", "epochs='30' quotes"),
+    ("pruner.ratio='0.5'", "pruner.ratio='0.5' quotes"),
+    ("noise.rate='0.3'", "noise.rate='0.3' quotes"),
+    ("epochs=2.5", "epochs=2.5 integer"),
+    ("epochs=true", "epochs=true integer"),
+    ("epochs=null", "epochs=null integer"),
+    ("epochs=many", "epochs=many integer"),
+    ("optimizer.lr=high", "optimizer.lr=high number"),
+    ("force=maybe", "force=maybe"),
+    ("pruner.rescale=1", "pruner.rescale=1"),
+    ("pruner=topk pruner.warmup=x", "pruner.warmup=x integer"),
+    ("paths=3", "paths=3"),
+    ("seed=1,2", "seed=1,2"),
+    ("seed=${nope}", "nope"),
+    # out of range
+    ("noise.rate=1", "noise.rate=1 below"),
+    ("noise.rate=-0.1", "noise.rate=-0.1 0"),
+    ("noise.rate=nan", "noise.rate=nan"),
+    ("score.window=2", "score.window=2 3"),
+    ("score.window=20 epochs=20", "window 20 delta epochs"),
+    ("score.window=8 epochs=10", "window 8 delta epochs"),
+    ("pruner.ratio=0.91", "ratio=0.91 0.9"),
+    ("pruner.ratio=-0.1", "ratio=-0.1 0"),
+    ("pruner.delta=0", "delta=0 1"),
+    ("pruner.budget=1.5", "budget=1.5 1"),
+    ("pruner=seta pruner.groups=0", "groups=0 1"),
+    ("pruner=seta pruner.alpha=1.2", "alpha=1.2"),
+    ("pruner=topk pruner.warmup=-1", "warmup=-1 0"),
+    ("epochs=0", "epochs=0 1"),
+    ("batch_size=0", "batch_size=0 1"),
+    ("seed=-1", "seed=-1 0"),
+    ("threads=0", "threads=0 1"),
+    ("label_smoothing=1", "label_smoothing=1"),
+    ("optimizer.lr=inf", "optimizer.lr=inf"),
+    ("optimizer.lr=nan", "optimizer.lr=nan"),
+    ("optimizer.lr=0", "optimizer.lr=0"),
+    ("reference.noise=2", "reference.noise=2 1"),
+    ("score.unseen=cary", "score.unseen=cary carry mask refresh"),
+    ("precision=fp64", "precision=fp64 auto bf16 fp32"),
+    ("recorded=both", "recorded=both plain smoothed"),
+    ("device=gpu", "device=gpu auto cpu cuda"),
+    ("noise=real noise.labels=best", "noise.labels=best worst aggre"),
+    # what the data cannot give
+    ("reference=none", "das reference.size=0"),
+    ("reference.size=0", "das reference.size=0"),
+    ("reference=none score=cosine", "cosine reference"),
+    ("reference.size=1.5", "reference.size=1.5"),
+    ("reference.size=5000", "reference.size=5000 1438"),
+    ("dataset.subset=200 reference.size=200", "reference.size=200 200"),
+    ("dataset.subset=99999", "dataset.subset=99999 1438"),
+    ("dataset.subset=5", "dataset.subset=5 10"),
+    ("dataset.test_subset=99999", "dataset.test_subset=99999 359"),
+    ("noise=real", "noise=real digits cifar10"),
+    ("dataset=cifar10", "data/cifar10 dataset.download=true"),
+    ("dataset=cifar100 paths.data=/nonexistent", "/nonexistent/cifar100 dataset.download=true"),
+    ("dataset=cifar10 dataset.root=.", "dataset.root dataset.download=true train.parquet"),
+    ("dataset=image_folder dataset.root=/nonexistent", "dataset.root=/nonexistent train"),
+    ("dataset=image_folder", "dataset.root"),
+    ("dataset=image_folder dataset.root=.", "dataset.root train"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
+def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(refused, arguments, words):
+    sentence = refused(*arguments.split(" "))
+    assert [word for word in words.split() if word not in sentence] == [], sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [("pruner=infobach", "infobatch"), ("score=dsa", "das"), ("noise=sim0.5", "sym0.5"), ("sed=1", "seed")],
+)
+def test_the_nearest_match_is_suggested(refused, arguments, wanted):
+    assert f"did you mean {wanted}?" in refused(arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
+def test_cuda_asked_for_and_absent(refused, device):
+    sentence = refused(f"device={device}")
+    assert f"device={device}" in sentence
+    assert "device=cpu" in sentence
+
+
+@pytest.mark.parametrize("inside", ["", "/deeper", "/runs/deeper"])
+def test_a_results_folder_that_is_a_file(place, trained, capsys, inside):
+    (place / "taken").write_text("mine")
+    assert main([f"paths.results=taken{inside}"]) == 2
+    sentence = capsys.readouterr().err
+    assert len(sentence.splitlines()) == 1
+    assert "taken" in sentence
+    assert "paths.results=" in sentence
+    assert [path.read_text() for path in place.rglob("*")] == ["mine"]
+
+
+def test_a_results_folder_that_cannot_be_made(refused):
+    assert "paths.results=" in refused("paths.results=/proc/nothing/here")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_results_folder_that_is_not_writable(place, refused):
+    place.chmod(0o555)
+    try:
+        assert "paths.results=" in refused()
+    finally:
+        place.chmod(0o755)
+
+
+# Data sets on disk
+
+
+def parquet(root, split, labels, image=None, **columns):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(file, "PNG")
+    images = [{"bytes": file.getvalue(), "path": None} for _ in labels]
+    if image is not None:
+        images[image]["bytes"] = b"no image"
+    root.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"img": images, "label": list(labels), **columns}), root / f"{split}.parquet")
+
+
+@pytest.fixture
+def mistaken_cifar10(place, trained, capsys):
+    """Run on the CIFAR-10 files in ``cifar``; return the one sentence, and check that no file was added."""
+
+    def run(*arguments):
+        before = sorted(place.rglob("*"))
+        whole = ("dataset.subset=null", "dataset.test_subset=null", "reference.size=0.1")
+        assert main(["dataset=cifar10", "dataset.root=cifar", *whole, *arguments]) == 2
+        assert sorted(place.rglob("*")) == before
+        (sentence,) = capsys.readouterr().err.splitlines()
+        return sentence
+
+    return run
+
+
+LABELS = [k % 10 for k in range(40)]
+
+
+def test_a_half_downloaded_data_set_names_what_is_missing(place, mistaken_cifar10):
+    parquet(place / "cifar", "train", LABELS)
+    sentence = mistaken_cifar10()
+    assert "test.parquet" in sentence
+    assert "train.parquet," not in sentence.split(":")[0]
+    assert "dataset.download=true" in sentence
+
+
+def test_a_half_written_parquet_file_is_named(place, mistaken_cifar10):
+    for split in ("train", "test"):
+        parquet(place / "cifar", split, LABELS)
+    file = place / "cifar" / "train.parquet"
+    file.write_bytes(file.read_bytes()[:500])
+    assert "cifar/train.parquet" in mistaken_cifar10()
+
+
+def test_wrong_columns_are_named(place, mistaken_cifar10):
+    parquet(place / "cifar", "train", LABELS)
+    pq.write_table(pa.table({"picture": [b""], "target": [1]}), place / "cifar" / "test.parquet")
+    sentence = mistaken_cifar10()
+    assert all(word in sentence for word in ("cifar/test.parquet", "picture", "target", "img", "label"))
+
+
+def test_a_corrupt_image_is_named_by_its_row(place, mistaken_cifar10):
+    parquet(place / "cifar", "train", LABELS, image=17)
+    parquet(place / "cifar", "test", LABELS)
+    sentence = mistaken_cifar10()
+    assert "row 17" in sentence
+    assert "cifar/train.parquet" in sentence
+
+
+def cifar_n(path, clean, **columns):
+    names = ("aggre_label", "worse_label", "random_label1", "random_label2", "random_label3")
+    torch.save({"clean_label": np.array(clean)} | {name: np.array(clean) for name in names} | columns, path)
+
+
+def test_a_cifar_n_file_of_another_image_order_is_refused(place, mistaken_cifar10):
+    for split in ("train", "test"):
+        parquet(place / "cifar", split, LABELS)
+    cifar_n(place / "labels.pt", [*LABELS[:7], 0, *LABELS[8:]])
+    sentence = mistaken_cifar10("noise=real", "noise.file=labels.pt")
+    assert "labels.pt" in sentence
+    assert "clean labels" in sentence
+    assert "7" in sentence
+
+
+def test_a_missing_cifar_n_file_says_where_it_is_published(place, mistaken_cifar10):
+    for split in ("train", "test"):
+        parquet(place / "cifar", split, LABELS)
+    for arguments in ((), ("noise.file=nowhere.pt",)):
+        sentence = mistaken_cifar10("noise=real", *arguments)
+        assert "CIFAR-10_human.pt" in sentence
+        assert "http" in sentence
+
+
+# What is accepted
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "pruner=seta score=das score.window=20 seed=1",
+        "noise=sym noise.rate=0.35",
+        "pruner.budget=0.7",
+        "epochs=20 score.window=16",
+        "pruner=topk score=small_loss pruner.warmup=2",
+        "reference=none score=loss",
+        "reference.size=50 reference.train=true",
+        "noise=clean noise.rate=0.3 noise.file=/nowhere",
+        "pruner=full score=das score.window=29",
+        "method=infobatch_das",
+        "device=cpu precision=fp32",
+    ],
+)
+def test_what_people_type_is_accepted(trained, place, arguments):
+    assert main(arguments.split()) == 1
+    (folder,) = trained
+    assert folder.resolve().parent == place / "results" / "runs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ("pruner=full score.window=5", "score.window"),
+        ("pruner=random score=loss", "score"),
+        ("noise=clean noise.rate=0.3", "noise.rate"),
+        ("noise.file=/nowhere", "noise.file"),
+    ],
+)
+def test_a_key_without_effect_is_named(trained, capsys, arguments, key):
+    main(arguments.split())
+    assert f"{key} has no effect" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["-m", "seed=1,2", "paths.results=r"], ["paths.results=r", "seed=1,2", "-m"]])
+def test_a_sweep_is_started_by_its_flag_before_or_after_the_keys(trained, capsys, arguments):
+    assert main(arguments) == 1
+    assert len(trained) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("-m seed=0,1 noise.rate=0.5,1.5", "noise.rate=1.5 below"),
+        ("-m seed=0,1 score.window=10,40", "window 40"),
+        ("-m pruner=infobatch,infobach", "infobach infobatch"),
+        ("suite=main pruner=seta", "method pruner"),
+    ],
+)
+def test_a_sweep_checks_every_job_before_the_first_runs(refused, arguments, words):
+    sentence = refused(*arguments.split())
+    assert [word for word in words.split() if word not in sentence] == [], sentence
+
+
+# Processes of their own: start-up, exit status, other folders
+
+
+def apart(folder, *arguments, python_path=None):
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "HYDRA_FULL_ERROR")}
+    if python_path is not None:
+        environment["PYTHONPATH"] = str(python_path)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+HELP = "import sys; from alignprune_exp.train import main; sys.argv = ['train', *{arguments}]\n"
+HELP += "try: status = main()\nexcept SystemExit as end: status = end.code\n"
+HELP += "print('torch' in sys.modules, status or 0)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "status"),
+    [
+        (["--help"], ["dataset: ", "noise: ", "pruner: ", "score: ", "infobatch", "das", "epochs: ", "window: "], 0),
+        (["--cfg", "job"], ["epochs: ", "pruner:", "window: "], 0),
+        (["pruner=infobach"], [], 2),
+        (["noise.rate=2"], [], 2),
+    ],
+)
+def test_help_and_config_and_mistakes_do_not_wait_for_torch(tmp_path, arguments, words, status):
+    done = apart(tmp_path, "-c", HELP.format(arguments=arguments))
+    assert done.stdout.splitlines()[-1] == f"False {status}", done
+    assert [word for word in words if word not in done.stdout] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_the_exit_status_of_the_process_from_any_folder(tmp_path):
+    done = apart(tmp_path, "-m", "alignprune_exp.train", "epochs=0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_group(place, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert not end.value.code
+    lines = capsys.readouterr().out
+    for group in ("dataset", "noise", "pruner", "score", "reference", "model", "optimizer", "scale", "tracking"):
+        assert f"\n{group}: " in lines
+    assert "recipe follows from dataset and scale" in lines
+
+
+def test_a_run_ends_with_a_small_table_its_record_and_three_commands(place, capsys):
+    small = [
+        "epochs=4",
+        "score.window=3",
+        "pruner.delta=1",
+        "dataset.subset=100",
+        "dataset.test_subset=50",
+        "threads=1",
+    ]
+    assert main(small) == 0
+    out = capsys.readouterr().out
+    for column in ("accuracy", "saved", "kept noise", "AUROC", "seconds"):
+        assert column in out
+    (record,) = [line.split()[1] for line in out.splitlines() if line.startswith("record")]
+    assert (place / record / "summary.json").is_file()
+    commands = [line for line in out.splitlines() if "python -m alignprune_exp.train" in line]
+    assert len(commands) == 3
+    assert [path.name for path in place.iterdir()] == ["results"]
+
+
+@pytest.mark.slow
+def test_the_wheel_works_from_another_folder(tmp_path):
+    wheels, unpacked, elsewhere = (tmp_path / name for name in ("wheels", "unpacked", "elsewhere"))
+    source = tmp_path / "source"
+    archive = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=PROJECT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, archive.stdout.decode().split("\0")):
+        if (PROJECT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((PROJECT / name).read_bytes())
+    built = apart(tmp_path, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", wheels, source)
+    if built.returncode and "hatchling" in built.stderr:
+        pytest.skip("hatchling cannot be had here")
+    assert built.returncode == 0, built.stderr
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(unpacked)
+    elsewhere.mkdir()
+    shown = "import alignprune_exp, hydra_plugins.alignprune_sweeper as s; print(alignprune_exp.__file__, s.__file__)"
+    where = apart(elsewhere, "-c", shown, python_path=unpacked)
+    assert where.stdout.count(str(unpacked)) == 2, where
+    done = apart(elsewhere, "-m", "alignprune_exp.train", "--cfg", "job", python_path=unpacked)
+    assert done.returncode == 0, done.stderr
+    assert "name: infobatch" in done.stdout
+    source.rename(tmp_path / "gone")
+    done = apart(elsewhere, "-m", "alignprune_exp.train", *SMALL, python_path=unpacked)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in elsewhere.iterdir()] == ["results"]

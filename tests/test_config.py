@@ -1,0 +1,326 @@
+"""Every option of conf/ composes; what makes a run the run it is; which of two settings wins."""
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from alignprune_exp.commandline import checked, config_dir
+from alignprune_exp.config import identity, validate
+from alignprune_exp.errors import UsageError
+from alignprune_exp.experiment import make_pruning
+from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning
+from alignprune_exp.runs import run_id
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = ("dataset", "noise", "pruner", "score", "reference", "model", "optimizer", "scale", "tracking")
+OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+FINGERPRINT = "0" * 64
+ROOT = "dataset.root=/nowhere"
+
+
+def _config(*overrides):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return checked(compose("train", list(overrides)))
+
+
+def _id(config, fingerprint=FINGERPRINT):
+    return run_id(identity(config, fingerprint))
+
+
+def _ids(*command_lines):
+    return [_id(_config(*overrides.split())) for overrides in command_lines]
+
+
+def _leaves(values, path=()):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_validates(group, option):
+    root = [ROOT] if group == "dataset" and option != "digits" else []
+    config = _config(f"{group}={option}", *root)
+    chosen = config.model_dump()[group]
+    name = chosen if group == "scale" else chosen.get("name", option)
+    assert option == name or re.fullmatch(rf"{name}0\.\d", option)
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "scale"])
+def test_every_option_says_in_its_first_line_what_it_is(group, option):
+    assert (CONF / group / f"{option}.yaml").read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("name", sorted(PRUNERS))
+def test_pruner_yaml_holds_the_defaults_of_its_class(name):
+    values = yaml.safe_load((CONF / "pruner" / f"{name}.yaml").read_text())
+    defaults = {field.name: field.default for field in fields(PRUNERS[name])}
+    assert values == {"name": name, **defaults}
+    assert [type(values[key]) for key in defaults] == [type(value) for value in defaults.values()]
+
+
+@pytest.mark.parametrize("name", sorted(SCORES))
+def test_score_yaml_holds_the_defaults_of_the_plug_in(name):
+    values = yaml.safe_load((CONF / "score" / f"{name}.yaml").read_text())
+    parameters = inspect.signature(DynamicPruning).parameters
+    assert values == {"name": name} | {key: parameters[key].default for key in ("window", "unseen")}
+
+
+def test_main_job_is_what_the_specification_says():
+    assert _ids("") == _ids("dataset=digits noise=sym0.5 pruner=infobatch score=das scale=smoke")
+
+
+@pytest.mark.parametrize(
+    ("noise", "name", "rate"),
+    [("sym0.5", "sym", 0.5), ("sym0.8", "sym", 0.8), ("asym0.2", "asym", 0.2), ("asym0.4", "asym", 0.4)],
+)
+def test_noise_rate_in_an_options_name_is_its_rate(noise, name, rate):
+    config = _config(f"noise={noise}")
+    assert (config.noise.name, config.noise.rate) == (name, rate)
+    assert _ids(f"noise={noise}") == _ids(f"noise={name} noise.rate={rate}")
+
+
+def test_paper_scale_is_the_public_recipe():
+    config = _config("scale=paper", "dataset=cifar100", ROOT)
+    optimizer, dataset = config.optimizer, config.dataset
+    assert (config.model.name, config.model.stem, config.epochs, config.batch_size) == ("resnet18", "small", 200, 128)
+    assert (optimizer.name, optimizer.lr, optimizer.weight_decay, optimizer.cycle_momentum) == ("lars", 5.2, 5e-4, True)
+    assert (optimizer.pct_start, optimizer.div, optimizer.final_div, config.label_smoothing) == (0.3, 25, 1e4, 0.1)
+    assert (dataset.flip, dataset.crop, dataset.subset, config.recorded) == (True, 4, None, "plain")
+
+
+# --- what the command line sets wins over what a scale or a recipe sets
+
+
+EXPLICIT = {
+    "epochs": 17,
+    "batch_size": 33,
+    "label_smoothing": 0.05,
+    "eval_every": 3,
+    "threads": 3,
+    "optimizer.lr": 0.123,
+    "optimizer.weight_decay": 0.01,
+    "model.width": 9,
+    "dataset.subset": 77,
+    "dataset.test_subset": 78,
+    "dataset.crop": 2,
+}
+
+
+@pytest.mark.parametrize("scale_first", [True, False])
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
+def test_command_line_wins_over_scale_and_recipe_in_either_order(scale, optimizer, scale_first):
+    explicit = ["model=small_cnn", f"optimizer={optimizer}", *(f"{key}={value}" for key, value in EXPLICIT.items())]
+    order = [f"scale={scale}", *explicit] if scale_first else [*explicit, f"scale={scale}"]
+    values = _config("dataset=cifar10", ROOT, *order).model_dump()
+    found = {".".join(path): value for path, value in _leaves(values)}
+    assert {key: found[key] for key in EXPLICIT} == EXPLICIT
+    assert (found["model.name"], found["optimizer.name"], found["scale"]) == ("small_cnn", optimizer, scale)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
+def test_an_optimizer_chosen_by_hand_comes_with_its_own_rate(scale):
+    own = yaml.safe_load((CONF / "optimizer" / "lars.yaml").read_text())
+    assert _config(f"scale={scale}", "optimizer=lars").optimizer.lr == own["lr"]
+
+
+# --- identity
+
+
+# A change of one of these means that runs made before are no longer found: they would all be computed again.
+# If that is meant, say so in the commit; else leave the new key out of `identity` at the value of old.
+GOLDEN = {
+    "": "17d5af224eeb",
+    "dataset=cifar100 dataset.root=/d scale=paper noise=real pruner=seta score=spearman": "8ab85fe4ab5d",
+    "dataset=image_folder dataset.root=/d scale=cpu noise=clean pruner=full device=cuda reference=none": "8562ec15a941",
+}
+
+
+@pytest.mark.parametrize(("overrides", "expected"), GOLDEN.items())
+def test_golden_ids(overrides, expected):
+    assert _ids(overrides) == [expected]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "paths.results=/elsewhere",
+        "paths.data=/elsewhere",
+        "tracking=wandb",
+        "tracking=wandb tracking.mode=online tracking.project=p tracking.entity=e tracking.group=g",
+        "force=true",
+        "keep_checkpoints=true",
+        "workers=7",
+        "dataset.root=/elsewhere",
+        "dataset.download=true",
+        "noise.file=/some/file.pt",
+    ],
+)
+def test_what_cannot_change_the_result_does_not_change_the_id(change):
+    base = f"dataset=cifar10 {ROOT}"
+    same, changed = _ids(base, f"{base} {change}")
+    assert same == changed
+
+
+def test_devices_of_one_kind_are_one_run():
+    cuda = _ids("device=cuda", "device=cuda:0", "device=cuda:1")
+    assert len(set(cuda)) == 1
+    assert len({*cuda, *_ids("device=cpu", "device=auto")}) == 3
+
+
+# Smoothing makes `recorded` matter. Numbers and booleans are changed by rule, words by this table.
+WALKED = _config("label_smoothing=0.1").model_dump()
+OTHER = {
+    "noise.name": "asym",
+    "score.name": "loss",
+    "score.unseen": "mask",
+    "model.name": "resnet8",
+    "model.norm": "group",
+    "optimizer.name": "lars",
+    "recorded": "smoothed",
+    "precision": "fp32",
+    "device": "cpu",
+    "scale": "cpu",
+    "dataset.subset": 500,
+    "dataset.test_subset": 100,
+    "pruner.budget": 0.7,
+}
+# By the specification: what cannot change the result, or has no effect under sym noise on digits.
+INERT = {"paths.results", "paths.data", "tracking.name", "force", "keep_checkpoints", "workers"}
+INERT |= {"noise.file", "noise.labels"}
+NO_OTHER = {"dataset.name", "pruner.name"}  # changing the name alone leaves keys of the old option behind
+
+
+@pytest.mark.parametrize(
+    "path", [p for p, _ in _leaves(WALKED) if ".".join(p) not in INERT | NO_OTHER], ids=lambda p: ".".join(p)
+)
+def test_every_other_key_changes_the_id(path):
+    values = _config("label_smoothing=0.1").model_dump()
+    *parents, key = path
+    node = values
+    for parent in parents:
+        node = node[parent]
+    old, name = node[key], ".".join(path)
+    if name in OTHER:
+        node[key] = OTHER[name]
+    elif isinstance(old, bool):
+        node[key] = not old
+    elif isinstance(old, int):
+        node[key] = old + 1
+    else:
+        assert isinstance(old, float), f"{name} is new: give it another valid value in OTHER"
+        node[key] = old / 2 if old else 0.25
+    assert node[key] != old
+    assert _id(validate(values)) != _id(validate(WALKED))
+
+
+def test_dataset_and_pruner_and_data_change_the_id():
+    datasets = [f"dataset=cifar10 {ROOT}", f"dataset=cifar100 {ROOT}"]
+    ids = _ids("", *datasets, *(f"pruner={name}" for name in PRUNERS if name != "infobatch"))
+    assert len(set(ids)) == len(ids)
+    assert _id(_config(), "1" * 64) != _id(_config())
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        ("noise=clean", ["noise.rate=0.3", "noise.labels=rand1"]),
+        (f"dataset=cifar10 {ROOT} noise=real", ["noise.rate=0.3"]),
+        (f"dataset=cifar100 {ROOT} noise=real", ["noise.rate=0.3", "noise.labels=aggre"]),
+        (f"dataset=cifar10 {ROOT} noise=sym0.5", ["noise.labels=aggre"]),
+        ("noise=asym0.2", ["noise.labels=rand2"]),
+        *[
+            (f"pruner={pruner}", ["score=loss", "score=oracle", "score=das score.window=4 score.unseen=refresh"])
+            for pruner in ("full", "random")
+        ],
+        ("reference=none score=loss", ["reference.noise=0.1", "reference.train=true"]),
+        ("label_smoothing=0", ["recorded=smoothed"]),
+    ],
+)
+def test_keys_that_a_choice_leaves_without_effect_do_not_change_the_id(base, changes):
+    ids = _ids(base, *(f"{base} {change}" for change in changes))
+    assert len(set(ids)) == 1
+
+
+def test_keys_with_an_effect_again_change_the_id():
+    real10 = f"dataset=cifar10 {ROOT} noise=real"
+    assert len(set(_ids(real10, f"{real10} noise.labels=aggre"))) == 2
+    assert len(set(_ids("noise=sym", "noise=sym noise.rate=0.35", "noise=asym noise.rate=0.35"))) == 3
+    assert len(set(_ids("pruner=topk", "pruner=topk score=loss", "pruner=seta", "pruner=seta score=loss"))) == 4
+
+
+# --- ranges, at their edges
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "noise=sym noise.rate=0",
+        "noise=sym noise.rate=0.999",
+        "score.window=3 epochs=5",  # 4 <= 4.375
+        "epochs=13",  # 11 <= 11.375
+        "pruner.delta=0.29 epochs=100 score.window=28",  # 29 <= 29, which floating point makes 28.999…
+        "pruner.ratio=0",
+        "pruner.ratio=0.9",
+        "reference.size=0 score=loss",
+        "epochs=30",
+        "optimizer.lr=1",  # a whole number is a number
+    ],
+)
+def test_values_at_the_edge_are_accepted(overrides):
+    make_pruning(_config(*overrides.split()), range(100), clean=np.ones(100, bool))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "noise=sym noise.rate=1",
+        "noise=sym noise.rate=-0.01",
+        "noise=sym noise.rate=nan",
+        "score.window=2",
+        "epochs=12",  # 11 > 10.5
+        "pruner.delta=0.29 epochs=100 score.window=29",
+        "pruner.ratio=0.91",
+        "pruner.ratio=-0.1",
+        "pruner.ratio=nan",
+        "pruner.delta=0",
+        "pruner.delta=1.1",
+        "pruner.budget=0",
+        "pruner.budget=1.5",
+        "pruner=seta pruner.groups=0",
+        "pruner=seta pruner.alpha=0",
+        "pruner=seta pruner.alpha=1.5",
+        "pruner=topk pruner.warmup=-1",
+        "reference.size=0",
+        "reference.size=1.5",
+        "reference.size=inf",
+        "reference.size=nan",
+        "optimizer.lr=0",
+        "optimizer.lr=nan",
+        "optimizer.lr=inf",
+        "optimizer.pct_start=1",
+        "optimizer.weight_decay=nan",
+        "batch_size=0",
+        "epochs=0",
+        "eval_every=0",
+        "label_smoothing=1",
+        "dataset.crop=-1",
+        "model.width=0",
+    ],
+)
+def test_values_beyond_the_edge_are_refused(overrides):
+    with pytest.raises(UsageError) as error:
+        make_pruning(_config(*overrides.split()), range(100), clean=np.ones(100, bool))
+    last_key, _, value = overrides.split()[-1].partition("=")
+    assert last_key.split(".")[-1] in str(error.value)
+    assert value in str(error.value) or last_key in ("epochs", "score.window")
+    assert "\n" not in str(error.value)
