@@ -1,0 +1,89 @@
+"""What a selection and its scores look like where the clean labels are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .pruning import Selection
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+BINS = 40
+
+Mask = NDArray[np.bool_]
+
+
+def detection_auroc(scores: NDArray[np.floating], noisy: Mask) -> float | None:
+    """Return how well -score ranks noisy above clean samples: the area under the ROC curve.
+
+    ½ is chance; below, the score prefers noise. Ties count half; samples without a score (NaN) do not count.
+    None where there are no noisy or no clean samples.
+    """
+    noisy = noisy[~np.isnan(scores)]
+    scores = scores[~np.isnan(scores)]
+    clean_scores, noisy_scores = np.sort(scores[~noisy]), scores[noisy]
+    if len(clean_scores) == 0 or len(noisy_scores) == 0:
+        return None
+    above = len(clean_scores) - np.searchsorted(clean_scores, noisy_scores, "right")
+    tied = np.searchsorted(clean_scores, noisy_scores, "right") - np.searchsorted(clean_scores, noisy_scores)
+    return float((above.sum() + tied.sum() / 2) / (len(clean_scores) * len(noisy_scores)))
+
+
+def kept_noise(selection: Selection, noisy: Mask | None) -> tuple[float | None, float | None]:
+    """Return the noisy fraction of a selection, plain and by gradient weight; None where it is unknown."""
+    if noisy is None:
+        return None, None
+    chosen, weights = noisy[selection.indices], selection.weights.astype(np.float64)
+    return float(chosen.mean()), float((weights * chosen).sum() / weights.sum())
+
+
+def dynamics(
+    epoch: int,
+    losses: NDArray[np.floating],
+    reference: NDArray[np.floating],
+    scores: Mapping[str, NDArray[np.floating]],
+    noisy: Mask | None,
+    labels: NDArray[np.int64],
+    selection: Selection,
+    classes: int,
+) -> list[dict[str, Any]]:
+    """Return one epoch's rows of ``dynamics.parquet``.
+
+    Args:
+        losses: (n,) last recorded losses. reference: (R,) losses of the reference samples.
+        scores: (n,) each, by name. noisy: (n,), or None where unknown. labels: (n,) as trained on.
+
+    Each row has ``epoch``, ``kind``, ``name``, ``group`` (clean, noisy, reference, or all where unknown), ``x``
+    and ``value``: ``loss_quantile`` at quantile x; ``histogram`` of the score ``name``, the count in the bin
+    centred at x; ``kept_fraction`` of class x.
+    """
+    everyone = np.ones(len(losses), bool)
+    groups = {"all": everyone} if noisy is None else {"clean": ~noisy, "noisy": noisy}
+    rows: list[dict[str, Any]] = []
+
+    def add(kind: str, name: str, group: str, xs: Any, values: Any) -> None:
+        for x, value in zip(xs, values, strict=True):
+            row = {"epoch": epoch, "kind": kind, "name": name, "group": group}
+            rows.append({**row, "x": float(x), "value": float(value)})
+
+    seen = ~np.isnan(losses)
+    samples = {group: losses[mask & seen] for group, mask in groups.items()} | {"reference": reference}
+    for group, values in samples.items():
+        if len(values):
+            add("loss_quantile", "loss", group, QUANTILES, np.quantile(values, QUANTILES))
+    top = 4 * math.log(max(classes, 2))
+    for name, score in scores.items():
+        low, high = {"loss": (0.0, top), "small_loss": (-top, 0.0)}.get(name, (-1.0, 1.0))
+        for group, mask in groups.items():
+            values = np.clip(score[mask & ~np.isnan(score)], low, high)
+            counts, edges = np.histogram(values, BINS, (low, high))
+            add("histogram", name, group, (edges[1:] + edges[:-1]) / 2, counts)
+    members = np.bincount(labels, minlength=classes)
+    kept = np.bincount(labels[selection.indices], minlength=classes)
+    present = np.flatnonzero(members)
+    add("kept_fraction", "class", "all", present, kept[present] / members[present])
+    return rows

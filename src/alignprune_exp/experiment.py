@@ -1,0 +1,733 @@
+"""One run: builds its parts, walks the epochs, leaves the record."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from . import distributed, models, optim
+from .config import Config, NoTracking, identity, import_class, make_pruner
+from .console import Progress, epoch_line, say
+from .data.batches import Batches
+from .data.datasets import load
+from .data.split import TrainingData, prepare
+from .diagnostics import detection_auroc, dynamics, kept_noise
+from .distributed import Lost, Processes
+from .errors import Failed, Stopped, UsageError
+from .pruning import SCORES, DynamicPruning, NonFiniteLossError, Score
+from .pruning.seeding import generator
+from .runs import RunFolder, owner_alive, run_id, write_atomically, write_json, write_text
+from .tracking import Tracker
+
+STEPS_BETWEEN_QUESTIONS = 10  # after which several processes ask each other whether to stop
+FROM_THE_BANK = ("loss", "das", "spearman", "cosine", "small_loss")  # scores that every run can log
+Result = TypeVar("Result")
+
+
+def run(config: Config, command: str, group: str | None = None) -> tuple[dict[str, Any], Path]:
+    """Run, or resume, one experiment; return its summary and its folder.
+
+    ``group`` names the suite that the run belongs to, for tracking. A run that has finished is not run again: its
+    summary is returned. Raises UsageError for a mistake in the
+    config or the data, before anything is written, Failed, and Stopped.
+    """
+    processes = Processes()
+    with ExitStack() as owned:
+        owned.enter_context(processes.joined())
+        experiment = _agreed(processes, lambda: Experiment(config, processes))
+        folder = RunFolder(Path(config.paths.results), experiment.id)
+
+        def begin() -> dict[str, Any] | None:
+            if processes.rank > 0:
+                return None
+            anew = config.force and not folder.was_requeued()
+            if not anew and (ended := _ended(folder)):
+                return ended
+            owned.enter_context(folder.claim(anew))
+            return _ended(folder)
+
+        ended = _agreed(processes, begin)
+        if processes.any(ended is not None):
+            return ended or folder.summary() or {}, folder.path
+        try:
+            with processes.connected():
+                return experiment.train(folder, command, group), folder.path
+        except Lost as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all with the first; let it be said why
+            error.speaks = processes.rank == 1 and _has_died(folder.path)
+            raise
+
+
+def _agreed(processes: Processes, work: Callable[[], Result]) -> Result:
+    """Do the work in every process; where one of them finds a mistake, they all end, and rank 0 says which."""
+    result, mistake = None, None
+    try:
+        result = work()
+    except (UsageError, Failed) as error:
+        mistake = error
+    said = processes.first(None if mistake is None else str(mistake))
+    if mistake is not None:
+        raise mistake
+    if said is not None:
+        raise UsageError(said)
+    return cast(Result, result)
+
+
+def _has_died(folder: Path) -> bool:
+    """Return whether the process that owned the folder has ended, or ends within two seconds."""
+    for _ in range(20):
+        if not owner_alive(folder):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _ended(folder: RunFolder) -> dict[str, Any] | None:
+    summary = folder.summary()
+    if summary is None:
+        return None
+    if summary["status"] == "failed":
+        raise Failed(f"run {folder.id} has failed before: {summary['error']}; force=true tries again")
+    say(f"run {folder.id} has finished already, {summary['finished_at']}; force=true runs it again")
+    return summary
+
+
+class Experiment:
+    """The parts of one run. Building them reads the data and writes nothing.
+
+    Raises UsageError for whatever the config asks for that the data or the machine cannot give.
+    """
+
+    def __init__(self, config: Config, processes: Processes | None = None) -> None:
+        self.config = config
+        self.processes = processes or Processes()
+        self.device = resolve_device(config.device, self.processes)
+        self.precision = resolve_precision(config.precision, self.device)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.benchmark = not config.deterministic
+        torch.set_num_threads(config.threads)
+
+        self.data = _load(config)
+        self.id = run_id(identity(config, self.data.fingerprint, self.processes.size))
+        self.config_id = run_id(identity(config, fingerprint=""))
+        train, reference = self.data.train, self.data.reference
+        self.labels = train.labels
+        self.noisy = None if train.clean_labels is None else train.labels != train.clean_labels
+        if config.score.name == "oracle" and self.noisy is None:
+            raise UsageError("score=oracle needs clean labels, and this data set has none; use another score")
+        self.pruning = make_pruning(config, train, None if self.noisy is None else ~self.noisy, self.device)
+
+        self.batches = self._batches(train, augmented=True)
+        self.test_batches = self._batches(self.data.test)
+        self.reference_batches = self._batches(reference) if reference is not None else None
+
+        torch.manual_seed(int(generator(config.seed, "model").integers(2**62)))
+        if config.batch_size < self.processes.size:
+            raise UsageError(
+                f"batch_size={config.batch_size} over {self.processes.size} processes leaves some without a sample; "
+                f"set batch_size={self.processes.size} or more"
+            )
+        if config.model.norm == "sync" and self.processes.size > 1 and self.device.type == "cpu":
+            raise UsageError("model.norm=sync is for CUDA devices; set model.norm=group, or one process")
+        self.model = models.build(config.model, len(self.data.mean), len(self.data.classes)).to(self.device)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.optimizer = optim.build(config.optimizer, self.model.parameters())
+        self.parallel: nn.Module = self.model
+        if self.processes.size > 1:
+            self.parallel = distributed.parallel(self.model)
+        mode = config.compile if isinstance(config.compile, str) else None
+        self.forward = torch.compile(self.parallel, mode=mode) if config.compile else self.parallel
+
+    def _batches(self, split: Any, augmented: bool = False) -> Batches:
+        config = self.config
+        return Batches(
+            split,
+            batch_size=config.batch_size if augmented else max(config.batch_size, 256),
+            device=self.device,
+            mean=self.data.mean,
+            std=self.data.std,
+            seed=config.seed,
+            train=augmented,
+            flip=config.dataset.flip,
+            crop=config.dataset.crop,
+            channels_last=config.channels_last,
+            workers=config.workers,
+        )
+
+    def train(self, folder: RunFolder, command: str, group: str | None = None) -> dict[str, Any]:
+        """Walk the epochs from where the folder's checkpoint stands; write the record; return the summary."""
+        config, pruning = self.config, self.pruning
+        self.step, self.loss_sum = 0, torch.zeros((), dtype=torch.float64, device=self.device)
+        self.elapsed = 0.0
+        self.own: list[tuple[Tensor, Tensor]] = []
+        self.predicted = torch.full((self.pruning.n,), -1, dtype=torch.int64, device=self.device)
+        rows, drawn = self._resume(folder)
+        writes = self.processes.rank == 0
+        environment = self.environment(command, len(rows))
+        if writes:
+            write_text(folder.path / "config.yaml", _yaml(config))
+            write_json(folder.path / "environment.json", environment)
+        tracking = config.tracking if writes else NoTracking(name="none")
+        mirrored = config.model_dump() | {"environment": environment}
+        tracker = Tracker(tracking, self.id, group, folder.path, mirrored, say)
+        say(
+            f"run {self.id}: {len(self.labels)} samples of {config.dataset.name}, {config.epochs} epochs, "
+            f"{config.model.name} on {self.device} in {self.precision}"
+            + (f", {self.processes.size} processes" if self.processes.size > 1 else "")
+            + (f", resumed at epoch {pruning.epoch}, step {self.step}" if rows or self.step else "")
+        )
+        try:
+            with _stop_signals() as stop:
+                self._walk(folder, stop, rows, drawn, tracker)
+            if writes:
+                self._write_samples(folder.path / "samples.parquet")
+            summary = self._summary(rows, status="finished")
+        except NonFiniteLossError as error:
+            summary = self._summary(rows, status="failed", error=str(error))
+        except BaseException as error:
+            tracker.finish({"status": "stopped" if isinstance(error, Stopped) else "interrupted"})
+            raise
+        if writes:
+            write_json(folder.path / "summary.json", summary)
+        tracker.finish(summary)
+        if summary["status"] == "failed":
+            raise Failed(f"run {self.id}: {summary['error']}; the record is in {folder.path}")
+        if writes and not config.keep_checkpoints:
+            folder.remove_checkpoints()
+        return summary
+
+    def _walk(
+        self,
+        folder: RunFolder,
+        stop: threading.Event,
+        rows: list[dict[str, Any]],
+        drawn: list[dict[str, Any]],
+        tracker: Tracker,
+    ) -> None:
+        """Train the epochs that are left, writing the record as they end."""
+        epochs = self.config.epochs
+        while self.pruning.epoch < epochs:
+            row, more = self._epoch(folder, stop)
+            rows.append(row)
+            drawn.extend(more)
+            if self.processes.rank == 0:
+                folder.append_metrics(row)
+                _write_parquet(folder.path / "dynamics.parquet", drawn)
+            self._save(folder)
+            tracker.log(row)
+            recent = [r["seconds"] for r in rows[-5:]]
+            left = sum(recent) / len(recent) * (epochs - len(rows))
+            say(epoch_line(row, epochs, left))
+            if self.processes.any(stop.is_set()) and self.pruning.epoch < epochs:
+                raise self._stopped()
+
+    def _epoch(self, folder: RunFolder, stop: threading.Event) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Train one epoch; return its metrics and its rows of dynamics."""
+        config, pruning = self.config, self.pruning
+        clock = _Clock()
+        epoch, ranked_by, selection = pruning.epoch, pruning.ranked_by, pruning.selection
+        ranking = pruning.ranking
+        order = pruning.order()
+        if not self.processes.same(zlib.crc32(selection.weights.tobytes(), zlib.crc32(order.tobytes()))):
+            raise Failed(
+                f"the processes do not agree on the selection of epoch {epoch}; start them from one checkout, with "
+                "one version of every package, on one kind of processor"
+            )
+        clock.lap("seconds_select")
+
+        rank, ranks = self.processes.rank, self.processes.size
+        sizes = self.batches.sizes(len(order))
+        steps = len(sizes)
+        progress = Progress()
+        self.model.train()
+        lr = 0.0
+        with self._uneven(sizes[-1] < ranks):
+            for index, images, labels in self.batches.epoch(order, epoch, self.step, rank, ranks):
+                lr = optim.set_progress(self.optimizer, (epoch + self.step / steps) / config.epochs, config.optimizer)
+                plain, smoothed, predicted = self._losses(images, labels)
+                self.predicted[index.to(self.device, non_blocking=True)] = predicted
+                recorded = plain if config.recorded == "plain" else smoothed
+                loss = pruning.update(index, smoothed, recorded)
+                if ranks > 1:  # gradients are averaged over the processes, whose shares may differ in size
+                    loss = loss * (len(index) * ranks / sizes[self.step])
+                    self.own.append((index, recorded.detach()))
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                self.loss_sum += plain.detach().sum()
+                self.step += 1
+                if self.step < steps and self._stops(stop):
+                    self._exchange()
+                    pruning.check_finite()
+                    self.elapsed += clock.total()
+                    self._save(folder)
+                    raise self._stopped()
+                progress.show(f"epoch {epoch + 1}/{config.epochs}  step {self.step}/{steps}")
+        self._exchange()
+        self.processes.from_rank_0(list(self.model.buffers()))
+        pruning.check_finite()
+        if not torch.stack([p.detach().sum() for p in self.model.parameters()]).isfinite().all():
+            raise NonFiniteLossError(epoch, what="a weight")
+        train_loss = self.loss_sum.item() / len(order)
+        clock.lap("seconds_train")
+
+        self.model.eval()
+        refreshed = 0
+        if config.score.unseen == "refresh":
+            unseen = pruning.unseen().cpu()
+            refreshed = len(unseen)
+            if refreshed:
+                pruning.record(unseen, self._plain_losses(self.batches, unseen))
+        clock.lap("seconds_refresh")
+        reference = self._reference_losses()
+        clock.lap("seconds_reference")
+        pruning.end_epoch(reference.mean().item() if len(reference) else None)
+        clock.lap("seconds_score")
+
+        test_accuracy = test_loss = None
+        if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
+            test_accuracy, test_loss = self._test()
+            if not math.isfinite(test_loss):
+                raise NonFiniteLossError(epoch, what="the test loss")
+        clock.lap("seconds_test")
+
+        scores = self.bank_scores()
+        plain_noise, weighted_noise = kept_noise(selection, self.noisy)
+        aurocs = {
+            f"auroc_{name}": None
+            if self.noisy is None or name not in scores
+            else detection_auroc(scores[name], self.noisy)
+            for name in (*FROM_THE_BANK, *([self._ranking_name] if self._ranking_name else []))
+        }
+        more = dynamics(
+            epoch,
+            pruning.trajectories.last_N.cpu().numpy(),
+            reference.cpu().numpy(),
+            scores,
+            self.noisy,
+            self.labels,
+            selection,
+            len(self.data.classes),
+        )
+        clock.lap("seconds_diagnostics")
+        self.step = 0
+        self.loss_sum.zero_()
+        self.loss_sum_before.zero_()
+        row = {
+            "epoch": epoch,
+            "ranked_by": ranked_by,
+            "train_loss": train_loss,
+            "test_accuracy": test_accuracy,
+            "test_loss": test_loss,
+            "lr": lr,
+            "kept_fraction": len(order) / pruning.n,
+            "kept_noise": plain_noise,
+            "kept_noise_weighted": weighted_noise,
+            **aurocs,
+            "reference_loss": reference.mean().item() if len(reference) else None,
+            "score_mean": float(np.nanmean(ranking)) if ranked_by and not np.isnan(ranking).all() else None,
+            "low_fraction": None if math.isnan(selection.low_fraction) else selection.low_fraction,
+            "samples_seen": int(pruning.times_selected.sum()),
+            "samples_refreshed": refreshed,
+            "seconds": self.elapsed + clock.total(),
+            **clock.laps,
+        }
+        self.elapsed = 0.0
+        return row, more
+
+    @property
+    def _ranking_name(self) -> str | None:
+        return self.pruning.score.name if self.pruning.pruner.uses_scores else None
+
+    def bank_scores(self) -> dict[str, np.ndarray]:
+        """Return every score (n,) that the bank can give after the last finished epoch, by name.
+
+        A score that compares with the reference is there once its window is full.
+        """
+        pruning = self.pruning
+        names = [*FROM_THE_BANK]
+        if self._ranking_name and self._ranking_name not in names:
+            names.append(self._ranking_name)
+        scores = {}
+        for name in names:
+            score = pruning.score if name == self._ranking_name else SCORES[name]()
+            ready = pruning.epoch >= self.config.score.window and self.reference_batches is not None
+            if ready or not score.aligned:
+                scores[name] = pruning.scores(score)
+        return scores
+
+    def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each sample's cross-entropy (B,) from float32 logits, plain and smoothed, and predicted class (B,)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.forward(images)
+        log_p = F.log_softmax(logits.float(), dim=1)
+        plain = F.nll_loss(log_p, labels, reduction="none")
+        smoothing = self.config.label_smoothing
+        smoothed = (1 - smoothing) * plain - smoothing * log_p.mean(1) if smoothing else plain
+        return plain, smoothed, logits.detach().argmax(1)
+
+    @torch.no_grad()
+    def _evaluate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each sample's plain cross-entropy (B,) and whether it is classified right (B,)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(images)
+        logits = logits.float()
+        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
+
+    def _reference_losses(self) -> Tensor:
+        if self.reference_batches is None:
+            return torch.empty(0)
+        assert self.data.reference is not None
+        return self._plain_losses(self.reference_batches, torch.arange(len(self.data.reference))).double()
+
+    def _plain_losses(self, batches: Batches, samples: Tensor) -> Tensor:
+        """Return the plain losses (K,) of ``samples`` (K,) without augmentation, of which each process does a share."""
+        shares = batches.evaluation(self.processes.share(samples))
+        losses = [self._evaluate(images, labels)[0] for _, images, labels in shares]
+        return self.processes.gather(torch.cat([torch.empty(0, device=self.device), *losses]))
+
+    def _stops(self, stop: threading.Event) -> bool:
+        """Return whether to stop before the coming step; several processes ask each other now and then."""
+        if self.processes.size == 1:
+            return stop.is_set()
+        return self.step % STEPS_BETWEEN_QUESTIONS == 0 and self.processes.any(stop.is_set())
+
+    def _uneven(self, uneven: bool) -> AbstractContextManager[Any]:
+        """Let processes without a share of the last step wait for those that have one."""
+        if isinstance(self.parallel, DistributedDataParallel):
+            return cast(AbstractContextManager[Any], self.parallel.join(enable=uneven))
+        return nullcontext()
+
+    def _exchange(self) -> None:
+        """Record what the other processes have observed since the last exchange, and add their losses."""
+        if self.processes.size == 1:
+            return
+        none = (torch.empty(0, dtype=torch.int64), torch.empty(0, device=self.device))
+        index, losses = (torch.cat(parts) for parts in zip(none, *self.own, strict=True))
+        self.own = []
+        gathered = [self.processes.gathered(own) for own in (index, losses, self.predicted[index.to(self.device)])]
+        for parts in gathered:
+            del parts[self.processes.rank]
+        index, losses, predicted = (torch.cat(parts) for parts in gathered)
+        self.pruning.record(index, losses)
+        self.predicted[index.to(self.device)] = predicted
+        self.pruning.bad_step.copy_(self.processes.min(self.pruning.bad_step))
+        self.loss_sum = self.loss_sum_before + self.processes.sum(self.loss_sum - self.loss_sum_before)
+        self.loss_sum_before.copy_(self.loss_sum)
+
+    def _test(self) -> tuple[float, float]:
+        """Return accuracy in per cent and mean loss on the test set."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        share = self.processes.share(torch.arange(len(self.data.test)))
+        for _, images, labels in self.test_batches.evaluation(share):
+            losses, correct = self._evaluate(images, labels)
+            loss += losses.sum()
+            right += correct.sum()
+        loss, right = self.processes.sum(loss), self.processes.sum(right)
+        return 100 * right.item() / len(self.data.test), loss.item() / len(self.data.test)
+
+    def _save(self, folder: RunFolder) -> None:
+        if self.processes.rank > 0:
+            return
+        folder.save_checkpoint(
+            {
+                "precision": self.precision,
+                "device": self.device.type,
+                "epoch": self.pruning.epoch,
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "loss_sum": self.loss_sum,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "pruning": self.pruning.state_dict(),
+                "predicted": self.predicted,
+            }
+        )
+
+    def _resume(self, folder: RunFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Load the latest checkpoint, cut the record back to it, and return metrics and dynamics so far."""
+        state = folder.load_checkpoint(say)
+        epochs = 0
+        if state is not None:
+            for key, here in (("precision", self.precision), ("device", self.device.type)):
+                if state[key] != here:
+                    raise UsageError(
+                        f"run {self.id} was begun with {key} {state[key]} and {key}={getattr(self.config, key)} means "
+                        f"{here} here; go on where it is {state[key]}, or start again with force=true"
+                    )
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.pruning.load_state_dict(state["pruning"])
+            self.step, self.elapsed = state["step"], state["elapsed"]
+            self.loss_sum.copy_(state["loss_sum"])
+            self.predicted.copy_(state["predicted"])
+            epochs = state["epoch"]
+        self.loss_sum_before = self.loss_sum.clone()
+        if not self.processes.same(epochs * 2**32 + self.step):
+            raise Failed(f"the processes do not see the same checkpoint in {folder.path}; put it on a disk they share")
+        if self.processes.rank == 0:
+            folder.cut_metrics(epochs)
+        rows = [row for row in folder.metrics() if row["epoch"] < epochs]
+        if len(rows) != epochs:
+            raise UsageError(f"{folder.path}/metrics.jsonl is damaged; force=true starts again and keeps this folder")
+        drawn = _read_parquet(folder.path / "dynamics.parquet") if epochs else []
+        return rows, [row for row in drawn if row["epoch"] < epochs]
+
+    def _summary(self, rows: list[dict[str, Any]], status: str, error: str | None = None) -> dict[str, Any]:
+        config, pruning = self.config, self.pruning
+        pruned = rows[: pruning.pruner.pruning_epochs(config.epochs)]
+        tested = [row["test_accuracy"] for row in rows if row["test_accuracy"] is not None]
+        trained = int(pruning.times_selected.sum())
+        seconds_steps = sum(row["seconds_train"] for row in rows)
+        return {
+            "id": self.id,
+            "config_id": self.config_id,
+            "status": status,
+            **({"error": error} if error else {}),
+            "dataset": config.dataset.name,
+            "noise": config.noise.name,
+            "noise_rate": None if self.noisy is None else float(self.noisy.mean()),
+            "pairing": self.data.pairing or None,
+            "pruner": config.pruner["name"],
+            "score": self._ranking_name,
+            "window": config.score.window if self._ranking_name else None,
+            "seed": config.seed,
+            "scale": config.scale,
+            "epochs": config.epochs,
+            "samples": pruning.n,
+            "test_accuracy_final": rows[-1]["test_accuracy"] if rows else None,
+            "test_accuracy_best": max(tested, default=None),
+            "saved": 1 - trained / (pruning.n * config.epochs),
+            "kept_noise_mean": _mean(row["kept_noise"] for row in pruned),
+            "kept_noise_weighted_mean": _mean(row["kept_noise_weighted"] for row in pruned),
+            "detection_auroc_last": rows[-1][f"auroc_{self._ranking_name}"] if rows and self._ranking_name else None,
+            "seconds_train": sum(row["seconds"] - row["seconds_test"] for row in rows),
+            "seconds_total": sum(row["seconds"] for row in rows),
+            "samples_per_second": trained / seconds_steps if seconds_steps else None,
+            "commit": _commit(),
+            "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def _stopped(self) -> Stopped:
+        where = f"epoch {self.pruning.epoch}, step {self.step}"
+        return Stopped(f"run {self.id} stopped in {where} and left a checkpoint; the same command goes on from there")
+
+    def environment(self, command: str, resumed_at: int) -> dict[str, Any]:
+        """Return what the run's bits depend on beside its config."""
+        cuda = self.device.type == "cuda"
+        return {
+            "config_id": self.config_id,
+            "epochs": self.config.epochs,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
+            "device_type": self.device.type,
+            "precision": self.precision,
+            "threads": self.config.threads,
+            "processes": self.processes.size,
+            "host": platform.node(),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "commit": _commit(),
+            "command": command,
+            "resumed_at_epoch": resumed_at,
+            "data_fingerprint": self.data.fingerprint,
+        }
+
+    def _write_samples(self, path: Path) -> None:
+        import pandas as pd
+
+        pruning, train = self.pruning, self.data.train
+        empty = np.full(pruning.n, np.nan, np.float32)
+        scores = {f"score_{name}": empty for name in FROM_THE_BANK}
+        scores |= {f"score_{name}": values for name, values in self.bank_scores().items()}
+        frame = pd.DataFrame(
+            {
+                "index": train.rows,
+                "path": pd.array(train.paths, dtype="string") if train.paths is not None else None,
+                "label": train.labels,
+                "clean_label": train.clean_labels if train.clean_labels is not None else None,
+                "predicted": self.predicted.cpu().numpy(),
+                "loss": pruning.trajectories.last_N.cpu().numpy(),
+                **scores,
+                "times_selected": pruning.times_selected,
+            }
+        )
+        write_atomically(path, lambda file: frame.to_parquet(file, index=False))
+
+
+class _Clock:
+    """Splits an epoch's seconds by what they went into."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def make_pruning(
+    config: Config, dataset: Any, clean: np.ndarray | None = None, device: torch.device | str = "cpu"
+) -> DynamicPruning:
+    """Return the pruning of a run over ``dataset``; raise UsageError for settings that do not go together."""
+    score = config.score.name
+    try:
+        pruning = DynamicPruning(
+            dataset,
+            config.epochs,
+            make_pruner(config.pruner),
+            score if score in SCORES else import_class(score, Score, "score", SCORES)(),
+            window=config.score.window,
+            unseen=config.score.unseen,
+            seed=config.seed,
+            clean=clean,
+            device=device,
+        )
+    except ValueError as error:
+        raise UsageError(f"pruner={config.pruner['name']} score={score}: {error}") from None
+    if pruning.score.aligned and pruning.pruner.uses_scores and config.reference.size == 0:
+        raise UsageError(
+            f"score={score} compares with a reference set, and reference.size=0 leaves none; "
+            "set reference.size=0.01, or score=loss"
+        )
+    return pruning
+
+
+def resolve_device(asked: str, processes: Processes | None = None) -> torch.device:
+    """Return the device of ``auto``, ``cpu``, ``cuda`` or ``cuda:K``; raise UsageError if it is absent.
+
+    Of several processes on a machine each takes the CUDA device of its number.
+    """
+    count = torch.cuda.device_count() if asked != "cpu" and torch.cuda.is_available() else 0
+    device = torch.device(("cuda" if count else "cpu") if asked == "auto" else asked)
+    if device.type == "cuda" and processes is not None and processes.size > 1:
+        if device.index is not None:
+            raise UsageError(f"device={asked} is one device for {processes.size} processes; use device=cuda")
+        device = torch.device("cuda", processes.local)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"device={asked} is not there: torch sees {count} CUDA devices; use device=auto or device=cpu")
+    return device
+
+
+def resolve_precision(asked: str, device: torch.device) -> str:
+    """Return ``bf16`` or ``fp32``; ``auto`` is bf16 where the device has it in hardware."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def _load(config: Config) -> TrainingData:
+    dataset, noise, reference = config.dataset, config.noise, config.reference
+    place = getattr(dataset, "root", None)
+    root = Path(place).expanduser() if place is not None else None
+    source = load(
+        dataset.name,
+        root=root,
+        download=getattr(dataset, "download", False),
+        image_size=getattr(dataset, "image_size", None),
+    )
+    return prepare(
+        source,
+        seed=config.seed,
+        subset=dataset.subset,
+        test_subset=dataset.test_subset,
+        reference_size=reference.size,
+        reference_noise=reference.noise,
+        reference_train=reference.train,
+        noise=noise.name,
+        noise_rate=noise.rate,
+        noise_labels=noise.labels,
+        noise_file=Path(noise.file).expanduser() if noise.file is not None else None,
+        root=root,
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turn SIGINT, SIGTERM and SIGUSR2 into a wish that the loop looks at after each step.
+
+    A second one is obeyed at once, but under a scheduler that has put a handler on SIGUSR2: it signals repeatedly.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    scheduled = callable(signal.getsignal(signal.SIGUSR2))
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and not scheduled:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _yaml(config: Config) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_atomically(path, lambda file: pq.write_table(pa.Table.from_pylist(rows), file))
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
+
+
+def _commit() -> str | None:
+    """Return the commit of this package's checkout, with ``+`` where it is changed; None outside one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changes.stdout.strip() else "")
+
+
+def _mean(values: Iterator[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,163 @@
+"""The entry point: compose the config, run, report.
+
+python -m alignprune_exp.train pruner=infobatch score=das noise=sym0.5
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from .commandline import (
+    PROGRAM,
+    check_line,
+    checked,
+    config_dir,
+    explained,
+    group_of,
+    inert_keys,
+    next_commands,
+    refuse_clashes,
+)
+from .console import speaks
+from .errors import Elsewhere, Ended, Stopped, UsageError
+
+if TYPE_CHECKING:
+    from .sweep import Job
+
+UNTIL_SAID = 5.0  # seconds that a process waits for another one to say why both end; torchrun ends all with the first
+
+
+class Task:
+    """The job that Hydra calls. It reports its own end, so that nothing but a bug raises through Hydra.
+
+    ``status`` is the exit status of the last job in this process: 0 done, 1 failed, 2 a mistake, 3 running
+    elsewhere, 130 stopped. ``jobs`` are those of a sweep as it checked them, by their overrides: they run as they
+    were checked, whatever has become of the configs since.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.jobs: dict[tuple[str, ...], Job] = {}
+
+    def __call__(self, composed: DictConfig) -> int:
+        overrides = tuple(OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)["task"])  # type: ignore
+        self.status = perform(lambda: self.jobs.get(overrides) or _single(composed, overrides))
+        return self.status
+
+
+def _single(composed: DictConfig, overrides: tuple[str, ...]) -> Job:
+    from .sweep import Job
+
+    hydra_config = HydraConfig.get()
+    launcher = hydra_config.runtime.choices["hydra/launcher"]
+    if launcher != "basic" and hydra_config.mode is RunMode.RUN:
+        raise UsageError(f"hydra/launcher={launcher} launches sweeps; add -m")
+    refuse_clashes(overrides)
+    return Job(None, overrides, checked(composed), group_of(composed))
+
+
+def perform(job: Callable[[], Job]) -> int:
+    """Run what ``job`` returns and return its exit status.
+
+    Whoever stops a job ends its process, and with it the sweep that it is part of; a scheduler starts it again. Of
+    several processes that share the run the first alone does so, lest the others' end takes it down too early.
+    """
+    status = _report(lambda: _run(job()))
+    if status == Stopped.status and speaks():
+        _requeue()
+        sys.exit(status)
+    return status
+
+
+def _run(job: Job) -> None:
+    from .console import closing, say
+    from .experiment import run
+
+    config, overrides = job.config, job.overrides
+    if job.number is not None:
+        say(f"[{job.number}] {' '.join(overrides)}")
+    for note in inert_keys(config, overrides):
+        say(f"note: {note}")
+    summary, folder = run(config, shlex.join([*PROGRAM.split(), *overrides]), job.group)
+    say(closing(summary, str(folder), [] if job.number is not None else next_commands(config, overrides)))
+
+
+def _requeue() -> None:
+    """Let submitit queue this process's Slurm job again and end the process, unless Slurm has done so or cancelled it.
+
+    That is what its SIGUSR2 handler does; the run has taken the signal before it, to leave a checkpoint first.
+    """
+    handler = signal.getsignal(signal.SIGUSR2)
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or not callable(handler):
+        return
+    try:
+        state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        state = ""
+    if state in ("RUNNING", ""):
+        handler(signal.SIGUSR2, None)
+
+
+def _report(work: Callable[[], object]) -> int:
+    """Do the work; print one sentence if it does not end well; return the exit status."""
+
+    def complain(what: object, speaker: bool = False) -> None:
+        if speaker or speaks():
+            print(what, file=sys.stderr, flush=True)
+        else:
+            time.sleep(UNTIL_SAID)
+
+    try:
+        with explained():
+            work()
+    except UsageError as error:
+        complain(error)
+        return error.status if isinstance(error, Elsewhere) else 2
+    except KeyboardInterrupt:
+        complain("stopped at once; the same command goes on from the latest checkpoint")
+        return 130
+    except Ended as error:
+        complain(error, error.speaks)
+        return error.status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has read enough
+        return 1
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        complain(f"{error.strerror or error}{where}; the same command goes on from the latest checkpoint")
+        return 1
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status: 0 done, 1 failed, 2 a mistake, 3 running elsewhere, 130 stopped."""
+    if arguments is not None:
+        sys.argv = [PROGRAM, *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
+    task = Task()
+
+    def work() -> None:
+        check_line(sys.argv[1:])
+        hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(task)()
+
+    return _report(work) or task.status
+
+
+if __name__ == "__main__":
+    # Under its real name, so that jobs sent to other processes find what they need.
+    from alignprune_exp.train import main as entry
+
+    sys.exit(entry())

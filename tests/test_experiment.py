@@ -1,0 +1,787 @@
+"""One run: its record, its repeatability, and what survives a stop, a kill, damage and a diverging loss."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch.nn import functional as F
+
+from alignprune_exp import experiment as experiment_module
+from alignprune_exp.commandline import checked, config_dir
+from alignprune_exp.errors import Stopped, UsageError
+from alignprune_exp.experiment import Experiment
+from alignprune_exp.runs import CHECKPOINTS, RunFolder
+from alignprune_exp.train import main
+
+EPOCHS, WINDOW, PRUNING_EPOCHS = 12, 3, 10  # floor(0.875 * 12) epochs are pruned
+SMALL = ("threads=1", f"epochs={EPOCHS}", f"score.window={WINDOW}", "dataset.subset=300", "dataset.test_subset=100")
+LONG = ("threads=1", "epochs=6", f"score.window={WINDOW}", "batch_size=8")  # long enough to be killed in
+
+# Keys and columns as the design lists them
+METRICS = (
+    "epoch ranked_by train_loss test_accuracy test_loss lr kept_fraction kept_noise kept_noise_weighted "
+    "reference_loss score_mean low_fraction seconds seconds_select seconds_score seconds_reference seconds_test "
+    "samples_seen auroc_loss auroc_das auroc_spearman auroc_cosine auroc_small_loss"
+)
+SUMMARY = (
+    "id status dataset noise noise_rate pairing pruner score window seed scale epochs test_accuracy_final "
+    "test_accuracy_best saved kept_noise_mean kept_noise_weighted_mean detection_auroc_last seconds_train "
+    "seconds_total samples_per_second commit finished_at"
+)
+SAMPLES = (
+    "index path label clean_label predicted loss score_loss score_das score_spearman score_cosine score_small_loss "
+    "times_selected"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+def config_of(results, *overrides, base=SMALL):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return checked(compose("train", [*base, f"paths.results={results}", *overrides]))
+
+
+def launch(results, *overrides, base=SMALL):
+    return main([*base, f"paths.results={results}", *overrides])
+
+
+def only_run(results):
+    (folder,) = (p for p in (Path(results) / "runs").iterdir() if "~" not in p.name)
+    return folder
+
+
+def metrics_of(folder, seconds=False):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return rows if seconds else [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def assert_same_results(folder, other):
+    """All that a run computes is equal, bit by bit."""
+    assert metrics_of(folder) == metrics_of(other)
+    for name in ("dynamics.parquet", "samples.parquet"):
+        frames = [pd.read_parquet(f / name) for f in (folder, other)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+    measured = ("seconds_train", "seconds_total", "samples_per_second", "finished_at", "commit")
+    summaries = [{k: v for k, v in summary_of(f).items() if k not in measured} for f in (folder, other)]
+    assert summaries[0] == summaries[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run that nothing disturbed, by its overrides."""
+
+    @cache
+    def folder(*overrides, base=SMALL):
+        results = tmp_path_factory.mktemp("undisturbed")
+        before = sys.argv
+        assert launch(results, *overrides, base=base) == 0
+        sys.argv = before
+        return only_run(results)
+
+    return folder
+
+
+class Stop:
+    """Stands in for the signals: asks an experiment to stop after a chosen number of its training steps."""
+
+    def __init__(self, monkeypatch):
+        self.event = threading.Event()
+        self.steps = []  # (epoch, samples in the batch) of each step
+
+        @contextmanager
+        def signals():
+            yield self.event
+
+        monkeypatch.setattr(experiment_module, "_stop_signals", signals)
+
+    def after(self, steps, experiment):
+        self.event.clear()
+        update = experiment.pruning.update
+        done = []
+
+        def counted(*args, **kwargs):
+            done.append(1)
+            self.steps.append((experiment.pruning.epoch, len(args[0])))
+            if len(done) == steps:
+                self.event.set()
+            return update(*args, **kwargs)
+
+        experiment.pruning.update = counted
+
+    def run(self, config, steps):
+        """Go on with the run of ``config``; return whether it was stopped."""
+        one = Experiment(config)
+        self.after(steps, one)
+        folder = RunFolder(Path(config.paths.results), one.id)
+        with folder.claim():
+            try:
+                one.train(folder, "test")
+            except Stopped:
+                return True
+        return False
+
+
+def checkpoints(folder):
+    """The checkpoints of a run folder, latest first."""
+    paths = [folder / name for name in CHECKPOINTS if (folder / name).exists()]
+    return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def truncate(path):
+    """Cut a file to half of its length, keeping its time, as a crashed disk would."""
+    times = path.stat()
+    path.write_bytes(path.read_bytes()[: times.st_size // 2])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.fixture
+def half_done(tmp_path, monkeypatch):
+    """The folder of a run stopped in the middle of its sixth epoch, and its config."""
+    config = config_of(tmp_path)
+    with monkeypatch.context() as patch:
+        assert Stop(patch).run(config, 24)
+    folder = only_run(tmp_path)
+    assert len(checkpoints(folder)) == 2
+    assert 3 <= len(metrics_of(folder)) < EPOCHS
+    return folder
+
+
+# The record
+
+
+def test_a_run_leaves_the_record_of_the_design_and_nothing_else(undisturbed):
+    folder = undisturbed()
+    names = {path.name for path in folder.iterdir()} - {"lock"}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "dynamics.parquet",
+        "summary.json",
+        "samples.parquet",
+        "environment.json",
+    }
+    summary = summary_of(folder)
+    assert summary["id"] == folder.name
+    assert summary["status"] == "finished"
+    assert set(SUMMARY.split()) <= summary.keys()
+    rows = metrics_of(folder, seconds=True)
+    assert [row["epoch"] for row in rows] == list(range(EPOCHS))
+    for row in rows:
+        assert set(METRICS.split()) <= row.keys()
+    assert set(SAMPLES.split()) <= set(pd.read_parquet(folder / "samples.parquet").columns)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["threads"] == 1
+    assert environment["precision"] in ("bf16", "fp32")
+    assert "alignprune_exp.train" in environment["command"]
+    assert {"torch", "numpy", "python", "commit", "device"} <= environment.keys()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("score=loss", "reference=none"),
+        ("pruner=random", "epochs=4"),
+        ("pruner=full",),
+        ("score=random",),
+        ("score=oracle",),
+    ],
+    ids=" ".join,
+)
+def test_every_run_has_the_same_columns_empty_where_unknown(undisturbed, overrides):
+    folder = undisturbed(*overrides)
+    for row in metrics_of(folder, seconds=True):
+        assert set(METRICS.split()) <= row.keys()
+    assert set(SUMMARY.split()) <= summary_of(folder).keys()
+    assert set(SAMPLES.split()) <= set(pd.read_parquet(folder / "samples.parquet").columns)
+
+
+@pytest.mark.parametrize("overrides", [(), ("pruner=seta",), ("pruner=topk", "score=small_loss"), ("pruner=random",)])
+def test_the_summary_follows_from_the_metrics(undisturbed, overrides):
+    folder = undisturbed(*overrides)
+    rows, summary = metrics_of(folder, seconds=True), summary_of(folder)
+    samples = pd.read_parquet(folder / "samples.parquet")
+    n, delta = len(samples), {"pruner=seta": 0.875, "": 0.875}.get(overrides[0] if overrides else "", 1.0)
+    pruning = [row for row in rows if row["epoch"] + 1 <= delta * EPOCHS]
+    assert n == 297
+    assert summary["saved"] == pytest.approx(1 - sum(row["kept_fraction"] for row in rows) / EPOCHS)
+    for key in ("kept_noise", "kept_noise_weighted"):
+        assert summary[f"{key}_mean"] == pytest.approx(np.mean([row[key] for row in pruning]))
+    assert summary["test_accuracy_final"] == rows[-1]["test_accuracy"]
+    assert summary["test_accuracy_best"] == max(row["test_accuracy"] for row in rows)
+    assert summary["noise_rate"] == round(0.5 * n) / n == (samples["label"] != samples["clean_label"]).mean()
+    assert summary["seconds_total"] == pytest.approx(sum(row["seconds"] for row in rows))
+    if summary["score"]:
+        assert summary["detection_auroc_last"] == rows[-1][f"auroc_{summary['score']}"]
+    assert samples["times_selected"].sum() == rows[-1]["samples_seen"]
+    assert rows[-1]["samples_seen"] == round(sum(row["kept_fraction"] for row in rows) * n)
+
+
+def test_each_epoch_says_what_ranked_it(undisturbed):
+    by = [row["ranked_by"] for row in metrics_of(undisturbed())]
+    assert by == ["loss"] * WINDOW + ["das"] * (PRUNING_EPOCHS - WINDOW) + [None] * (EPOCHS - PRUNING_EPOCHS)
+    by = [row["ranked_by"] for row in metrics_of(undisturbed("score=small_loss"))]
+    assert by == ["small_loss"] * PRUNING_EPOCHS + [None] * (EPOCHS - PRUNING_EPOCHS)
+    by = [row["ranked_by"] for row in metrics_of(undisturbed("pruner=full"))]
+    assert by == [None] * EPOCHS
+
+
+def test_the_last_score_of_a_sample_is_recomputed_from_its_trajectory(tmp_path):
+    config = config_of(tmp_path)
+    one = Experiment(config)
+    ends, losses = [], []
+    end_epoch = one.pruning.end_epoch
+
+    def noted(reference_loss):
+        end_epoch(reference_loss)
+        ends.append(reference_loss)
+        losses.append(one.pruning.trajectories.last_N.double().numpy().copy())
+
+    one.pruning.end_epoch = noted
+    folder = RunFolder(tmp_path, one.id)
+    with folder.claim():
+        one.train(folder, "test")
+    samples = pd.read_parquet(folder.path / "samples.parquet")
+    window, reference = np.stack(losses[-WINDOW:]), np.array(ends[-WINDOW:])
+    expected = [np.corrcoef(window[:, i], reference)[0, 1] for i in range(len(samples))]
+    np.testing.assert_allclose(samples["score_das"], expected, atol=1e-5)
+    np.testing.assert_allclose(samples["loss"], losses[-1], rtol=1e-6)
+
+
+def test_the_last_epoch_is_always_evaluated(undisturbed):
+    rows = metrics_of(undisturbed("eval_every=5"))
+    assert [row["epoch"] for row in rows if row["test_accuracy"] is not None] == [4, 9, 11]
+    rows = metrics_of(undisturbed("eval_every=100"))
+    assert [row["epoch"] for row in rows if row["test_accuracy"] is not None] == [11]
+
+
+def test_how_often_a_run_evaluates_changes_nothing_else(undisturbed):
+    def training(folder):
+        return [{k: v for k, v in row.items() if not k.startswith("test_")} for row in metrics_of(folder)]
+
+    assert training(undisturbed("eval_every=5")) == training(undisturbed())
+
+
+# What is recorded
+
+
+class Observed:
+    """Listens to one experiment: the logits of each training step, and what each epoch recorded."""
+
+    def __init__(self, config):
+        self.experiment = one = Experiment(config)
+        self.steps, self.returned, self.epochs = [], [], []
+        logits = []
+        one.model.register_forward_hook(lambda model, _, output: logits.append(output.detach().float()))
+        update, end_epoch = one.pruning.update, one.pruning.end_epoch
+
+        def noted_update(index, *args, **kwargs):
+            loss = update(index, *args, **kwargs)
+            weights = dict(zip(one.pruning.selection.indices, one.pruning.selection.weights, strict=True))
+            self.steps.append((one.pruning.epoch, index, logits[-1], torch.tensor([weights[int(i)] for i in index])))
+            self.returned.append(loss.item())
+            return loss
+
+        def noted_end(reference_loss):
+            end_epoch(reference_loss)
+            self.epochs.append(one.pruning.trajectories.last_N.clone())
+
+        one.pruning.update, one.pruning.end_epoch = noted_update, noted_end
+
+    def run(self, results):
+        folder = RunFolder(results, self.experiment.id)
+        with folder.claim():
+            self.experiment.train(folder, "test")
+        return folder.path
+
+
+@pytest.mark.parametrize("recorded", ["plain", "smoothed"])
+def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(tmp_path, recorded):
+    config = config_of(tmp_path, "label_smoothing=0.2", f"recorded={recorded}", "epochs=5", "precision=fp32")
+    seen = Observed(config)
+    folder = seen.run(tmp_path)
+    labels = torch.from_numpy(seen.experiment.labels)
+    plain_sum = {}
+    for (epoch, index, logits, weights), returned in zip(seen.steps, seen.returned, strict=True):
+        plain = F.cross_entropy(logits, labels[index], reduction="none")
+        smoothed = F.cross_entropy(logits, labels[index], reduction="none", label_smoothing=0.2)
+        assert returned == pytest.approx((weights * smoothed).sum().item() / len(index), rel=1e-5)
+        expected = plain if recorded == "plain" else smoothed
+        torch.testing.assert_close(seen.epochs[epoch][index], expected, rtol=1e-5, atol=1e-6)
+        plain_sum[epoch] = plain_sum.get(epoch, 0) + plain.double().sum().item()
+    for row in metrics_of(folder):
+        trained = round(row["kept_fraction"] * len(labels))
+        assert row["train_loss"] == pytest.approx(plain_sum[row["epoch"]] / trained, rel=1e-5)
+
+
+def independently(one, images, labels):
+    """Losses in eval mode, from the uint8 images, without the batches of the package."""
+    x = (images.double().movedim(-1, 1) if images.shape[-1] == len(one.data.mean) else images.double()) / 255
+    mean, std = (torch.from_numpy(np.asarray(v)).view(1, -1, 1, 1) for v in (one.data.mean, one.data.std))
+    was_training = one.model.training
+    one.model.eval()
+    with torch.no_grad():
+        logits = one.model(((x - mean) / std).float())
+    one.model.train(was_training)
+    return F.cross_entropy(logits, torch.from_numpy(np.asarray(labels)), reduction="none")
+
+
+@pytest.mark.parametrize("overrides", [(), ("reference.size=60", "reference.noise=0.5", "label_smoothing=0.2")])
+def test_the_reference_and_test_losses_equal_an_independent_evaluation(tmp_path, overrides):
+    one = Experiment(config_of(tmp_path, "precision=fp32", "epochs=5", *overrides))
+    folder = RunFolder(tmp_path, one.id)
+    with folder.claim():
+        one.train(folder, "test")
+    last = metrics_of(folder.path)[-1]
+    for split, key in ((one.data.reference, "reference_loss"), (one.data.test, "test_loss")):
+        images = torch.stack([split[i][0] for i in range(len(split))])
+        assert last[key] == pytest.approx(independently(one, images, split.labels).double().mean().item(), rel=1e-5)
+    right = one.data.reference.labels == one.data.reference.clean_labels
+    assert len(right) == (60 if overrides else 3)
+    assert (~right).sum() == (30 if overrides else 0)
+
+
+def test_refresh_records_the_evaluated_loss_of_the_unseen_and_leaves_batch_norm_alone(tmp_path):
+    one = Experiment(config_of(tmp_path, "score.unseen=refresh", "precision=fp32", "epochs=6"))
+    train = one.data.train
+    images = torch.stack([train[i][0] for i in range(len(train))])
+    unseen, end_epoch = one.pruning.unseen, one.pruning.end_epoch
+    expected, refreshed = {}, []
+
+    def noted_unseen():
+        samples = unseen()
+        expected["buffers"] = {name: value.clone() for name, value in one.model.named_buffers()}
+        expected["samples"] = samples.clone()
+        expected["losses"] = independently(one, images[samples], train.labels[samples]) if len(samples) else None
+        return samples
+
+    def noted_end(reference_loss):
+        for name, value in one.model.named_buffers():
+            assert torch.equal(value, expected["buffers"][name]), name
+        selected = one.pruning.selection.indices
+        end_epoch(reference_loss)
+        samples = expected["samples"]
+        assert sorted([*selected, *samples.tolist()]) == list(range(one.pruning.n))
+        if len(samples):
+            recorded = one.pruning.trajectories.last_N[samples]
+            torch.testing.assert_close(recorded, expected["losses"], rtol=1e-4, atol=1e-5)
+        refreshed.append(len(samples))
+
+    one.pruning.unseen, one.pruning.end_epoch = noted_unseen, noted_end
+    folder = RunFolder(tmp_path, one.id)
+    with folder.claim():
+        one.train(folder, "test")
+    assert refreshed[0] == 0
+    assert max(refreshed) > 50
+    assert any(name.endswith("num_batches_tracked") for name in expected["buffers"])
+
+
+def test_carry_and_mask_do_not_forward_the_unseen(undisturbed):
+    for overrides in ((), ("score.unseen=mask",)):
+        assert {row["samples_refreshed"] for row in metrics_of(undisturbed(*overrides))} == {0}
+
+
+# The data
+
+
+def test_the_split_is_the_same_for_every_method_of_a_study(tmp_path):
+    def split(*overrides):
+        data = Experiment(config_of(tmp_path, *overrides)).data
+        return data, tuple(part.rows.tolist() for part in (data.train, data.reference, data.test))
+
+    first, rows = split()
+    methods = (
+        ("pruner=full",),
+        ("pruner=seta", "score=loss"),
+        ("pruner=topk", "score=small_loss"),
+        ("pruner=random",),
+        ("score.window=5", "batch_size=32", "optimizer.lr=0.1", "epochs=15"),
+    )
+    for overrides in methods:
+        other, other_rows = split(*overrides)
+        assert other_rows == rows
+        assert np.array_equal(other.train.labels, first.train.labels)
+    for noise in ("clean", "sym0.2", "asym0.4"):
+        other, other_rows = split(f"noise={noise}")
+        assert other_rows == rows
+        assert np.array_equal(other.train.clean_labels, first.train.clean_labels)
+    other, other_rows = split("seed=1")
+    assert other_rows[:2] != rows[:2]
+    assert other_rows[2] == rows[2]
+    train, reference, _ = rows
+    assert not set(train) & set(reference)
+
+
+def test_training_on_the_reference_enlarges_n_by_its_clean_samples(tmp_path):
+    apart = Experiment(config_of(tmp_path, "reference.size=30"))
+    joined = Experiment(config_of(tmp_path, "reference.size=30", "reference.train=true"))
+    assert apart.pruning.n == 270
+    assert joined.pruning.n == 300
+    assert apart.id != joined.id
+    train, reference = joined.data.train, joined.data.reference
+    assert np.array_equal(reference.rows, apart.data.reference.rows)
+    assert set(train.rows) == set(apart.data.train.rows) | set(reference.rows)
+    added = np.isin(train.rows, reference.rows)
+    assert np.array_equal(train.labels[added], train.clean_labels[added])
+    noisy = dict(zip(apart.data.train.rows, apart.data.train.labels, strict=True))
+    assert all(noisy[row] == label for row, label in zip(train.rows[~added], train.labels[~added], strict=True))
+
+
+# Repeating and resuming
+
+
+@pytest.mark.parametrize("overrides", [(), ("pruner=seta", "score.unseen=refresh"), ("score=random",)])
+def test_two_runs_of_one_config_are_identical(tmp_path, undisturbed, overrides):
+    assert launch(tmp_path, *overrides) == 0
+    folder = only_run(tmp_path)
+    assert folder != undisturbed(*overrides)
+    assert folder.name == undisturbed(*overrides).name
+    assert_same_results(folder, undisturbed(*overrides))
+
+
+@pytest.mark.parametrize("unseen", ["carry", "refresh"])
+def test_stopped_after_any_step_of_an_epoch_a_run_resumes_bit_identically(
+    tmp_path, undisturbed, monkeypatch, capsys, unseen
+):
+    setting = f"score.unseen={unseen}"
+    stop = Stop(monkeypatch)
+    assert not stop.run(config_of(tmp_path / "counted", setting), 10**9)
+    of_epoch = [i + 1 for i, (epoch, _) in enumerate(stop.steps) if epoch == 5]  # ranked by DAS, some unseen
+    assert len(of_epoch) >= 3
+    for steps in of_epoch:
+        results = tmp_path / str(steps)
+        assert stop.run(config_of(results, setting), steps)
+        folder = only_run(results)
+        assert not (folder / "summary.json").exists()
+        state = torch.load(checkpoints(folder)[0], weights_only=True)
+        assert (state["epoch"], state["step"]) == ((5, steps - of_epoch[0] + 1) if steps < of_epoch[-1] else (6, 0))
+        capsys.readouterr()
+        assert not stop.run(config_of(results, setting), 10**9)
+        assert "resumed" in capsys.readouterr().out
+        assert_same_results(folder, undisturbed(setting))
+
+
+def test_stopped_again_and_again_a_run_ends_bit_identically(tmp_path, undisturbed, monkeypatch):
+    stop = Stop(monkeypatch)
+    setting = ("pruner=topk", "score=spearman", "score.unseen=mask")
+    config, stops = config_of(tmp_path, *setting), 0
+    while stop.run(config, 3):
+        stops += 1
+    assert stops > 10
+    assert_same_results(only_run(tmp_path), undisturbed(*setting))
+
+
+def test_stopped_in_the_last_step_a_run_finishes(tmp_path, undisturbed, monkeypatch):
+    stop = Stop(monkeypatch)
+    stop.run(config_of(tmp_path / "counted"), 10**9)
+    assert not stop.run(config_of(tmp_path / "stopped"), len(stop.steps))
+    assert_same_results(only_run(tmp_path / "stopped"), undisturbed())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_an_epoch_leaves_a_checkpoint_there(
+    tmp_path, undisturbed, monkeypatch, capsys, number
+):
+    losses = Experiment._losses
+
+    def interrupted(self, images, labels):
+        if (self.pruning.epoch, self.step) == (5, 1):
+            os.kill(os.getpid(), number)
+        return losses(self, images, labels)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "_losses", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            launch(tmp_path)
+    assert ended.value.code == 130
+    assert signal.getsignal(number) == before
+    assert "stopped in epoch 5, step 2" in capsys.readouterr().err
+    state = torch.load(checkpoints(only_run(tmp_path))[0], weights_only=True)
+    assert (state["epoch"], state["step"]) == (5, 2)
+    assert launch(tmp_path) == 0
+    assert_same_results(only_run(tmp_path), undisturbed())
+
+
+def run_apart(results, *overrides):
+    return subprocess.Popen(
+        [sys.executable, "-m", "alignprune_exp.train", *LONG, f"paths.results={results}", *overrides],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if line.startswith(text):
+            return
+    pytest.fail(f"{text!r} never came: {process.stderr.read()}")
+
+
+def test_a_killed_run_resumes_bit_identically(tmp_path, undisturbed):
+    epoch, delay = random.SystemRandom().randint(1, 3), random.SystemRandom().uniform(0, 0.15)
+    process = run_apart(tmp_path)
+    wait_for(process, f"epoch {epoch}/")
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it had ended before"
+    assert launch(tmp_path, base=LONG) == 0, f"killed {delay} s after epoch {epoch}"
+    assert_same_results(only_run(tmp_path), undisturbed(base=LONG))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", range(2))
+def test_killed_more_than_once_a_run_resumes_bit_identically(tmp_path, undisturbed, again):
+    for _ in range(3):
+        process = run_apart(tmp_path, "score.unseen=refresh")
+        wait_for(process, "run")
+        time.sleep(random.SystemRandom().uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+    assert launch(tmp_path, "score.unseen=refresh", base=LONG) == 0
+    assert_same_results(only_run(tmp_path), undisturbed("score.unseen=refresh", base=LONG))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["true", "reduce-overhead"])
+def test_a_compiled_network_computes_the_same_within_tolerance(tmp_path, mode):
+    line = ("precision=fp32", "pruner=random")  # which samples are seen does not hang on the losses
+    assert launch(tmp_path / "plain", *line) == 0
+    assert launch(tmp_path / "compiled", *line, f"compile={mode}") == 0
+    plain, compiled = (metrics_of(only_run(tmp_path / name)) for name in ("plain", "compiled"))
+    for row, other in zip(plain, compiled, strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
+    assert plain[0]["train_loss"] == pytest.approx(compiled[0]["train_loss"], rel=1e-4)
+
+
+def test_an_interrupted_run_says_so_in_one_sentence_and_resumes_bit_identically(tmp_path, undisturbed):
+    process = run_apart(tmp_path)
+    wait_for(process, "epoch 3/")
+    time.sleep(0.05)  # of an epoch of some tenths of a second
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert "stopped" in errors
+    folder = only_run(tmp_path)
+    assert torch.load(checkpoints(folder)[0], weights_only=True)["epoch"] >= 3
+    assert not (folder / "summary.json").exists()
+    assert launch(tmp_path, base=LONG) == 0
+    assert_same_results(folder, undisturbed(base=LONG))
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, half_done, undisturbed, capsys):
+    newest = checkpoints(half_done)[0]
+    truncate(newest)
+    assert launch(tmp_path) == 0
+    assert f"{newest.name} is damaged" in capsys.readouterr().out
+    assert_same_results(half_done, undisturbed())
+
+
+def test_an_empty_checkpoint_falls_back_to_the_one_before(tmp_path, half_done, undisturbed):
+    os.truncate(checkpoints(half_done)[0], 0)
+    assert launch(tmp_path) == 0
+    assert_same_results(half_done, undisturbed())
+
+
+def test_no_usable_checkpoint_is_a_mistake_that_names_force(tmp_path, half_done, capsys):
+    for path in checkpoints(half_done):
+        truncate(path)
+    before = {p.name: p.read_bytes() for p in half_done.iterdir()}
+    with pytest.raises(UsageError, match="force=true"):
+        RunFolder(tmp_path, half_done.name).load_checkpoint(lambda line: None)
+    assert launch(tmp_path) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert {p.name: p.read_bytes() for p in half_done.iterdir()} == before
+    assert launch(tmp_path, "force=true") == 0
+    assert (half_done.parent / f"{half_done.name}~1").is_dir()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, half_done, undisturbed, capsys):
+    other = half_done.with_name(Experiment(config_of(tmp_path, "seed=1")).id)
+    half_done.rename(other)
+    assert launch(tmp_path, "seed=1") == 2
+    error = capsys.readouterr().err
+    assert half_done.name in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_resuming_in_another_precision_is_refused(tmp_path, half_done, monkeypatch, capsys):
+    was = json.loads((half_done / "environment.json").read_text())["precision"]
+    here = "fp32" if was == "bf16" else "bf16"
+    monkeypatch.setattr(experiment_module, "resolve_precision", lambda asked, device: here)
+    assert launch(tmp_path) == 2
+    assert "precision" in capsys.readouterr().err
+    assert json.loads((half_done / "environment.json").read_text())["precision"] == was
+
+
+def test_a_torn_last_line_of_the_metrics_is_cut_on_resume(tmp_path, half_done, undisturbed):
+    with (half_done / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 5, "ranked_by": "da')
+    assert launch(tmp_path) == 0
+    assert_same_results(half_done, undisturbed())
+
+
+def test_metrics_ahead_of_the_checkpoint_are_cut_on_resume(tmp_path, half_done, undisturbed):
+    rows = (undisturbed() / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (half_done / "metrics.jsonl").write_text("".join(rows[:9]))
+    assert launch(tmp_path) == 0
+    assert_same_results(half_done, undisturbed())
+
+
+# Ended runs
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, capsys, monkeypatch):
+    assert launch(tmp_path) == 0
+    folder = only_run(tmp_path)
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+    monkeypatch.setattr(Experiment, "train", lambda *_: pytest.fail("trained again"))
+    capsys.readouterr()
+    assert launch(tmp_path) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
+
+
+def test_force_runs_again_and_keeps_the_old_folders(tmp_path):
+    assert launch(tmp_path) == 0
+    folder = only_run(tmp_path)
+    (folder / "note").write_text("first")
+    assert launch(tmp_path, "force=true") == 0
+    (folder / "note").write_text("second")
+    assert launch(tmp_path, "force=true") == 0
+    assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name, f"{folder.name}~1", f"{folder.name}~2"]
+    assert (folder.with_name(f"{folder.name}~1") / "note").read_text() == "first"
+    assert (folder.with_name(f"{folder.name}~2") / "note").read_text() == "second"
+    assert not (folder / "note").exists()
+    assert_same_results(folder, folder.with_name(f"{folder.name}~1"))
+    for path in folder.parent.iterdir():
+        assert not (path / "lock").exists()
+
+
+DIVERGES = ("optimizer.lr=1e30", "precision=fp32")
+
+
+def test_a_loss_that_is_not_finite_fails_the_run_and_its_record_says_where(tmp_path, capsys):
+    assert launch(tmp_path, *DIVERGES) == 1
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1, error
+    folder = only_run(tmp_path)
+    summary = summary_of(folder)
+    assert summary["status"] == "failed"
+    assert set(SUMMARY.split()) <= summary.keys()
+    assert "epoch 0, step 1" in summary["error"]  # step 0 still has the initial weights
+    assert "epoch 0, step 1" in error
+    assert checkpoints(folder) == []
+    assert not (folder / "metrics.jsonl").exists() or metrics_of(folder) == []
+
+
+def test_a_failed_run_says_why_and_force_tries_again(tmp_path, capsys, monkeypatch):
+    assert launch(tmp_path, *DIVERGES) == 1
+    folder = only_run(tmp_path)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "train", lambda *_: pytest.fail("trained again"))
+        assert launch(tmp_path, *DIVERGES) == 1
+    error = capsys.readouterr().err
+    assert "step 1" in error
+    assert "force=true" in error
+    assert launch(tmp_path, *DIVERGES, "force=true") == 1
+    assert summary_of(folder.with_name(f"{folder.name}~1"))["status"] == "failed"
+    assert summary_of(folder)["status"] == "failed"
+
+
+def test_a_loss_that_turns_bad_later_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    config = config_of(tmp_path)
+    one = Experiment(config)
+    losses = one._losses
+
+    def broken(images, labels):
+        plain, smoothed, predicted = losses(images, labels)
+        bad = one.pruning.epoch == 4 and one.step >= 2
+        return (plain * math.nan, smoothed * math.nan, predicted) if bad else (plain, smoothed, predicted)
+
+    one._losses = broken
+    monkeypatch.setattr(experiment_module, "Experiment", lambda config, processes: one)
+    with pytest.raises(experiment_module.Failed, match="epoch 4, step 2"):
+        experiment_module.run(config, "test")
+    folder = only_run(tmp_path)
+    assert summary_of(folder)["status"] == "failed"
+    assert [row["epoch"] for row in metrics_of(folder)] == [0, 1, 2, 3]
+    for path in checkpoints(folder):
+        state = torch.load(path, weights_only=True)
+        assert state["epoch"] <= 4
+        assert state["step"] == 0
+        assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_a_stop_after_a_bad_step_leaves_no_checkpoint_of_it(tmp_path, monkeypatch):
+    stop = Stop(monkeypatch)
+    with pytest.raises(experiment_module.Failed, match="epoch 0, step 1"):
+        stop.run(config_of(tmp_path, *DIVERGES), 3)
+    assert checkpoints(only_run(tmp_path)) == []
+    assert summary_of(only_run(tmp_path))["status"] == "failed"
+
+
+@pytest.mark.parametrize("lr", ["1e15", "1e30"])
+def test_weights_that_the_last_step_of_an_epoch_ruins_fail_the_run(tmp_path, capsys, lr):
+    """No reference set would notice, and only the evaluation sees a loss that is not finite."""
+    overrides = ("reference=none", "score=loss", "batch_size=400", f"optimizer.lr={lr}", "precision=fp32")
+    assert launch(tmp_path, *overrides) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    folder = only_run(tmp_path)
+    assert summary_of(folder)["status"] == "failed"
+    for path in checkpoints(folder):
+        state = torch.load(path, weights_only=True)
+        assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+# A disk that fills up
+
+
+@pytest.mark.parametrize("good", [0, 3, 4, 5, 39, 40])
+def test_a_full_disk_stops_with_one_sentence_and_the_run_goes_on_later(
+    tmp_path, undisturbed, monkeypatch, capsys, good
+):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(1)
+        if len(calls) > good:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert launch(tmp_path) != 0
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert len(error.strip().splitlines()) == 1, error
+    folder = only_run(tmp_path)
+    assert not (folder / "summary.json").exists()
+    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
+    assert launch(tmp_path) == 0
+    assert_same_results(folder, undisturbed())

@@ -1,0 +1,371 @@
+"""A run on disk: whole files or none, checkpoints that alternate, one process a folder."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from alignprune_exp import runs
+from alignprune_exp.errors import UsageError
+from alignprune_exp.runs import CHECKPOINTS, LAPSE, RunFolder, run_id, write_atomically, write_json, write_text
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from alignprune_exp.runs import RunFolder
+with RunFolder(Path(sys.argv[1]), "run").claim():
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _outside_slurm(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path, "run")
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Another process that owns the folder ``run`` until its standard input closes."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "mine\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def foreign_lock(folder, silent=0.0, **owner):
+    """Leave the lock of another host in the folder, its last heartbeat ``silent`` seconds ago."""
+    folder.path.mkdir(parents=True)
+    path = folder.path / "lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "slurm_job_id": None, **owner}))
+    then = time.time() - silent
+    os.utime(path, (then, then))
+    return path
+
+
+def claim(folder, **arguments):
+    """Own the folder for a moment; return the lock's text meanwhile."""
+    with folder.claim(**arguments):
+        return (folder.path / "lock").read_text()
+
+
+# Identity
+
+
+def test_an_id_does_not_depend_on_the_order_of_keys():
+    assert run_id({"a": 1, "b": {"c": 2.0, "d": None}}) == run_id({"b": {"d": None, "c": 2.0}, "a": 1})
+    assert run_id({"a": 1}) != run_id({"a": 2})
+    assert run_id({"a": 1}) != run_id({"b": 1})
+
+
+# Locks
+
+
+def test_a_second_process_is_refused_while_the_first_lives(folder, owner):
+    before = (folder.path / "lock").read_text()
+    for anew in (False, True):
+        with pytest.raises(UsageError, match=f"running elsewhere.*{owner.pid}"):
+            claim(folder, anew=anew)
+    assert (folder.path / "lock").read_text() == before
+    assert [path.name for path in folder.path.parent.iterdir()] == ["run"]
+    owner.communicate("")
+    assert owner.returncode == 0
+    claim(folder)
+
+
+def test_the_lock_of_a_killed_process_does_not_block(folder, owner):
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert json.loads((folder.path / "lock").read_text())["pid"] == owner.pid
+    assert json.loads(claim(folder))["pid"] == os.getpid()
+
+
+def test_a_claim_is_exclusive_within_a_process_too_and_ends_with_its_block(folder):
+    with folder.claim(), pytest.raises(UsageError, match="running elsewhere"):
+        claim(folder)
+    assert not (folder.path / "lock").exists()
+    with pytest.raises(RuntimeError, match="broken"), folder.claim():
+        raise RuntimeError("broken")
+    mine = json.loads(claim(folder))
+    assert (mine["host"], mine["pid"]) == (socket.gethostname(), os.getpid())
+
+
+@pytest.mark.parametrize("silent", [0, LAPSE - 20])
+def test_the_lock_of_another_host_refuses_while_it_is_fresh(folder, silent):
+    path = foreign_lock(folder, silent)
+    before = path.read_text(), path.stat().st_mtime_ns
+    for anew in (False, True):
+        with pytest.raises(UsageError, match="elsewhere"):
+            claim(folder, anew=anew)
+    assert (path.read_text(), path.stat().st_mtime_ns) == before
+    assert [entry.name for entry in folder.path.iterdir()] == ["lock"]
+
+
+def test_the_lock_of_another_host_lapses_after_five_silent_minutes(folder):
+    assert LAPSE == 300
+    foreign_lock(folder, silent=LAPSE + 1)
+    assert json.loads(claim(folder))["host"] == socket.gethostname()
+
+
+def test_a_requeued_slurm_job_takes_over_its_own_lock_at_once(folder, monkeypatch):
+    foreign_lock(folder, slurm_job_id="4711")
+    with pytest.raises(UsageError):
+        claim(folder)
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    with pytest.raises(UsageError):
+        claim(folder)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert json.loads(claim(folder))["slurm_job_id"] == "4711"
+
+
+def test_a_job_outside_slurm_does_not_match_another_outside_slurm(folder, monkeypatch):
+    foreign_lock(folder, slurm_job_id=None)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with pytest.raises(UsageError):
+        claim(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": "elsewhere"}'])
+def test_a_lock_that_cannot_be_read_and_that_nobody_holds_does_not_block(folder, text):
+    foreign_lock(folder).write_text(text)
+    claim(folder)
+
+
+def test_an_owner_shows_that_it_lives(folder, monkeypatch):
+    monkeypatch.setattr(runs, "HEARTBEAT", 0.02)
+    with folder.claim():
+        path = folder.path / "lock"
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 5
+        while path.stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_heartbeat_is_well_within_the_lapse():
+    assert 3 * runs.HEARTBEAT <= LAPSE
+
+
+def test_claiming_anew_sets_the_old_folder_aside(folder):
+    claim(folder, anew=True)
+    assert not folder.path.with_name("run~1").exists()  # there was nothing to keep
+    for number in (1, 2):
+        (folder.path / "summary.json").write_text(str(number))
+        claim(folder, anew=True)
+    assert (folder.path.with_name("run~1") / "summary.json").read_text() == "1"
+    assert (folder.path.with_name("run~2") / "summary.json").read_text() == "2"
+    assert list(folder.path.iterdir()) == []
+
+
+def test_a_results_folder_that_cannot_be_written_is_a_mistake(tmp_path):
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(UsageError, match=r"paths\.results"):
+        claim(RunFolder(tmp_path / "results", "run"))
+
+
+# Whole files
+
+
+def torn(file):
+    file.write(b"half of ")
+    raise RuntimeError("the writer gave up")
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_writer_that_raises_leaves_no_half_file(tmp_path, old):
+    path = tmp_path / "file"
+    if old:
+        path.write_text(old)
+    with pytest.raises(RuntimeError, match="gave up"):
+        write_atomically(path, torn)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({"file": old} if old else {})
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, old):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "file"
+    if old:
+        path.write_text(old)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({"file": old} if old else {})
+
+
+def test_json_without_a_meaning_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "summary.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+# Metrics and summary
+
+
+def test_a_torn_last_line_of_the_metrics_counts_for_nothing(folder):
+    with folder.claim():
+        for epoch in range(3):
+            folder.append_metrics({"epoch": epoch, "loss": 0.1 * epoch})
+        with (folder.path / "metrics.jsonl").open("a") as file:
+            file.write('{"epoch": 3, "lo')
+        assert [row["epoch"] for row in folder.metrics()] == [0, 1, 2]
+        folder.cut_metrics(2)
+        folder.append_metrics({"epoch": 2, "loss": 0.7})
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"epoch": 0, "loss": 0.0},
+        {"epoch": 1, "loss": 0.1},
+        {"epoch": 2, "loss": 0.7},
+    ]
+
+
+def test_a_summary_is_absent_read_or_damaged(folder):
+    assert folder.summary() is None
+    assert not folder.path.exists()  # nothing is written before a claim
+    with folder.claim():
+        write_json(folder.path / "summary.json", {"status": "finished"})
+        assert folder.summary() == {"status": "finished"}
+        (folder.path / "summary.json").write_text('{"status": ')
+        with pytest.raises(UsageError, match="damaged"):
+            folder.summary()
+
+
+# Checkpoints
+
+
+def saved(folder, number):
+    """Save state ``number``, later than what was saved before by any clock's measure."""
+    folder.save_checkpoint({"epoch": number, "weights": torch.full((4,), float(number))})
+    for path in (folder.path / name for name in CHECKPOINTS):
+        if path.exists() and torch.load(path, weights_only=True)["epoch"] == number:
+            os.utime(path, (1e9 + number, 1e9 + number))
+
+
+def on_disk(folder):
+    return {name: torch.load(folder.path / name, weights_only=True)["epoch"] for name in CHECKPOINTS}
+
+
+def test_checkpoints_alternate_and_the_newest_is_loaded(folder):
+    said = []
+    with folder.claim():
+        assert folder.load_checkpoint(said.append) is None
+        saved(folder, 0)
+        assert folder.load_checkpoint(said.append)["epoch"] == 0
+        before = None
+        for number in range(1, 6):
+            saved(folder, number)
+            now = on_disk(folder)
+            assert sorted(now.values()) == [number - 1, number]
+            if before:
+                assert sum(now[name] != before[name] for name in CHECKPOINTS) == 1
+            before = now
+            state = folder.load_checkpoint(said.append)
+            assert state["epoch"] == number
+            assert torch.equal(state["weights"], torch.full((4,), float(number)))
+        folder.remove_checkpoints()
+        assert folder.load_checkpoint(said.append) is None
+    assert said == []
+
+
+def test_checkpoints_saved_within_one_tick_of_the_clock_still_keep_the_last_two(folder):
+    with folder.claim():
+        for number in range(40):
+            folder.save_checkpoint({"epoch": number})
+            assert folder.load_checkpoint(pytest.fail)["epoch"] == number
+            if number:
+                assert sorted(on_disk(folder).values()) == [number - 1, number]
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "garbage", "not a state"])
+def test_a_damaged_checkpoint_falls_back_with_a_message_and_both_are_a_mistake(folder, damage):
+    def spoil(name):
+        path = folder.path / name
+        times, content = path.stat(), path.read_bytes()
+        if damage == "not a state":
+            torch.save([1, 2], path)
+        else:
+            path.write_bytes({"half": content[: len(content) // 2], "empty": b"", "garbage": b"\0" * 999}[damage])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    said = []
+    with folder.claim():
+        saved(folder, 0)
+        saved(folder, 1)
+        newest = max(on_disk(folder).items(), key=lambda item: item[1])[0]
+        spoil(newest)
+        assert folder.load_checkpoint(said.append)["epoch"] == 0
+        assert len(said) == 1
+        assert newest in said[0]
+        assert "\n" not in said[0]
+        spoil(next(name for name in CHECKPOINTS if name != newest))
+        with pytest.raises(UsageError, match="force=true"):
+            folder.load_checkpoint(said.append)
+
+
+def test_a_checkpoint_of_another_run_is_refused(folder, tmp_path):
+    with folder.claim():
+        saved(folder, 0)
+    other = RunFolder(tmp_path, "other")
+    folder.path.rename(other.path)
+    with other.claim(), pytest.raises(UsageError, match="belongs to run run"):
+        other.load_checkpoint(pytest.fail)
+
+
+def test_a_full_disk_keeps_both_checkpoints(folder, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with folder.claim():
+        saved(folder, 0)
+        saved(folder, 1)
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            folder.save_checkpoint({"epoch": 2})
+        assert sorted(on_disk(folder).values()) == [0, 1]
+    assert {p.name for p in folder.path.iterdir()} == set(CHECKPOINTS)
+
+
+def test_nothing_in_a_checkpoint_needs_unsafe_loading(folder):
+    with folder.claim():
+        folder.save_checkpoint({"epoch": 0, "weights": torch.ones(2), "nested": {"step": 1}})
+        (path,) = (folder.path / name for name in CHECKPOINTS if (folder.path / name).exists())
+        assert torch.load(path, weights_only=True)["id"] == "run"
+
+
+# Requeued jobs
+
+
+@pytest.mark.parametrize(
+    ("began", "now", "ended", "expected"),
+    [("7", "7", False, True), ("7", "7", True, False), ("6", "7", False, False), (None, None, False, False)],
+)
+def test_a_requeued_job_goes_on_with_what_it_began_even_under_force(folder, monkeypatch, began, now, ended, expected):
+    folder.path.mkdir(parents=True)
+    write_json(folder.path / "environment.json", {"slurm_job_id": began})
+    if ended:
+        write_json(folder.path / "summary.json", {"status": "finished"})
+    if now is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", now)
+    assert folder.was_requeued() is expected
+
+
+def test_a_job_that_never_began_was_not_requeued(folder, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not folder.was_requeued()
