@@ -1,0 +1,186 @@
+"""A suite: a grid of runs, and the layout of its table. Needs neither data nor torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from .commandline import checked, config_dir, explained, refuse_clashes
+from .config import Config, identity, validate
+from .errors import UsageError
+from .runs import run_id, write_text
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid.
+
+    Attributes:
+        axes: the value on every axis of the grid, as typed, ``seed`` among them.
+        config_id: the id of the run's config without its data.
+        config: the run's config.
+    """
+
+    axes: dict[str, str]
+    config_id: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite at one scale.
+
+    Attributes:
+        name: as in ``conf/suite/<name>.yaml``, or in the same place under a folder of one's own.
+        rows, columns: the axes that the table's rows and columns stand for.
+        baseline: the row that differences are taken against, if any.
+        cells: the runs of the grid, in its order.
+        paper: the paper's value of each row, by column, where the paper has any.
+    """
+
+    name: str
+    rows: list[str]
+    columns: list[str]
+    baseline: str | None
+    cells: list[Cell]
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def load_suite(name: str, overrides: Sequence[str] = (), own: Path | None = None) -> Suite:
+    """Return a suite with every run of its grid composed and checked.
+
+    ``overrides`` are those of the command line, such as ``scale=cpu``; ``own`` is a folder of configs beside the
+    package's. What was composed before comes from a cache, which knows every file that it depends on.
+
+    Raises UsageError for an unknown suite, a contradictory grid, or a mistake in any of its configs.
+    """
+    if own is not None and not own.is_dir():
+        raise UsageError(f"--config-dir {own} is not a folder")
+    place = _cache_folder() / f"{_cache_key(name, overrides, own)}.json"
+    try:
+        return _from_json(json.loads(place.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        suite = _compose(name, overrides, own)
+    if not any("." in name for cell in suite.cells for name in (cell.config.pruner["name"], cell.config.score.name)):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_text(place, json.dumps(asdict(suite), default=lambda config: config.model_dump()))
+        except OSError:
+            pass  # a home that cannot be written costs seconds, no more
+    return suite
+
+
+def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
+    search = [f"hydra.searchpath=[file://{own.resolve()}]"] if own else []
+    GlobalHydra.instance().clear()
+    with explained(), initialize_config_dir(str(config_dir()), version_base="1.3"):
+        master = compose("train", [*search, f"suite={name}"], return_hydra_config=True)
+        grid = grid_of(master, overrides)
+        parsed = OverridesParser.create().parse_overrides([*grid, *overrides])
+        (jobs,) = BasicSweeper.split_arguments(parsed, None)
+        groups = set(master.hydra.runtime.choices)
+        composed: dict[tuple[str, ...], DictConfig] = {}
+        cells = []
+        for job in jobs:
+            refuse_clashes(job)
+            choices = tuple(part for part in job if part.split("=")[0] in groups)
+            if choices not in composed:
+                composed[choices] = compose("train", [*search, *choices])
+            values = [part for part in job if part not in choices]
+            config = checked(_with(composed[choices], values))
+            axes = dict(part.split("=", 1) for part in job)
+            cells.append(Cell(axes, run_id(identity(config, "")), config))
+    layout: Any = OmegaConf.to_container(master.suite)
+    if not cells:
+        raise UsageError(f"suite={name} has an empty grid; give every axis under hydra.sweeper.params a value")
+    rows, columns = ([axes] if isinstance(axes, str) else list(axes) for axes in (layout["rows"], layout["columns"]))
+    for axis in (*rows, *columns):
+        if axis not in cells[0].axes:
+            raise UsageError(f"suite={name} lays its table out by {axis}, which is no axis of its grid")
+    paper = dict(layout.get("paper") or {})
+    paper_columns = paper.pop("columns", [])
+    return Suite(
+        name,
+        rows,
+        columns,
+        None if layout["baseline"] is None else str(layout["baseline"]),
+        cells,
+        {row: dict(zip(paper_columns, numbers, strict=True)) for row, numbers in paper.items()},
+    )
+
+
+def _from_json(values: dict[str, Any]) -> Suite:
+    cells = [Cell(cell["axes"], cell["config_id"], validate(cell["config"])) for cell in values.pop("cells")]
+    return Suite(cells=cells, **values)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignprune-exp" / "suites"
+
+
+def _cache_key(name: str, overrides: Sequence[str], own: Path | None) -> str:
+    """Return a hash of all that a composed suite depends on: configs, the code that reads them, and the words."""
+    code = [path for path in Path(__file__).parent.rglob("*.py") if path.parent.name in ("alignprune_exp", "pruning")]
+    configs = [path for folder in (config_dir(), own) if folder for path in folder.rglob("*.yaml")]
+    digest = hashlib.sha256(json.dumps([name, *overrides]).encode())
+    for path in sorted(code + configs):
+        digest.update(f"\0{path}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def grid_of(master: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Return the axes of the suite that ``master`` has chosen, with what ``suite.at.<scale>`` changes of them."""
+    axes = dict(master.hydra.sweeper.params or {})
+    scale = next((line.partition("=")[2] for line in reversed(overrides) if line.startswith("scale=")), master.scale)
+    if "suite" in master:
+        axes |= (master.suite.get("at") or {}).get(scale) or {}
+    return [f"{axis}={values}" for axis, values in axes.items()]
+
+
+def suite_names(own: Path | None = None) -> list[str]:
+    """Return the names of the suites there are, those of a folder of one's own included."""
+    return sorted({path.stem for folder in (config_dir(), own) if folder for path in (folder / "suite").glob("*.yaml")})
+
+
+def suite_of(arguments: Iterable[str]) -> Suite:
+    """Return the suite of a command line such as ``suite=main scale=cpu --config-dir DIR``.
+
+    Raises UsageError where it names none, or more than one.
+    """
+    chosen, overrides, own = [], [], None
+    words = iter(arguments)
+    for word in words:
+        if word.partition("=")[0] in ("--config-dir", "-cd"):
+            own = Path(word.partition("=")[2] or next(words, ""))
+        elif word.startswith("suite="):
+            chosen.append(word.partition("=")[2])
+        else:
+            overrides.append(word)
+    if len(chosen) != 1 or not chosen[0]:
+        raise UsageError(f"say which suite: suite=NAME, one of {', '.join(suite_names(own))}")
+    return load_suite(chosen[0], overrides, own)
+
+
+def _with(config: DictConfig, values: Sequence[str]) -> DictConfig:
+    """Return a copy with keys set as the command line would set them."""
+    changed = config.copy()
+    for override in OverridesParser.create().parse_overrides(list(values)):
+        key = override.get_key_element()
+        if OmegaConf.select(changed, key, throw_on_missing=False, default=_ABSENT) is _ABSENT:
+            raise UsageError(f"unknown key {key} in the grid")
+        OmegaConf.update(changed, key, override.value())
+    return changed
+
+
+_ABSENT = object()

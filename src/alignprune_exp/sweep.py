@@ -1,0 +1,101 @@
+"""What a sweep checks before it launches, and what it says at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
+
+from .config import Config, identity
+from .console import say
+from .errors import Elsewhere, UsageError
+from .runs import finished_configs, run_id
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as it was checked; it is handed to whatever process runs it.
+
+    Attributes:
+        number: its place in the sweep, from 1; None for a single run.
+        overrides: the arguments that chose it.
+        config: what it runs.
+        group: the suite that it belongs to, if any.
+    """
+
+    number: int | None
+    overrides: tuple[str, ...]
+    config: Config
+    group: str | None
+
+    @property
+    def config_id(self) -> str:
+        """The id of the config without its data."""
+        return run_id(identity(self.config, ""))
+
+
+def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictConfig]) -> list[Job]:
+    """Compose and check every job; return those that are runs of their own and not yet finished, in order.
+
+    Raises UsageError with the job's overrides for the first one that is a mistake.
+    """
+    from .commandline import checked, explained, group_of, refuse_clashes
+    from .experiment import make_pruning
+
+    seen: dict[str, Job] = {}
+    finished = 0
+    done: dict[str, frozenset[str]] = {}
+    for overrides in grid:
+        try:
+            refuse_clashes(overrides)
+            with explained(overrides):
+                composed = compose(list(overrides))
+                config = checked(composed)
+                make_pruning(config, range(1), clean=np.ones(1, bool))
+        except UsageError as error:
+            raise UsageError(f"{error} (in the job {' '.join(overrides)})") from None
+        id = run_id(identity(config, ""))
+        results = config.paths.results
+        if results not in done:
+            done[results] = finished_configs(Path(results))
+        if id in done[results] and not config.force:
+            finished += 1
+        else:
+            seen.setdefault(id, Job(len(seen) + 1, tuple(overrides), config, group_of(composed)))
+    same = len(grid) - finished - len(seen)
+    say(
+        f"{len(seen)} runs to do"
+        + (f", {finished} finished already" if finished else "")
+        + (f", {same} more are the same run as one of these" if same else "")
+    )
+    return list(seen.values())
+
+
+def failures(jobs: Sequence[Job], returns: Sequence[JobReturn]) -> str:
+    """Return what ends a sweep in which jobs failed, or nothing: which, and why where they could not say it.
+
+    A job whose run another process has did not fail; how many these are is said.
+    """
+    lines = []
+    elsewhere = 0
+    for job, ended in zip(jobs, returns, strict=True):
+        line = f"  {' '.join(job.overrides)}"
+        if ended.status is not JobStatus.COMPLETED:
+            error = ended._return_value
+            what = str(error) if isinstance(error, Lost) else f"{type(error).__name__}: {error}"
+            lines.append(f"{line}: {what}")
+        elif ended.return_value == Elsewhere.status:
+            elsewhere += 1
+        elif ended.return_value != 0:
+            lines.append(line)
+    if elsewhere:
+        say(f"{elsewhere} of {len(jobs)} runs are running elsewhere; the same command runs what these may leave")
+    return "\n".join([f"{len(lines)} of {len(jobs)} runs did not finish:", *lines]) if lines else ""
+
+
+class Lost(Exception):
+    """What is known of a job whose process ended without a word."""

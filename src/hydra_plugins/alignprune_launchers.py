@@ -1,0 +1,300 @@
+"""Where the jobs of a checked sweep run: several at once on this machine, or on a Slurm cluster.
+
+Both hand each job over as it was checked, so that what waits in a queue is what will run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from alignprune_exp.sweep import Job
+
+QUEUED = "queued.json"  # the Slurm job of every config that was sent and had not ended
+STATES_EVERY = 15.0  # seconds between questions to Slurm about its queue
+
+
+class CheckedLauncher(Launcher):
+    """Launches the jobs that the checked sweep has left with its task."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.task: Any = task_function
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from alignprune_exp.errors import UsageError
+
+        jobs = [self.task.jobs.get(tuple(overrides)) for overrides in job_overrides]
+        if None in jobs:
+            raise UsageError("this hydra/launcher needs hydra/sweeper=checked")
+        return self.launch_jobs(jobs)
+
+    def launch_jobs(self, jobs: Sequence[Job]) -> list[JobReturn]:
+        raise NotImplementedError
+
+
+def perform(job: Job) -> int:
+    """Run one job in the process that it was sent to."""
+    from alignprune_exp.train import perform
+
+    return perform(lambda: job)
+
+
+def _ended(status: int) -> JobReturn:
+    ended = JobReturn(status=JobStatus.COMPLETED)
+    ended.return_value = status
+    return ended
+
+
+def _lost(reason: str) -> JobReturn:
+    from alignprune_exp.sweep import Lost
+
+    ended = JobReturn(status=JobStatus.FAILED)
+    ended.return_value = Lost(reason)
+    return ended
+
+
+class JoblibLauncher(CheckedLauncher):
+    """Runs ``n_jobs`` jobs at a time, each in a worker process of joblib's.
+
+    Every worker is a pool of its own, so that one which dies takes its own job with it and no other.
+    """
+
+    def __init__(self, n_jobs: int) -> None:
+        self.n_jobs = n_jobs
+
+    def launch_jobs(self, jobs: Sequence[Job]) -> list[JobReturn]:
+        from alignprune_exp.errors import Stopped, UsageError
+
+        if not isinstance(self.n_jobs, int) or self.n_jobs < 1:
+            raise UsageError(f"hydra.launcher.n_jobs={self.n_jobs} is not a number of runs; use 1 or more")
+        workers = [_Worker() for _ in range(min(self.n_jobs, len(jobs)))]
+        waiting = iter(enumerate(jobs))
+        ended: dict[int, JobReturn] = {}
+        with _forwarding(workers) as stopped, ThreadPoolExecutor(len(workers)) as threads:
+
+            def work(worker: _Worker) -> None:
+                for index, job in waiting:  # a list's iterator hands each job to one thread
+                    if stopped:
+                        break
+                    ended[index] = worker.run(job)
+                worker.close()
+
+            done = [threads.submit(work, worker) for worker in workers]
+            wait(done)
+        for future in done:
+            future.result()
+        if stopped:
+            raise Stopped(f"the sweep was stopped with {len(jobs) - len(ended)} runs to do; the same command goes on")
+        return [ended[index] for index in range(len(jobs))]
+
+
+class _Worker:
+    """One process, started when it is needed, and again when it has died."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def run(self, job: Job) -> JobReturn:
+        from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
+
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, initializer=os.setpgrp)  # the terminal's ^C is for the sweep
+        try:
+            return _ended(self._pool.submit(_status, job).result())
+        except BrokenProcessPool:
+            self.close()
+            return _lost("its process was killed, or ran out of memory; the same command goes on")
+        except Exception as error:
+            ended = JobReturn(status=JobStatus.FAILED)
+            ended.return_value = error
+            return ended
+
+    def signal(self) -> None:
+        for pid in list(self._pool._processes or ()) if self._pool is not None else ():
+            os.kill(pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool = None
+
+
+def _status(job: Job) -> int:
+    try:
+        return perform(job)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+
+
+@contextmanager
+def _forwarding(workers: Sequence[_Worker]) -> Iterator[list[int]]:
+    """Pass what asks this process to stop on to the workers; the list holds what came."""
+    stopped: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        for worker in workers:
+            worker.signal()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class SlurmLauncher(CheckedLauncher):
+    """Submits the jobs as one array and waits for them.
+
+    A job that Slurm interrupts, or that hits its time limit, goes on from its checkpoint under its own job id.
+    """
+
+    def __init__(self, submitit_folder: str, max_num_timeout: int, **parameters: Any) -> None:
+        self.folder = Path(submitit_folder)
+        self.max_num_timeout = max_num_timeout
+        self.parameters = parameters
+
+    def launch_jobs(self, jobs: Sequence[Job]) -> list[JobReturn]:
+        from alignprune_exp.console import say
+        from alignprune_exp.errors import Stopped, UsageError
+        from alignprune_exp.runs import write_json
+
+        if shutil.which("sbatch") is None or shutil.which("srun") is None:
+            raise UsageError(
+                "sbatch is not found, so jobs cannot be sent to Slurm from here; "
+                "hydra/launcher=joblib runs several jobs on this machine"
+            )
+        submitted = self._in_the_queue()
+        if waiting := [submitted[job.config_id].job_id for job in jobs if job.config_id in submitted]:
+            say(f"{len(waiting)} of these are in the queue already: {', '.join(waiting)}")
+        if new := [job for job in jobs if job.config_id not in submitted]:
+            sent = self._submit(new)
+            first, last = sent[0].job_id, sent[-1].job_id
+            say(f"submitted {first}{f' to {last}' if last != first else ''}; their logs are in {self.folder.parent}/")
+            submitted |= {job.config_id: one for job, one in zip(new, sent, strict=True)}
+            write_json(self.folder.parent / QUEUED, {id: one.job_id for id, one in submitted.items()})
+        try:
+            return _wait(jobs, [submitted[job.config_id] for job in jobs])
+        except KeyboardInterrupt:
+            raise Stopped(
+                f"no longer waiting; the jobs go on without it: squeue --me shows them, "
+                f"scancel {first.split('_')[0]} ends them"
+            ) from None
+
+    def _in_the_queue(self) -> dict[str, Any]:
+        """Return the jobs of earlier sweeps that wait or run, by the id of their config."""
+        from submitit import SlurmJob
+
+        from alignprune_exp.runs import read_json
+
+        queue = _queue() or set()
+        known = read_json(self.folder.parent / QUEUED) or {}
+        return {id: SlurmJob(self.folder, job) for id, job in known.items() if job in queue}
+
+    def _submit(self, jobs: Sequence[Job]) -> list[Any]:
+        """Raises UsageError with Slurm's own sentence if it does not take the jobs; then nothing is left behind."""
+        import submitit
+        from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+
+        from alignprune_exp.errors import UsageError
+
+        there = self.folder.parent
+        missing = [path for path in (there, *there.parents) if not path.exists()]
+        before = set(there.iterdir()) if not missing else set()
+        shared = BaseQueueConf.__dataclass_fields__
+        try:
+            executor = submitit.AutoExecutor(
+                cluster="slurm", folder=self.folder, slurm_max_num_timeout=self.max_num_timeout
+            )
+            executor.update_parameters(
+                **{name if name in shared else f"slurm_{name}": value for name, value in self.parameters.items()}
+            )
+            with redirect_stderr(StringIO()):  # submitit prints what it raises
+                return executor.map_array(_Requeued(), jobs)
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+            for path in set(there.iterdir()) - before:
+                path.unlink()
+            for path in missing:
+                path.rmdir()
+            raise UsageError(f"Slurm refuses the jobs: {_sentence(str(error))}") from None
+
+
+class _Requeued:
+    """The function of a submitted job. Its checkpoint is the run's own: what is queued again is the same job."""
+
+    def __call__(self, job: Job) -> int:
+        import submitit
+
+        if submitit.JobEnvironment().num_tasks > 1:
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        return perform(job)
+
+    def checkpoint(self, job: Job) -> Any:
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self, job)
+
+
+def _sentence(text: str) -> str:
+    return "; ".join(line.split("error:")[-1].strip() for line in text.splitlines() if line.strip())
+
+
+def _wait(jobs: Sequence[Job], submitted: Sequence[Any]) -> list[JobReturn]:
+    """Wait until every job has left a result, or is neither queued nor running any more."""
+    from alignprune_exp.console import say
+
+    open_ = dict(enumerate(submitted))
+    ended: dict[int, JobReturn] = {}
+    gone: dict[int, int] = {}
+    asked = time.monotonic()
+    while open_:
+        time.sleep(1)
+        for index, job in list(open_.items()):
+            if job.paths.result_pickle.exists():
+                ended[index] = _result(open_.pop(index))
+        if time.monotonic() - asked < STATES_EVERY:
+            continue
+        asked = time.monotonic()
+        queue = _queue()
+        for index, job in list(open_.items()):
+            gone[index] = gone.get(index, 0) + 1 if queue is not None and job.job_id not in queue else 0
+            if gone[index] == 2:  # a result may show late on a shared file system
+                del open_[index]
+                ended[index] = _lost(f"job {job.job_id} ended without a result; see {job.paths.stderr}")
+    for index, job in enumerate(submitted):
+        if ended[index].status is JobStatus.COMPLETED and ended[index].return_value != 0:
+            said = [line for line in (job.stderr() or "").splitlines() if line.strip()]
+            say(f"[{jobs[index].number}] {said[-1] if said else job.paths.stdout}")
+    return [ended[index] for index in range(len(submitted))]
+
+
+def _result(job: Any) -> JobReturn:
+    import submitit
+
+    outcome, result = submitit.core.utils.pickle_load(job.paths.result_pickle)
+    if outcome == "success":
+        return _ended(result)
+    return _lost(f"job {job.job_id}: {result.strip().splitlines()[-1]}; see {job.paths.stderr}")
+
+
+def _queue() -> set[str] | None:
+    """Return the ids of this user's jobs that wait or run, as submitit writes them; None if Slurm does not answer."""
+    asked = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i"], capture_output=True, text=True)
+    return set(asked.stdout.split()) if asked.returncode == 0 else None

@@ -1,0 +1,256 @@
+"""Suites, their status and their tables."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from alignprune_exp.errors import UsageError
+from alignprune_exp.report.tables import make_table, markdown, paired_difference, read_records
+from alignprune_exp.status import main as status
+from alignprune_exp.suites import load_suite, suite_names
+from alignprune_exp.train import main
+
+CONF = Path(__file__).parents[1] / "conf"
+SMALL = ["dataset=digits", "noise=clean,sym0.5", "method=full,infobatch", "epochs=6", "seed=0,1"]
+SMALL += ["dataset.subset=100", "dataset.test_subset=50"]
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_every_suite_of_the_paper_composes_at_smoke_scale(name):
+    suite = load_suite(name, ["scale=smoke"])
+    assert suite.cells
+    assert suite.name == name
+    labels = {" ".join(cell.axes[axis] for axis in suite.rows) for cell in suite.cells}
+    assert suite.baseline is None or suite.baseline in labels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["cpu", "paper"])
+@pytest.mark.parametrize("name", suite_names())
+def test_every_suite_of_the_paper_composes_at_every_scale(name, scale):
+    assert {cell.config.scale for cell in load_suite(name, [f"scale={scale}"]).cells} == {scale}
+
+
+def test_cells_are_the_configs_that_the_sweep_would_run():
+    from hydra import compose, initialize_config_dir
+
+    from alignprune_exp.commandline import checked
+
+    suite = load_suite("anneal", ["scale=cpu", "dataset=digits"])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for cell in suite.cells[::7]:
+            job = [f"{axis}={value}" for axis, value in cell.axes.items()]
+            assert checked(compose("train", job)) == cell.config
+
+
+def test_full_is_one_run_whatever_the_score():
+    suite = load_suite("score", ["dataset=digits", "pruner=full"])
+    assert len({cell.config_id for cell in suite.cells}) == 3  # its seeds
+
+
+OWN = """
+# @package _global_
+suite: {name: mine, rows: score, columns: noise, baseline: loss}
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params: {dataset: digits, noise: sym0.5, score: "loss,das", seed: "0,1"}
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of configs of one's own, with a suite."""
+    (tmp_path / "own" / "suite").mkdir(parents=True)
+    (tmp_path / "own" / "suite" / "mine.yaml").write_text(OWN)
+    return tmp_path / "own"
+
+
+def test_a_suite_of_ones_own_runs_and_is_known_to_status(own, tmp_path, capsys):
+    line = [f"--config-dir={own}", "suite=mine", "epochs=6", "score.window=3", "dataset.subset=100"]
+    line += ["dataset.test_subset=50", f"paths.results={tmp_path / 'results'}"]
+    assert main(line) == 0
+    assert "4 runs to do" in capsys.readouterr().out
+    assert status(line) == 0
+    assert "4 done of 4 runs" in capsys.readouterr().out
+    assert "mine" in suite_names(own)
+    assert "mine" not in suite_names()
+    assert status([f"--config-dir={own / 'nowhere'}", "suite=mine"]) == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
+def test_a_suite_from_the_cache_is_the_suite(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = load_suite("mine", ["scale=smoke"], own)
+    (cached,) = (tmp_path / "cache").rglob("*.json")
+    monkeypatch.setattr("alignprune_exp.suites.compose", None)  # whoever composes again fails
+    assert load_suite("mine", ["scale=smoke"], own) == first
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cached.write_text("{")
+    assert load_suite("mine", ["scale=smoke"], own) == first
+    (own / "suite" / "mine.yaml").write_text(OWN.replace("0,1", "0,1,2"))
+    assert len(load_suite("mine", ["scale=smoke"], own).cells) == 6
+
+
+def test_a_cache_that_cannot_be_written_is_no_mistake(own, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(load_suite("mine", [], own).cells) == 4
+
+
+def test_a_scale_may_change_the_grid_and_the_command_line_wins(own):
+    (own / "suite" / "mine.yaml").write_text(OWN.replace("baseline: loss", "baseline: loss, at: {cpu: {seed: '5,6'}}"))
+    for line, seeds in (
+        ([], {0, 1}),
+        (["scale=cpu"], {5, 6}),
+        (["scale=smoke"], {0, 1}),
+        (["scale=cpu", "seed=3"], {3}),
+    ):
+        assert {cell.config.seed for cell in load_suite("mine", line, own).cells} == seeds
+
+
+def test_a_sweep_goes_by_what_the_scale_changes_too(own, tmp_path, capsys):
+    (own / "suite" / "mine.yaml").write_text(OWN.replace("baseline: loss", "baseline: loss, at: {smoke: {seed: '5'}}"))
+    line = [f"--config-dir={own}", "suite=mine", "epochs=6", "score.window=3", "dataset.subset=100"]
+    line += ["dataset.test_subset=50", f"paths.results={tmp_path / 'results'}"]
+    assert main(line) == 0
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("runs/*/summary.json")]
+    assert [summary["seed"] for summary in summaries] == [5, 5]
+    status(line)
+    assert "2 done of 2 runs" in capsys.readouterr().out
+
+
+def test_the_papers_values_are_those_of_its_table():
+    paper = load_suite("main", ["seed=0"]).paper
+    assert paper["infobatch_das"]["sym0.5"] - paper["infobatch"]["sym0.5"] == pytest.approx(6.3)
+    assert paper["full"] == {"clean": 78.2, "real": 56.1, "sym0.5": 58.6, "sym0.8": 39.8, "asym0.2": 72.4}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The results of a small sweep with one run missing."""
+    results = tmp_path_factory.mktemp("swept")
+    assert main(["suite=main", *SMALL, f"paths.results={results}"]) == 0
+    (summary,) = (path for path in results.glob("runs/*/summary.json") if _is(path, "infobatch", "sym", 1))
+    summary.rename(summary.with_name("elsewhere"))
+    return results
+
+
+def _is(path, pruner, noise, seed):
+    summary = json.loads(path.read_text())
+    return (summary["pruner"], summary["noise"], summary["seed"]) == (pruner, noise, seed)
+
+
+def test_status_tells_done_from_missing_and_changes_nothing(swept, capsys):
+    before = sorted(swept.rglob("*"))
+    assert status(["suite=main", *SMALL, f"paths.results={swept}"]) == 0
+    out = capsys.readouterr().out
+    assert "7 done, 1 interrupted of 8 runs" in out
+    assert sorted(swept.rglob("*")) == before
+
+
+def test_table_cells_are_mean_and_spread_over_seeds(swept):
+    table = make_table(load_suite("main", SMALL), "smoke", read_records([swept]))
+    cell = table.runs("infobatch", "clean")["test_accuracy_final"].tolist()
+    found = [json.loads(path.read_text()) for path in swept.glob("runs/*/summary.json")]
+    expected = [s["test_accuracy_final"] for s in found if (s["pruner"], s["noise"]) == ("infobatch", "clean")]
+    assert sorted(cell) == sorted(expected)
+    text = markdown(table)
+    assert f"{statistics.mean(expected):.1f} ± {statistics.stdev(expected):.1f}" in text
+    assert "(n=1)" in text  # the run that is missing
+    assert all(s["id"] in text for s in found)
+
+
+def test_the_same_sweep_again_runs_only_what_is_missing(swept, capsys):
+    assert main(["suite=main", *SMALL, f"paths.results={swept}"]) == 0
+    out = capsys.readouterr().out
+    assert "1 runs to do, 7 finished already" in out
+    assert out.count("record  ") == 1
+
+
+def test_a_run_that_another_process_has_is_counted_as_running_and_the_sweep_goes_on(tmp_path, capsys):
+    line = ["dataset.subset=100", "dataset.test_subset=50", "epochs=6", "score.window=3", f"paths.results={tmp_path}"]
+    assert main([*line, "seed=0"]) == 0
+    (done,) = tmp_path.glob("runs/*")
+    (done / "summary.json").unlink()
+    owner = "import sys; from pathlib import Path; from alignprune_exp.runs import Lock; Lock(Path(sys.argv[1])); "
+    owner += "print('mine', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", owner, done / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "mine\n"
+        assert main(["-m", *line, "seed=0,1"]) == 0
+        captured = capsys.readouterr()
+        assert "1 of 2 runs are running elsewhere" in captured.out
+        assert "is running elsewhere" in captured.err
+        assert main(["-m", *line, "seed=1,0"]) == 0
+        assert main([*line, "seed=0"]) == 3
+    assert len(list(tmp_path.glob("runs/*/summary.json"))) == 1
+
+
+def test_paired_difference_is_students_interval_on_few_seeds():
+    rng = np.random.default_rng(0)
+    ours, base = pd.Series(rng.normal(1, 1, 5)), pd.Series(rng.normal(0, 1, 5))
+    mean, low, high = paired_difference(ours, base)
+    interval = stats.ttest_rel(ours, base).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((interval.low, interval.high))
+    assert mean == pytest.approx((ours - base).mean())
+
+
+def test_paired_difference_is_a_bootstrap_on_many_seeds():
+    difference = pd.Series(np.random.default_rng(1).normal(0.5, 1, 40))
+    _, low, high = paired_difference(difference, pd.Series(np.zeros(40)))
+    reference = stats.bootstrap((difference,), np.mean, method="percentile", rng=np.random.default_rng(2))
+    assert (low, high) == pytest.approx(tuple(reference.confidence_interval), abs=0.03)
+
+
+def test_paired_difference_takes_common_seeds_only():
+    assert paired_difference(pd.Series({0: 5.0, 1: 9.0}), pd.Series({0: 3.0}))[0] == 2.0
+    assert paired_difference(pd.Series({0: 5.0}), pd.Series({1: 3.0})) is None
+
+
+def test_two_records_of_one_run_with_different_results_are_refused(tmp_path):
+    for folder, accuracy in (("a", 50.0), ("b", 51.0)):
+        path = tmp_path / folder / "runs" / "0123"
+        path.mkdir(parents=True)
+        summary = {"id": "0123", "config_id": "4", "status": "finished", "commit": "c", "test_accuracy_final": accuracy}
+        (path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UsageError, match="different results"):
+        read_records([tmp_path / "a", tmp_path / "b"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["suite=man"], ["man", "main", "controls"]),
+        ([], ["suite=NAME"]),
+        (["suite=main", "scale=huge"], ["scale=huge", "cpu"]),
+        (["suite=main", "pruner=seta"], ["method", "pruner"]),
+    ],
+)
+def test_mistakes_get_one_sentence(arguments, words, capsys):
+    assert status(arguments) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert all(word in err for word in words)
+
+
+def test_status_imports_no_torch():
+    code = "import sys; from alignprune_exp.status import main; main(['suite=controls', 'scale=cpu']); "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_make_tables_says_when_there_is_nothing(tmp_path):
+    script = CONF.parent / "scripts" / "make_tables.py"
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
