@@ -1,0 +1,107 @@
+"""Write every suite's tables and figures, and the report, from run records.
+
+python scripts/make_tables.py [RESULTS ...] [--best]      (default: results and results/records)
+
+For each suite and scale that has finished runs: <out>/tables/<suite>_<scale>.md, .csv (a line a cell), _long.csv (a
+line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html with all of them. The
+same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from alignprune_exp.errors import UsageError
+from alignprune_exp.report.figures import save_all
+from alignprune_exp.report.html import page
+from alignprune_exp.report.mirrored import download
+from alignprune_exp.report.tables import Table, latex, long_csv, make_table, markdown, read_records, wide_csv
+from alignprune_exp.runs import write_text
+from alignprune_exp.suites import load_suite, suite_names
+from alignprune_exp.suspects import Sheet, report_sheet
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "results", nargs="*", type=Path, default=[Path("results"), Path("results/records")], help="hold runs/"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results"), help="where tables/, figures/ and report.html go")
+    parser.add_argument("--best", action="store_true", help="best accuracy instead of final, in files of its own")
+    parser.add_argument("--config-dir", type=Path, help="a folder with suites of one's own, in suite/")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="finished runs of a Weights & Biases project as well")
+    parser.add_argument("--data", type=Path, help="the folder of the data sets: the report then shows suspects' images")
+    given = parser.parse_args(arguments)
+    with TemporaryDirectory() as mirrored:
+        if given.wandb:
+            download(given.wandb, Path(mirrored))
+        return write([*given.results, Path(mirrored)], given)
+
+
+def write(results: Sequence[Path], arguments: argparse.Namespace) -> int:
+    records = read_records(results)
+    for id in sorted(records.damaged):
+        print(f"skipped {id}: its record is damaged", file=sys.stderr)
+    if not records:
+        places = [*map(str, arguments.results), *([arguments.wandb] if arguments.wandb else [])]
+        print(f"no finished runs under {', '.join(places)}; run a suite first", file=sys.stderr)
+        return 2
+    scales = sorted({record.summary["scale"] for record in records.values()})
+    names = sorted(suite_names(arguments.config_dir), key=lambda name: name != "main")
+    asked = [(name, scale) for scale in scales for name in names]
+    with ProcessPoolExecutor() as pool:
+        loading = [pool.submit(load_suite, name, [f"scale={scale}"], arguments.config_dir) for name, scale in asked]
+        suites = [load.result() for load in loading]
+    tables = [
+        make_table(suite, scale, records, arguments.best) for suite, (_, scale) in zip(suites, asked, strict=True)
+    ]
+    if not (tables := [table for table in tables if not table.long.empty]):
+        print("no finished run belongs to a suite; run one with suite=NAME", file=sys.stderr)
+        return 2
+    folder, drawings = arguments.out / "tables", arguments.out / "figures"
+    for place in (folder, drawings):
+        place.mkdir(parents=True, exist_ok=True)
+    images = save_all(tables, drawings)
+    for table in tables:
+        stem = folder / table.name
+        write_text(stem.with_name(f"{stem.name}.md"), markdown(table))
+        write_text(stem.with_name(f"{stem.name}.csv"), wide_csv(table))
+        write_text(stem.with_name(f"{stem.name}_long.csv"), long_csv(table))
+        write_text(stem.with_name(f"{stem.name}.tex"), latex(table))
+        print(f"{stem}.md: {len(table.long)} of {len(table.suite.cells)} runs")
+    report = arguments.out / ("report_best.html" if arguments.best else "report.html")
+    write_text(report, page(tables, images, _sheets(tables, arguments.data)))
+    print(report)
+    return 0
+
+
+def _sheets(tables: Sequence[Table], data: Path | None) -> dict[str, Sheet]:
+    """Return the contact sheet of each table's noisiest run that has its samples, where the images are in ``data``."""
+    sheets: dict[str, Sheet] = {}
+    if data is None:
+        return sheets
+    for table in tables:
+        runs = table.long.sort_values("noise_rate", ascending=False, kind="stable")["id"]
+        folders = [table.folders[id] for id in runs if (table.folders[id] / "samples.parquet").is_file()]
+        try:
+            if folders:
+                sheets[table.name] = report_sheet(folders[0], data)
+        except UsageError as error:
+            print(f"{table.name} has no contact sheet: {error}", file=sys.stderr)
+    return sheets
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"the tables cannot be written: {error.strerror} ({error.filename})", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,174 @@
+"""Finished runs into the repository, in compact form: python -m alignprune_exp.report.publish suite=main scale=cpu"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import UsageError
+from ..runs import read_json, summaries
+from ..suites import Suite, suite_of
+
+PUBLISHED = ("config.yaml", "summary.json", "metrics.jsonl", "dynamics.parquet", "environment.json")
+OF_THE_MACHINE = ("host", "slurm_job_id")  # keys of environment.json that are never published
+
+
+def publish(suite: Suite, results: Path) -> tuple[list[str], list[str], list[str]]:
+    """Copy the suite's finished runs from ``results/runs`` to ``results/records/runs``, scrubbed.
+
+    Returns the ids that are new there, those that were there already, and the names of the cells without a run.
+    Each record appears whole or not at all. Raises UsageError, with nothing written, for a record there that differs,
+    and for a run that lacks a file.
+    """
+    wanted = {cell.config_id for cell in suite.cells}
+    runs = {path.name: path for path, s in summaries(results) if _of(s, wanted)}
+    target = results / "records" / "runs"
+    known = {path.name for path, s in summaries(results / "records") if _of(s, wanted)}
+    new: dict[str, dict[str, bytes]] = {}
+    for id, folder in runs.items():
+        files = compact(folder)
+        place = target / id
+        if not place.exists():
+            new[id] = files
+        elif _differs(place, files):
+            raise UsageError(f"{place} holds another record of run {id}; remove it first to publish this one instead")
+    try:
+        for id, files in new.items():
+            _write(target / id, files)
+    except OSError as error:
+        raise UsageError(f"the records cannot be written: {error.strerror} ({error.filename})") from None
+    there = {s["config_id"] for root in (results, results / "records") for _, s in summaries(root) if _of(s, wanted)}
+    missing = {cell.config_id: _name(suite, cell.axes) for cell in suite.cells if cell.config_id not in there}
+    return sorted(new), sorted(known - set(new)), list(missing.values())
+
+
+def _differs(place: Path, files: Mapping[str, bytes]) -> bool:
+    """Return whether a published record is another than ``files``; the bytes of Parquet depend on its writer."""
+    if not all((place / name).is_file() for name in files):
+        return True
+    return any((place / name).read_bytes() != data for name, data in files.items() if not name.endswith(".parquet"))
+
+
+def compact(folder: Path) -> dict[str, bytes]:
+    """Return the files of a run's published record. Raises UsageError for a file that is missing or damaged."""
+    for name in PUBLISHED:
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder} lacks {name} and cannot be published; run it again with force=true")
+    try:
+        config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+        environment = read_json(folder / "environment.json")
+        if environment is None:
+            raise ValueError("environment.json is no JSON")
+        summary = json.loads((folder / "summary.json").read_text())
+        return {
+            "config.yaml": OmegaConf.to_yaml(OmegaConf.create(scrubbed_config(config))).encode(),
+            "summary.json": _json(summary),
+            "metrics.jsonl": (folder / "metrics.jsonl").read_bytes(),
+            "dynamics.parquet": _zstd(folder / "dynamics.parquet"),
+            "environment.json": _json(scrubbed_environment(environment)),
+        }
+    except (ValueError, KeyError, OSError, OmegaConfBaseException) as error:
+        raise UsageError(f"{folder} is damaged and cannot be published: {str(error).splitlines()[0]}") from None
+
+
+def scrubbed_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's config without what is of the machine or the person: paths and tracking."""
+    dataset, noise = dict(config["dataset"]), dict(config["noise"])
+    if "root" in dataset:
+        dataset["root"] = None
+    noise["file"] = None
+    paths = dict.fromkeys(config["paths"])
+    return {**config, "dataset": dataset, "noise": noise, "paths": paths, "tracking": {"name": "none"}}
+
+
+def scrubbed_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's environment without the host, the kernel's name, and the paths of its command."""
+    kept = {key: value for key, value in environment.items() if key not in OF_THE_MACHINE}
+    if "platform" in kept:
+        kept["platform"] = str(kept["platform"]).split("-")[0]
+    if "command" in kept:
+        kept["command"] = scrubbed_command(str(kept["command"]))
+    return kept
+
+
+def scrubbed_command(command: str) -> str:
+    """Return the command with ``DIR`` (``FILE`` for ``noise.file``) for every path."""
+    parts = []
+    for part in shlex.split(command):
+        key, equals, value = part.partition("=")
+        of_a_person = key.lstrip("+").startswith("tracking.")
+        if equals and (key.lstrip("+") in ("paths.data", "paths.results", "dataset.root") or _is_path(value)):
+            part = f"{key}={'FILE' if key == 'noise.file' else 'DIR'}"
+        elif not equals and _is_path(part):
+            part = "PATH"
+        if not of_a_person:
+            parts.append(part)
+    return " ".join(parts)
+
+
+def _is_path(value: str) -> bool:
+    return any(mark in value for mark in ("/", "\\", "~"))
+
+
+def _of(summary: Mapping[str, Any], wanted: set[str]) -> bool:
+    return summary.get("status") == "finished" and summary.get("config_id") in wanted
+
+
+def _name(suite: Suite, axes: Mapping[str, str]) -> str:
+    return " ".join([*(axes[name] for name in (*suite.rows, *suite.columns)), f"seed {axes.get('seed', '0')}"])
+
+
+def _json(values: Any) -> bytes:
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _zstd(path: Path) -> bytes:
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(pq.read_table(path), buffer, compression="zstd", compression_level=15)
+    return buffer.getvalue()
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Fill a folder beside ``folder``, which readers ignore for its ``~``, then move it into place."""
+    temporary = folder.with_name(f"{folder.name}~{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Publish; say what was and what is missing; return 0, or 2 for a mistake."""
+    try:
+        suite = suite_of(arguments)
+        results = Path(suite.cells[0].config.paths.results)
+        new, known, missing = publish(suite, results)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for id in new:
+        print(f"published {results / 'records' / 'runs' / id}")
+    print(f"{len(new)} published, {len(known)} published before, {len(missing)} missing")
+    for name in missing:
+        print(f"missing   {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

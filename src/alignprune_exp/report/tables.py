@@ -1,0 +1,563 @@
+"""Run records to tables: one cell is the mean over seeds, and names the runs it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from ..errors import UsageError
+from ..runs import RunFolder, read_json, run_folders
+from ..suites import Suite
+
+CONFIDENCE = 0.95
+MISSING = "–"
+PAPER_DATASET = "cifar100"
+PAPER_HEADING = "The paper's own values (CIFAR-100, ResNet-18, 200 epochs: its scale, not ours)"
+PAPER_PRINTED = {"full": "–", "infobatch": "+0.6", "infobatch_das": "+2.7", "seta": "+0.0", "seta_das": "+0.7"}
+OVERHEAD = ("select", "score", "reference", "refresh")  # parts of an epoch that are there for pruning's sake
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return read_json(self.folder / "environment.json") or {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return RunFolder(self.folder.parents[1], self.folder.name).metrics()
+
+
+class Records(dict[str, Record]):
+    """The finished runs by config id.
+
+    Attributes:
+        damaged: the ids of damaged records, with their config ids (empty where unknown).
+        others: ids of runs left out since another run of the same config, on other data, stands in their place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.damaged: dict[str, str] = {}
+        self.others: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands at one place of a block: its text, whether it is bold, and the ids of the runs it came from."""
+
+    text: str
+    bold: bool = False
+    runs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One table to show: a title, a sentence, the heads of its columns, and its rows of cells."""
+
+    title: str
+    caption: str
+    head: list[str]
+    body: list[list[Cell]]
+
+
+@dataclass(eq=False)
+class Table:
+    """A suite's numbers at one scale.
+
+    Attributes:
+        accuracy: the key of the summary that counts as accuracy, ``test_accuracy_final`` or ``test_accuracy_best``.
+        long: one row a run: suite, scale, row, column, seed, every number of the summary, run id, and what its
+            config, environment and metrics add (reference_size, precision, data_fingerprint, overhead, auroc_<score>
+            at the end).
+        folders: the folder of each run in it, by id.
+        notes: footnotes.
+    """
+
+    suite: Suite
+    scale: str
+    long: pd.DataFrame
+    accuracy: str = "test_accuracy_final"
+    folders: dict[str, Path] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The table's file name without its suffix."""
+        return f"{self.suite.name}_{self.scale}" + ("_best" if self.accuracy == "test_accuracy_best" else "")
+
+    @cached_property
+    def rows(self) -> list[str]:
+        return list(dict.fromkeys(label(cell.axes, self.suite.rows) for cell in self.suite.cells))
+
+    @cached_property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(label(cell.axes, self.suite.columns) for cell in self.suite.cells))
+
+    @cached_property
+    def seeds(self) -> int:
+        return len({cell.axes.get("seed", "0") for cell in self.suite.cells})
+
+    def runs(self, row: str, column: str) -> pd.DataFrame:
+        """Return the finished runs of one cell, by seed."""
+        return self._cells.get((row, column), self.long.iloc[:0])
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str], pd.DataFrame]:
+        cells = self.long.groupby(["row", "column"], sort=False)
+        return {key: runs.sort_values("seed").set_index("seed") for key, runs in cells}
+
+    def difference(self, row: str, other: str, column: str) -> tuple[float, float, float] | None:
+        """Return the paired difference of two rows in one column; see ``paired_difference``."""
+        ours, base = self.runs(row, column), self.runs(other, column)
+        if ours.empty or base.empty:
+            return None
+        return paired_difference(ours[self.accuracy], base[self.accuracy])
+
+
+def read_records(folders: Iterable[Path]) -> Records:
+    """Return the finished runs under the results folders, by config id; the first folder's count.
+
+    Raises UsageError for two records of one run that differ in their result.
+    """
+    found = Records()
+    for folder in folders:
+        for path in run_folders(folder):
+            if not (path / "summary.json").exists():
+                continue
+            summary = read_json(path / "summary.json")
+            if summary is None or not _whole(summary):
+                config_id = (summary or read_json(path / "environment.json") or {}).get("config_id")
+                found.damaged[path.name] = config_id or ""
+                continue
+            if summary["status"] != "finished":
+                continue
+            known = found.setdefault(summary["config_id"], Record(path, summary))
+            key = "test_accuracy_final"
+            if known.summary["id"] != summary["id"]:
+                found.others[summary["id"]] = summary["config_id"]
+            elif known.summary["commit"] == summary["commit"] and known.summary[key] != summary[key]:
+                raise UsageError(f"{known.folder} and {path} hold one run with different results; remove one of them")
+    return found
+
+
+def _whole(summary: Mapping[str, Any]) -> bool:
+    keys = ("id", "config_id", "commit", "test_accuracy_final")
+    return summary.get("status") == "failed" or (
+        summary.get("status") == "finished" and all(key in summary for key in keys)
+    )
+
+
+def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bool = False) -> Table:
+    """Return the suite's table from whatever of its runs there is; ``best`` takes best instead of final accuracy."""
+    rows = []
+    folders = {}
+    for cell in suite.cells:
+        if (record := records.get(cell.config_id)) is None:
+            continue
+        folders[record.summary["id"]] = record.folder
+        rows.append(
+            {
+                "suite": suite.name,
+                "scale": scale,
+                "row": label(cell.axes, suite.rows),
+                "column": label(cell.axes, suite.columns),
+                **{key: value for key, value in record.summary.items() if key != "finished_at"},
+                **_beside(record),
+                "reference_size": cell.config.reference.size,
+                "seed": int(cell.axes.get("seed", 0)),
+            }
+        )
+    long = pd.DataFrame(rows, columns=None if rows else ["row", "column", "seed"])
+    table = Table(suite, scale, long, f"test_accuracy_{'best' if best else 'final'}", folders)
+    if rows:
+        _footnote(table)
+    if isinstance(records, Records):
+        _footnote_skipped(table, records)
+    return table
+
+
+def _beside(record: Record) -> dict[str, Any]:
+    """Return what a record's environment and metrics add to its summary."""
+    environment, rows = record.environment, record.metrics()
+    total = sum(row["seconds"] - row["seconds_test"] for row in rows)
+    spent = {part: sum(row.get(f"seconds_{part}") or 0.0 for row in rows) for part in OVERHEAD}
+    last = rows[-1] if rows else {}
+    return {
+        "precision": environment.get("precision"),
+        "data_fingerprint": environment.get("data_fingerprint"),
+        "overhead": sum(spent.values()) / total if total else None,
+        **{f"share_{part}": seconds / total if total else None for part, seconds in spent.items()},
+        **{key: value for key, value in last.items() if key.startswith("auroc_")},
+    }
+
+
+def label(axes: Mapping[str, str], names: Sequence[str]) -> str:
+    return " ".join(axes[name] for name in names)
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and sample standard deviation (NaN for one value)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def paired_difference(ours: pd.Series, baseline: pd.Series) -> tuple[float, float, float] | None:
+    """Return the mean difference over common seeds with its 95 % interval; None without common seeds.
+
+    Student's t below ten pairs, a percentile bootstrap (10,000 resamples, fixed seed) from there; with one pair
+    the interval is NaN.
+    """
+    difference = (ours - baseline).dropna().to_numpy(float)
+    if len(difference) == 0:
+        return None
+    mean, std = mean_and_std(difference.tolist())
+    if len(difference) < 10:
+        half = float(stdtrit(len(difference) - 1, (1 + CONFIDENCE) / 2)) * std / math.sqrt(len(difference))
+        return mean, mean - half, mean + half
+    draws = np.random.default_rng(0).choice(difference, (10_000, len(difference))).mean(1)
+    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return mean, float(low), float(high)
+
+
+def not_distinguishable_from_best(table: Table, column: str) -> set[str]:
+    """Return the best row of a column, and those whose paired difference to it has an interval that contains 0.
+
+    With one seed the best alone (and its equals). Empty where only one row has runs.
+    """
+    means = {
+        row: float(runs[table.accuracy].mean()) for row in table.rows if not (runs := table.runs(row, column)).empty
+    }
+    if len(means) < 2:
+        return set()
+    best = max(means, key=lambda row: means[row])
+    chosen = {row for row, mean in means.items() if mean == means[best]}
+    for row in means:
+        pair = table.difference(row, best, column)
+        if pair is not None and pair[1] <= 0 <= pair[2]:
+            chosen.add(row)
+    return chosen
+
+
+def _footnote(table: Table) -> None:
+    long, notes = table.long, table.notes
+    for key, what in (("commit", "commits"), ("epochs", "numbers of epochs"), ("precision", "precisions")):
+        values = sorted({_short(value) for value in long[key].dropna()}) if key in long else []
+        if len(values) > 1:
+            notes.append(f"The runs come from several {what}: {', '.join(values)}.")
+    for (dataset, noise, column), runs in long.groupby(["dataset", "noise", "column"]):
+        prints = sorted({str(value)[:8] for value in runs["data_fingerprint"].dropna()})
+        if len(prints) > 1:
+            notes.append(f"{column}: the runs saw different data ({dataset}, {noise}): {', '.join(prints)}.")
+    if (long["pairing"] == "unverified").any():
+        columns = ", ".join(sorted(long.loc[long["pairing"] == "unverified", "column"].unique()))
+        notes.append(
+            f"{columns}: the pairing of human labels with single images is unverified, since the image order is not "
+            "proven to be the official one."
+        )
+    if table.suite.paper:
+        printed = ", ".join(f"{row} {PAPER_PRINTED[row]}" for row in table.suite.paper if row in PAPER_PRINTED)
+        notes.append(
+            f"The paper prints as its average differences {printed}, which differ from the plain means of its own "
+            "printed values; the tables show plain means throughout."
+        )
+
+
+def _footnote_skipped(table: Table, records: Records) -> None:
+    of_suite = {cell.config_id for cell in table.suite.cells}
+    if damaged := sorted(id for id, config_id in records.damaged.items() if config_id in of_suite):
+        table.notes.append(f"Skipped, since their records are damaged: {', '.join(damaged)}.")
+    if others := sorted(id for id, config_id in records.others.items() if config_id in of_suite):
+        table.notes.append(f"Left out, since runs of the same configs on other data are shown: {', '.join(others)}.")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 8 else text[:8] + ("+" if text.endswith("+") else "")
+
+
+@cache
+def blocks(table: Table) -> list[Block]:
+    """Return everything a table shows: accuracy, differences, the paper's values, cost, purity, and the runs."""
+    word = "Best" if table.accuracy == "test_accuracy_best" else "Final"
+    parts = [_accuracy(table, word)]
+    if table.suite.baseline is not None:
+        parts.append(_differences(table))
+    if table.suite.paper:
+        parts.append(_paper(table))
+    return [*parts, _efficiency(table), _purity(table), _runs(table)]
+
+
+def _axes(table: Table) -> tuple[str, str]:
+    return " ".join(table.suite.rows), " ".join(table.suite.columns)
+
+
+def _corner(table: Table) -> str:
+    return " / ".join(_axes(table))
+
+
+def _ids(*frames: pd.DataFrame) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(id for frame in frames if not frame.empty for id in frame["id"]))
+
+
+def _accuracy(table: Table, word: str) -> Block:
+    bold = {column: not_distinguishable_from_best(table, column) for column in table.columns}
+    body = []
+    for row in table.rows:
+        cells = [Cell(row)]
+        for column in table.columns:
+            runs = table.runs(row, column)
+            if runs.empty:
+                cells.append(Cell(MISSING))
+                continue
+            mean, std = mean_and_std(runs[table.accuracy].tolist())
+            spread = "" if math.isnan(std) else f" ± {std:.1f}"
+            short = f" (n={len(runs)})" if len(runs) < table.seeds else ""
+            text = f"{mean:.1f}{spread}{short}, {100 * runs['saved'].mean():.0f} % saved"
+            cells.append(Cell(text, row in bold[column], tuple(runs["id"])))
+        body.append([*cells, _mean_difference(table, row)])
+    baseline = table.suite.baseline
+    against = f"; mean Δ: plain mean over the columns of the difference to {baseline}" if baseline is not None else ""
+    return Block(
+        "Accuracy",
+        f"{word} test accuracy in %, mean ± std over {table.seeds} seed(s), and what was saved of the training"
+        f"{against}. Bold: the best of a column, and those whose paired difference to it has a 95 % interval that "
+        "contains 0.",
+        [_corner(table), *table.columns, "mean Δ"],
+        body,
+    )
+
+
+def _mean_difference(table: Table, row: str) -> Cell:
+    baseline = table.suite.baseline
+    if baseline is None or row == baseline:
+        return Cell(MISSING)
+    pairs = {column: table.difference(row, baseline, column) for column in table.columns}
+    known = {column: pair[0] for column, pair in pairs.items() if pair is not None}
+    if not known:
+        return Cell(MISSING)
+    partial = "" if len(known) == len(pairs) else f" ({len(known)} of {len(pairs)})"
+    frames = [table.runs(which, column) for column in known for which in (row, baseline)]
+    return Cell(f"{np.mean(list(known.values())):+.1f}{partial}", runs=_ids(*frames))
+
+
+def _differences(table: Table) -> Block:
+    baseline = table.suite.baseline
+    assert baseline is not None
+    body = []
+    for row in table.rows:
+        if row == baseline:
+            continue
+        cells = [Cell(row)]
+        for column in table.columns:
+            pair = table.difference(row, baseline, column)
+            if pair is None:
+                cells.append(Cell(MISSING))
+                continue
+            ours, base = table.runs(row, column), table.runs(baseline, column)
+            pairs = len(ours.index.intersection(base.index))
+            interval = "" if math.isnan(pair[1]) else f" [{pair[1]:+.1f}, {pair[2]:+.1f}]"
+            short = f" (n={pairs})" if pairs < table.seeds else ""
+            cells.append(Cell(f"{pair[0]:+.1f}{interval}{short}", runs=_ids(ours, base)))
+        body.append([*cells, _mean_difference(table, row)])
+    return Block(
+        f"Difference to {baseline}",
+        "In points of accuracy, paired by seed, with a 95 % interval where there are two pairs or more (Student's t; "
+        "a bootstrap from ten pairs).",
+        [_corner(table), *table.columns, "mean Δ"],
+        body,
+    )
+
+
+def _paper(table: Table) -> Block:
+    paper, baseline = table.suite.paper, table.suite.baseline
+    datasets = sorted(set(table.long.get("dataset", [PAPER_DATASET])))
+    body = []
+    for row in table.rows:
+        if row not in paper:
+            continue
+        cells = [Cell(row)]
+        for column in table.columns:
+            value, runs = paper[row].get(column), table.runs(row, column)
+            if value is None:
+                cells.append(Cell(MISSING))
+            elif runs.empty or set(runs["dataset"]) != {PAPER_DATASET}:
+                cells.append(Cell(f"{value:.1f}"))
+            else:
+                cells.append(Cell(f"{value:.1f} (ours {runs[table.accuracy].mean() - value:+.1f})", runs=_ids(runs)))
+        mean = Cell(MISSING)
+        if baseline in paper and row != baseline:
+            shared = [column for column in paper[row] if column in paper[baseline]]
+            mean = Cell(f"{np.mean([paper[row][column] - paper[baseline][column] for column in shared]):+.1f}")
+        body.append([*cells, mean])
+    brackets = (
+        f"in brackets ours at scale={table.scale} minus the paper's"
+        if PAPER_DATASET in datasets
+        else f"our runs are on {', '.join(datasets)}, and so there is no difference to show"
+    )
+    return Block(
+        PAPER_HEADING,
+        f"Test accuracy in % as the paper prints it; {brackets}.",
+        [_corner(table), *table.columns, "mean Δ"],
+        body,
+    )
+
+
+def _by_cell(table: Table, columns: Mapping[str, tuple[str, str]]) -> list[list[Cell]]:
+    """Return a row of cells for every cell with runs: the mean of each key, formatted."""
+    body = []
+    for row in table.rows:
+        for column in table.columns:
+            runs = table.runs(row, column)
+            if runs.empty:
+                continue
+            cells = [Cell(row), Cell(column)]
+            for key, form in columns.values():
+                values = pd.to_numeric(runs[key]).dropna() if key in runs else pd.Series(dtype=float)
+                cells.append(Cell(format(values.mean(), form), runs=_ids(runs)) if len(values) else Cell(MISSING))
+            body.append(cells)
+    return body
+
+
+def _efficiency(table: Table) -> Block:
+    columns = {
+        "saved": ("saved", ".1%"),
+        "seconds": ("seconds_total", ".0f"),
+        "images/s": ("samples_per_second", ".0f"),
+        "overhead": ("overhead", ".2%"),
+        **{part: (f"share_{part}", ".2%") for part in OVERHEAD},
+    }
+    return Block(
+        "Efficiency",
+        "saved: share of the training that pruning avoided; images/s: trained images a second of training steps; "
+        "overhead: share of selection, scoring, reference evaluation and refreshing in the time without testing, "
+        "and each of the four.",
+        [*_axes(table), *columns],
+        _by_cell(table, columns),
+    )
+
+
+def _purity(table: Table) -> Block:
+    scores = sorted(key for key in table.long.columns if key.startswith("auroc_"))
+    columns = {
+        "noise rate": ("noise_rate", ".3f"),
+        "kept noise": ("kept_noise_mean", ".3f"),
+        "weighted": ("kept_noise_weighted_mean", ".3f"),
+        "saved": ("saved", ".1%"),
+        "reference": ("reference_size", "g"),
+        **{f"AUROC {key.removeprefix('auroc_')}": (key, ".3f") for key in scores},
+    }
+    return Block(
+        "Purity",
+        "kept noise: noisy share of what the pruning epochs trained on; weighted: the same by gradient weight; AUROC: "
+        "how well each score, at the end, ranks noisy samples below clean ones (½ is chance); reference: the size of "
+        "the reference set, a share of the samples below 1, else their number.",
+        [*_axes(table), *columns],
+        _by_cell(table, columns),
+    )
+
+
+def _runs(table: Table) -> Block:
+    body = []
+    for row in table.rows:
+        for column in table.columns:
+            if not (runs := table.runs(row, column)).empty:
+                cells = [Cell(str(seed), runs=(id,)) for seed, id in runs["id"].items()]
+                body += [[Cell(row), Cell(column), cell, Cell(cell.runs[0], runs=cell.runs)] for cell in cells]
+    return Block("Runs", "Where each cell comes from.", [*_axes(table), "seed", "run"], body)
+
+
+def wide_csv(table: Table) -> str:
+    """Return one line a cell: accuracy, spread, seeds, saved, difference with its interval, the paper's, runs."""
+    lines = []
+    bold = {column: not_distinguishable_from_best(table, column) for column in table.columns}
+    for row in table.rows:
+        for column in table.columns:
+            runs = table.runs(row, column)
+            line: dict[str, Any] = {"row": row, "column": column, "accuracy": table.accuracy, "n": len(runs)}
+            if not runs.empty:
+                line["mean"], line["std"] = mean_and_std(runs[table.accuracy].tolist())
+                line["saved"] = runs["saved"].mean()
+                line["bold"] = row in bold[column]
+            baseline = table.suite.baseline
+            pair = table.difference(row, baseline, column) if baseline not in (None, row) else None
+            line["difference"], line["low"], line["high"] = pair or (None, None, None)
+            line["paper"] = table.suite.paper.get(row, {}).get(column)
+            line["runs"] = " ".join(_ids(runs))
+            lines.append(line)
+    order = ["row", "column", "accuracy", "n", "mean", "std", "saved", "bold", "difference", "low", "high"]
+    return pd.DataFrame(lines, columns=[*order, "paper", "runs"]).to_csv(index=False, lineterminator="\n")
+
+
+def long_csv(table: Table) -> str:
+    """Return one line a run, with every number of its summary."""
+    return table.long.to_csv(index=False, lineterminator="\n")
+
+
+def markdown(table: Table) -> str:
+    """Return the table as Markdown."""
+    parts = [f"# {table.suite.name}, scale={table.scale}"]
+    for block in blocks(table):
+        body = [[f"**{cell.text}**" if cell.bold else cell.text for cell in cells] for cells in block.body]
+        lines = [block.head, ["---"] * len(block.head), *body]
+        parts += [f"## {block.title}", block.caption]
+        parts.append("\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines))
+    return "\n\n".join([*parts, *table.notes]) + "\n"
+
+
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "_%&#${}"},
+        "±": r"$\pm$",
+        "–": "--",
+        "Δ": r"$\Delta$",
+        "−": "$-$",
+        "½": r"$\frac12$",
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "[": "{[}",
+        "]": "{]}",
+        "<": "$<$",
+        ">": "$>$",
+    }
+)
+
+
+def latex(table: Table) -> str:
+    """Return the table for LaTeX with booktabs, to be read in with ``\\input``; the runs stand in comments."""
+    parts = [f"% {table.suite.name}, scale={table.scale}; needs \\usepackage{{booktabs}}"]
+    for block in blocks(table):
+        if block.title == "Runs":
+            parts += ["% " + " ".join(cell.text for cell in cells) for cells in block.body]
+            continue
+        head = " & ".join(text.translate(_LATEX) for text in block.head)
+        lines = [
+            " & ".join(
+                f"\\textbf{{{cell.text.translate(_LATEX)}}}" if cell.bold else cell.text.translate(_LATEX)
+                for cell in cells
+            )
+            for cells in block.body
+        ]
+        caption = f"{table.suite.name}, scale={table.scale}. {block.title}. {block.caption}".translate(_LATEX)
+        parts += [
+            "\\begin{table}[ht]\n\\centering\\small",
+            f"\\caption{{{caption}}}",
+            f"\\begin{{tabular}}{{{'l' * len(block.head)}}}\n\\toprule",
+            head + " \\\\\n\\midrule",
+            *(line + " \\\\" for line in lines),
+            "\\bottomrule\n\\end{tabular}\n\\end{table}",
+        ]
+    notes = [f"\\par\\noindent\\footnotesize {note.translate(_LATEX)}" for note in table.notes]
+    return "\n".join([*parts, *notes]) + "\n"

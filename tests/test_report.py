@@ -1,0 +1,533 @@
+"""Published records, tables, figures and the report, from synthetic records with numbers known beforehand."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from alignprune_exp.errors import UsageError
+from alignprune_exp.report.figures import draw, encode
+from alignprune_exp.report.html import page
+from alignprune_exp.report.publish import publish, scrubbed_command
+from alignprune_exp.report.tables import (
+    blocks,
+    latex,
+    long_csv,
+    make_table,
+    markdown,
+    not_distinguishable_from_best,
+    read_records,
+    wide_csv,
+)
+from alignprune_exp.suites import load_suite
+from alignprune_exp.train import main as train
+
+ROOT = Path(__file__).parents[1]
+GRID = ["scale=smoke", "dataset=digits", "noise=clean,sym0.5", "method=full,infobatch,infobatch_das"]
+HOST = "stromboli-host-17"
+SECRET = "/home/somebody/secret"
+ACCURACY = {  # by row and column, seeds 0, 1, 2
+    ("full", "clean"): [70.0, 71.0, 72.0],
+    ("full", "sym0.5"): [50.0, 51.0, 52.0],
+    ("infobatch", "clean"): [71.0, 72.0, 73.0],
+    ("infobatch", "sym0.5"): [40.0, 41.0, 42.0],
+    ("infobatch_das", "clean"): [71.0, 73.0, 72.0],
+    ("infobatch_das", "sym0.5"): [60.0, 61.0],
+}
+
+
+def write_record(results, id, config_id, accuracy, seed=0, **changes):
+    """Write a record of two epochs."""
+    folder = results / "runs" / id
+    folder.mkdir(parents=True)
+    summary = {
+        "id": id,
+        "config_id": config_id,
+        "status": "finished",
+        "dataset": "digits",
+        "noise": "sym",
+        "noise_rate": 0.5,
+        "pairing": None,
+        "pruner": "infobatch",
+        "score": "das",
+        "window": 3,
+        "seed": seed,
+        "scale": "smoke",
+        "epochs": 2,
+        "test_accuracy_final": accuracy,
+        "test_accuracy_best": accuracy + 3,
+        "saved": 0.25,
+        "kept_noise_mean": 0.4,
+        "kept_noise_weighted_mean": 0.5,
+        "detection_auroc_last": 0.6,
+        "seconds_train": 8.0,
+        "seconds_total": 12.0,
+        "samples_per_second": 1000.0,
+        "commit": "c" * 40,
+        "finished_at": "2026-01-01T00:00:00+00:00",
+    } | changes
+    environment = {
+        "platform": f"Linux-6.1-{HOST}-x86_64",
+        "precision": "fp32",
+        "host": HOST,
+        "commit": "c" * 40,
+        "command": f"python -m alignprune_exp.train paths.data={SECRET} dataset.root={SECRET} seed={seed} "
+        f"'paths.results={SECRET} x' noise.file=~/n.pt tracking.entity=somebody",
+        "data_fingerprint": "f" * 64,
+    }
+    rows = [
+        {
+            "epoch": epoch,
+            "test_accuracy": accuracy - 1 + epoch,
+            "kept_noise": 0.4,
+            "kept_fraction": 0.75,
+            "auroc_das": 0.6 + epoch / 10,
+            "auroc_loss": 0.1,
+            "seconds": 6.0,
+            "seconds_test": 2.0,
+            "seconds_select": 0.1,
+            "seconds_score": 0.2,
+            "seconds_reference": 0.1,
+        }
+        for epoch in range(2)
+    ]
+    dynamics = [
+        {"epoch": epoch, "kind": kind, "name": name, "group": group, "x": x, "value": 1.0 + x + epoch}
+        for epoch in range(2)
+        for group in ("clean", "noisy")
+        for kind, name in (("loss_quantile", "loss"), ("histogram", "das"))
+        for x in (0.25, 0.5, 0.75)
+    ]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(
+        f"dataset: {{name: cifar10, root: {SECRET}}}\nnoise: {{name: sym, file: {SECRET}/n.pt}}\n"
+        f"tracking: {{name: wandb, entity: somebody}}\npaths: {{results: {SECRET}, data: {SECRET}}}\nseed: {seed}\n"
+    )
+    pd.DataFrame(dynamics).to_parquet(folder / "dynamics.parquet")
+    (folder / "samples.parquet").write_text(SECRET)
+    (folder / "checkpoint-a.pt").write_text(SECRET)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return load_suite("main", GRID)
+
+
+@pytest.fixture
+def results(tmp_path, suite):
+    for number, cell in enumerate(suite.cells):
+        method, noise, seed = cell.axes["method"], cell.axes["noise"], int(cell.axes["seed"])
+        values = ACCURACY[method, noise]
+        if seed < len(values):
+            write_record(tmp_path, f"{number:012x}", cell.config_id, values[seed], seed)
+    return tmp_path
+
+
+def _block(table, title):
+    (block,) = [block for block in blocks(table) if block.title.startswith(title)]
+    return {cells[0].text: dict(zip(block.head, cells, strict=True)) for cells in block.body}
+
+
+def test_accuracy_is_mean_and_spread_with_what_is_missing(results, suite):
+    accuracy = _block(make_table(suite, "smoke", read_records([results])), "Accuracy")
+    assert accuracy["full"]["clean"].text == "71.0 ± 1.0, 25 % saved"
+    assert accuracy["infobatch_das"]["sym0.5"].text == "60.5 ± 0.7 (n=2), 25 % saved"
+    assert accuracy["infobatch_das"]["mean Δ"].text == f"{((72 - 71) + (60.5 - 50.5)) / 2:+.1f}"
+    assert accuracy["infobatch"]["mean Δ"].text == "-4.5"
+    assert len(accuracy["full"]["clean"].runs) == 3
+
+
+def test_a_cell_without_runs_is_missing(results, suite):
+    records = read_records([results])
+    for cell in suite.cells:
+        if cell.axes["method"] == "infobatch":
+            records.pop(cell.config_id)
+    accuracy = _block(make_table(suite, "smoke", records), "Accuracy")
+    assert {cell.text for cell in list(accuracy["infobatch"].values())[1:]} == {"–"}
+
+
+def test_differences_are_paired_by_seed_with_students_interval(results, suite):
+    differences = _block(make_table(suite, "smoke", read_records([results])), "Difference")
+    half = 4.302653 * statistics.stdev([1, 2, 0]) / 3**0.5
+    assert differences["infobatch_das"]["clean"].text == f"+1.0 [{1 - half:+.1f}, {1 + half:+.1f}]"
+    assert differences["infobatch_das"]["sym0.5"].text == "+10.0 [+10.0, +10.0] (n=2)"
+    assert "full" not in differences
+
+
+def test_bold_are_the_best_and_those_not_distinguishable_from_it(results, suite):
+    table = make_table(suite, "smoke", read_records([results]))
+    assert not_distinguishable_from_best(table, "clean") == {"infobatch", "infobatch_das"}
+    assert not_distinguishable_from_best(table, "sym0.5") == {"infobatch_das"}
+
+
+def test_the_papers_values_stand_apart_with_our_difference(results, suite):
+    for path in results.glob("runs/*/summary.json"):
+        path.write_text(path.read_text().replace('"digits"', '"cifar100"'))
+    table = make_table(suite, "smoke", read_records([results]))
+    paper = _block(table, "The paper")
+    assert paper["infobatch_das"]["sym0.5"].text == "66.0 (ours -5.5)"
+    assert paper["infobatch_das"]["mean Δ"].text == "+2.8"  # the plain mean of its five columns
+    assert [row["mean Δ"].text for row in paper.values()][:2] == ["–", "+0.7"]
+    assert any("infobatch +0.6, infobatch_das +2.7, seta +0.0, seta_das +0.7" in note for note in table.notes)
+
+
+def test_on_another_data_set_there_is_no_difference_to_the_paper(results, suite):
+    table = make_table(suite, "smoke", read_records([results]))
+    assert _block(table, "The paper")["infobatch_das"]["sym0.5"].text == "66.0"
+    (caption,) = [block.caption for block in blocks(table) if block.title.startswith("The paper")]
+    assert "our runs are on digits" in caption
+
+
+def test_best_accuracy_is_a_table_of_its_own(results, suite):
+    table = make_table(suite, "smoke", read_records([results]), best=True)
+    assert table.name == "main_smoke_best"
+    assert _block(table, "Accuracy")["full"]["clean"].text.startswith("74.0 ± 1.0")
+    assert "Best test accuracy" in markdown(table)
+
+
+def test_efficiency_and_purity_come_from_metrics(results, suite):
+    table = make_table(suite, "smoke", read_records([results]))
+    efficiency = _block(table, "Efficiency")["full"]
+    assert [efficiency[key].text for key in ("saved", "seconds", "images/s", "overhead")] == [
+        "25.0%",
+        "12",
+        "1000",
+        f"{0.8 / 8:.2%}",
+    ]
+    purity = _block(table, "Purity")["full"]
+    assert [purity[key].text for key in ("kept noise", "weighted", "AUROC das", "AUROC loss")] == [
+        "0.400",
+        "0.500",
+        "0.700",
+        "0.100",
+    ]
+
+
+def test_footnotes_name_what_differs(results, suite):
+    (first, second, *_) = sorted(results.glob("runs/*"))
+    summary = json.loads((first / "summary.json").read_text())
+    (first / "summary.json").write_text(json.dumps(summary | {"commit": "d" * 40 + "+", "pairing": "unverified"}))
+    environment = json.loads((first / "environment.json").read_text())
+    changed = environment | {"precision": "bf16", "data_fingerprint": "a" * 64}
+    (first / "environment.json").write_text(json.dumps(changed))
+    config_id = json.loads((second / "summary.json").read_text())["config_id"]
+    (second / "summary.json").write_text('{"id": ')
+    (second / "environment.json").write_text(json.dumps({"config_id": config_id}))
+    notes = "\n".join(make_table(suite, "smoke", read_records([results])).notes)
+    for words in ("commits: cccccccc, dddddddd+", "precisions: bf16, fp32", "aaaaaaaa, ffffffff", "is unverified"):
+        assert words in notes
+    assert f"damaged: {second.name}" in notes
+
+
+def test_published_records_hold_nothing_of_the_machine(results, suite):
+    new, known, missing = publish(suite, results)
+    assert (len(new), known, missing) == (17, [], ["infobatch_das sym0.5 seed 2"])
+    for id in new:
+        folder = results / "records" / "runs" / id
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "config.yaml",
+            "dynamics.parquet",
+            "environment.json",
+            "metrics.jsonl",
+            "summary.json",
+        ]
+        for path in folder.iterdir():
+            data = path.read_bytes()
+            for word in (HOST, SECRET, "somebody", "/home", str(results), "~/"):
+                assert word.encode() not in data, (path, word)
+    assert publish(suite, results)[:2] == ([], sorted(new))
+
+
+def test_a_different_record_is_never_overwritten(results, suite):
+    publish(suite, results)
+    path = next((results / "runs").iterdir())
+    rows = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(rows.replace("0.75", "0.76"))
+    before = {p: p.read_bytes() for p in (results / "records").rglob("*.*") if p.is_file()}
+    with pytest.raises(UsageError, match=f"another record of run {path.name}"):
+        publish(suite, results)
+    assert {p: p.read_bytes() for p in (results / "records").rglob("*.*") if p.is_file()} == before
+
+
+def test_commands_lose_their_paths_alone():
+    given = (
+        "python -m alignprune_exp.train 'paths.data=/a b' +dataset.root=x noise.file=/n score=my.package.Class seed=1"
+    )
+    assert scrubbed_command(given) == (
+        "python -m alignprune_exp.train paths.data=DIR +dataset.root=DIR noise.file=FILE score=my.package.Class seed=1"
+    )
+
+
+def _everything(table):
+    figures = {name: encode(figure, "png") for name, figure in draw(table).items()}
+    texts = [markdown(table), latex(table), wide_csv(table), long_csv(table), page([table], figures)]
+    return texts, figures, {name: encode(figure, "pdf") for name, figure in draw(table).items()}
+
+
+def test_published_records_alone_give_the_same_bytes(results, suite):
+    publish(suite, results)
+    first = _everything(make_table(suite, "smoke", read_records([results, results / "records"])))
+    shutil.rmtree(results / "runs")
+    assert _everything(make_table(suite, "smoke", read_records([results, results / "records"]))) == first
+    assert set(first[1]) == {f"main_smoke_{name}" for name in ("losses", "scores", "kept", "accuracy")}
+    assert "2026" not in "".join(first[0])
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.ids, self.links, self.resources, self.open = set(), set(), [], []
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+        self.ids |= {given["id"]} if "id" in given else set()
+        if tag == "a":
+            self.links.add(given["href"])
+        self.resources += [given[key] for key in ("src", "href") if key in given and tag != "a"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_one_page_whose_numbers_lead_to_their_runs(results, suite):
+    (texts, _, _) = _everything(make_table(suite, "smoke", read_records([results])))
+    parser = _Page()
+    parser.feed(texts[-1])
+    assert parser.open == []
+    assert {f"run-{path.name}" for path in results.glob("runs/*")} <= parser.ids
+    assert all(link.removeprefix("#") in parser.ids for link in parser.links)
+    assert parser.resources
+    assert all(resource.startswith("data:") for resource in parser.resources)
+    assert not re.search(r"(https?:)?//\w+\.\w", texts[-1].replace("<!doctype html>", ""))
+    assert SECRET not in texts[-1]
+    assert "paths.data=DIR" in texts[-1]
+
+
+def _suite_records(results, name, overrides, values):
+    """Write a record for every cell of a suite; ``values`` gives accuracy and saved share from its axes."""
+    suite = load_suite(name, ["scale=smoke", "dataset=digits", *overrides])
+    for number, cell in enumerate(suite.cells):
+        accuracy, saved = values(cell.axes)
+        write_record(results, f"{number:012x}", cell.config_id, accuracy, int(cell.axes["seed"]), saved=saved)
+    return make_table(suite, "smoke", read_records([results]))
+
+
+def _lines(figure):
+    (axis,) = figure.axes
+    return {
+        container.get_label(): [tuple(map(float, point)) for point in zip(*container.lines[0].get_data(), strict=True)]
+        for container in axis.containers
+    }
+
+
+def test_accuracy_over_ratio_is_drawn_at_what_was_really_saved(tmp_path):
+    def values(axes):
+        ratio, gain = float(axes["pruner.ratio"]), {"loss": 0, "das": 5}[axes["score"]]
+        return 50 + gain + 2 * int(axes["seed"]), ratio / 2 + gain / 100
+
+    table = _suite_records(tmp_path, "ratio", ["pruner.ratio=0.3,0.5", "seed=0,1"], values)
+    figure = draw(table)["ratio_smoke_against"]
+    assert _lines(figure) == {
+        "loss": [(0.15, 51), (0.25, 51)],
+        "das": [(pytest.approx(0.2), 56), (pytest.approx(0.3), 56)],
+    }
+    (segments,) = [collection.get_segments() for collection in figure.axes[0].containers[0].lines[2]]
+    assert segments[0][:, 1] == pytest.approx([51 - 2**0.5, 51 + 2**0.5])  # the spread over seeds
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "overrides", "line"),
+    [
+        ("window", "score.window", ["score.window=3,5", "epochs=20"], "_nolegend_"),
+        ("reference_size", "reference.size", ["reference.size=0.02,0.05"], "_nolegend_"),
+        ("budget", "pruner.budget", ["score=loss,das", "pruner.budget=0.5,0.7"], "das"),
+    ],
+)
+def test_accuracy_is_drawn_over_the_axis_that_is_a_number(tmp_path, name, axis, overrides, line):
+    table = _suite_records(tmp_path, name, [*overrides, "seed=0"], lambda axes: (40 + float(axes[axis]), 0.25))
+    lines = _lines(draw(table)[f"{name}_smoke_against"])
+    values = sorted({float(cell.axes[axis]) for cell in table.suite.cells})
+    (found,) = [points for label, points in lines.items() if label == line or label.startswith("_")][-1:]
+    assert found == [(value, pytest.approx(40 + value)) for value in values]
+
+
+def test_purity_names_the_size_of_the_reference_set(tmp_path):
+    grid = ["reference.size=0.02,30", "seed=0"]
+    table = _suite_records(tmp_path, "reference_size", grid, lambda axes: (40.0, 0.25))
+    assert {row: cells["reference"].text for row, cells in _block(table, "Purity").items()} == {
+        "0.02": "0.02",
+        "30": "30",
+    }
+
+
+def test_a_suite_without_such_an_axis_has_no_such_figure(results, suite):
+    assert "main_smoke_against" not in draw(make_table(suite, "smoke", read_records([results])))
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not there")
+def test_latex_compiles(results, suite, tmp_path):
+    text = latex(make_table(suite, "smoke", read_records([results])))
+    document = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}\n{text}\\end{{document}}\n"
+    (tmp_path / "t.tex").write_text(document)
+    subprocess.run(["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_latex_has_as_many_cells_in_every_line(results, suite):
+    text = latex(make_table(suite, "smoke", read_records([results])))
+    for tabular in re.findall(r"\\begin\{tabular\}\{(l+)\}(.*?)\\end\{tabular\}", text, re.S):
+        lines = [line for line in tabular[1].splitlines() if line.endswith("\\\\")]
+        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(tabular[0])}
+
+
+def test_a_thousand_records_are_read_in_seconds(tmp_path, suite):
+    config_ids = [cell.config_id for cell in suite.cells]
+    write_record(tmp_path, "model", config_ids[0], 50.0)
+    model = tmp_path / "runs" / "model"
+    summary, environment = ((model / name).read_text() for name in ("summary.json", "environment.json"))
+    metrics = (model / "metrics.jsonl").read_text()
+    shutil.rmtree(model)
+    for number in range(1000):
+        folder = tmp_path / "runs" / f"{number:012x}"
+        folder.mkdir()
+        config_id = config_ids[number] if number < len(config_ids) else f"other{number}"
+        changed = json.loads(summary) | {"id": folder.name, "config_id": config_id}
+        (folder / "summary.json").write_text(json.dumps(changed))
+        (folder / "environment.json").write_text(environment)
+        (folder / "metrics.jsonl").write_text(metrics)
+    started = time.monotonic()
+    records = read_records([tmp_path])
+    text = markdown(make_table(suite, "smoke", records))
+    assert len(records) == 1000
+    assert "50.0 ± 0.0" in text
+    assert time.monotonic() - started < 10
+
+
+class FakeApi:
+    """Has the runs of one project, as the public API of Weights & Biases gives them."""
+
+    def __init__(self, runs):
+        self._runs = runs
+
+    def runs(self, path, filters=None):
+        if path != "somebody/pruning":
+            raise ValueError(f"Could not find project {path}\nTraceback")
+        (state,) = filters.values()
+        return (run for run in self._runs if run.state == state)
+
+
+class FakeMirror:
+    def __init__(self, folder, state="finished"):
+        summary, self._rows = json.loads((folder / "summary.json").read_text()), _metrics(folder)
+        self.id, self.name, self.state = folder.name, "warm-sun-1", state
+        self.config = {"seed": summary["seed"], "environment": json.loads((folder / "environment.json").read_text())}
+        self.summary = self._rows[-1] | summary | {"_step": 1, "_runtime": 3.0, "_wandb": {"runtime": 3}}
+
+    def scan_history(self):
+        return iter([{"_step": row["epoch"], "_timestamp": 1.0} | row for row in self._rows])
+
+
+def _metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _of_the_grid(name, scale, own):
+    return load_suite(name, [*GRID[1:], *scale])
+
+
+@pytest.fixture
+def make_tables(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    module = importlib.import_module("make_tables")
+    monkeypatch.setattr(module, "suite_names", lambda own: ["mine"] if own else ["main"])
+    monkeypatch.setattr(module, "load_suite", _of_the_grid)
+    return module
+
+
+def test_runs_of_a_mirrored_project_give_the_same_tables(results, tmp_path, make_tables, monkeypatch):
+    runs = [FakeMirror(folder) for folder in (results / "runs").iterdir()]
+    runs += [FakeMirror(results / "runs" / "000000000000", "crashed")]
+    monkeypatch.setattr("wandb.Api", lambda: FakeApi(runs))
+    nowhere = str(tmp_path / "nowhere")
+    assert make_tables.main([str(results), "--out", str(tmp_path / "local")]) == 0
+    assert make_tables.main([nowhere, "--out", str(tmp_path / "mirror"), "--wandb", "somebody/pruning"]) == 0
+    local, mirror = (
+        {path.name: path.read_text() for path in (tmp_path / out / "tables").iterdir()} for out in ("local", "mirror")
+    )
+    assert mirror == local
+    assert set(local) == {"main_smoke.md", "main_smoke.csv", "main_smoke_long.csv", "main_smoke.tex"}
+
+
+def test_a_project_that_cannot_be_read_gets_one_sentence(results, tmp_path, make_tables, monkeypatch):
+    monkeypatch.setattr("wandb.Api", lambda: FakeApi([]))
+    with pytest.raises(UsageError, match=r"somebody/else cannot be read: Could not find project somebody/else$"):
+        make_tables.main([str(results), "--out", str(tmp_path / "out"), "--wandb", "somebody/else"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_key_the_script_says_so(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "WANDB_DIR": str(tmp_path)}
+    command = [sys.executable, ROOT / "scripts" / "make_tables.py", tmp_path, "--wandb", "somebody/pruning"]
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"the Weights & Biases project somebody/pruning cannot be read: .*wandb login.*\n", done.stderr)
+
+
+def test_a_suite_and_a_score_of_ones_own_have_their_table(tmp_path, make_tables, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_table_scores.py").write_text(
+        "from alignprune_exp.pruning import Score\n\n\nclass Halving(Score):\n"
+        "    def __call__(self, history):\n        return history.last_N / 2\n"
+    )
+    (tmp_path / "conf" / "suite").mkdir(parents=True)
+    (tmp_path / "conf" / "suite" / "mine.yaml").write_text(
+        """
+# @package _global_
+suite: {name: mine, rows: score.name, columns: noise, baseline: loss}
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params:
+      noise: sym0.5
+      pruner: infobatch
+      score.name: loss,own_table_scores.Halving
+      epochs: 6
+      dataset.subset: 100
+      dataset.test_subset: 50
+      seed: 0
+"""
+    )
+    monkeypatch.setattr(make_tables, "load_suite", load_suite)
+    own = ["--config-dir", str(tmp_path / "conf")]
+    assert train(["suite=mine", "scale=smoke", f"paths.results={tmp_path}", *own]) == 0
+    assert make_tables.main([str(tmp_path), "--out", str(tmp_path), *own]) == 0
+    plain = (tmp_path / "report.html").read_text()
+    assert make_tables.main([str(tmp_path), "--out", str(tmp_path), "--data", str(tmp_path), *own]) == 0
+    with_images = (tmp_path / "report.html").read_text()
+    assert (plain.count("data:image/jpeg"), with_images.count("data:image/jpeg")) == (0, 1)
+    rows = pd.read_csv(tmp_path / "tables" / "mine_smoke.csv").set_index("row")
+    assert list(rows.index) == ["loss", "own_table_scores.Halving"]
+    assert rows["n"].tolist() == [1, 1]
+    assert "| AUROC Halving |" in (tmp_path / "tables" / "mine_smoke.md").read_text()
+
+
+def test_tables_need_neither_torch_nor_data():
+    code = "import sys; sys.path.insert(0, 'scripts'); import make_tables, alignprune_exp.report.publish; "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
