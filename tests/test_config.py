@@ -71,7 +71,8 @@ def test_pruner_yaml_holds_the_defaults_of_its_class(name):
 def test_score_yaml_holds_the_defaults_of_the_plug_in(name):
     values = yaml.safe_load((CONF / "score" / f"{name}.yaml").read_text())
     parameters = inspect.signature(DynamicPruning).parameters
-    assert values == {"name": name} | {key: parameters[key].default for key in ("window", "unseen")}
+    defaults = {key: parameters[key].default for key in ("window", "unseen")}
+    assert values == {"name": name, "bank": str(parameters["bank_dtype"].default).removeprefix("torch.")} | defaults
 
 
 def test_main_job_is_what_the_specification_says():
@@ -183,6 +184,7 @@ OTHER = {
     "noise.name": "asym",
     "score.name": "loss",
     "score.unseen": "mask",
+    "score.bank": "float16",
     "model.name": "resnet8",
     "model.norm": "group",
     "optimizer.name": "lars",

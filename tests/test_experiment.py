@@ -459,6 +459,13 @@ def test_two_runs_of_one_config_are_identical(tmp_path, undisturbed, overrides):
     assert_same_results(folder, undisturbed(*overrides))
 
 
+def test_the_bank_has_the_precision_that_is_asked_for(tmp_path, undisturbed):
+    assert launch(tmp_path, "score.bank=float16") == 0
+    assert only_run(tmp_path).name != undisturbed().name
+    one = Experiment(config_of(tmp_path, "score.bank=float16"))
+    assert one.pruning.trajectories.losses_WN.dtype == torch.float16
+
+
 @pytest.mark.parametrize("unseen", ["carry", "refresh"])
 def test_stopped_after_any_step_of_an_epoch_a_run_resumes_bit_identically(
     tmp_path, undisturbed, monkeypatch, capsys, unseen

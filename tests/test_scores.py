@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import distance
 
-from alignprune_exp.pruning import SCORES, Trajectories
+from alignprune_exp.pruning import SCORES, Trajectories, trajectories
 from alignprune_exp.pruning.scores import cosine, pearson, spearman
 from alignprune_exp.pruning.trajectories import BLOCK
 
@@ -161,6 +161,24 @@ def test_scores_of_more_samples_than_a_block_equal_scipys():
     expected_N = stats.pearsonr(np.float64(rows), reference[:, None], axis=0).statistic
     np.testing.assert_allclose(SCORES["das"]()(history), expected_N, atol=TOLERANCE)
     np.testing.assert_allclose(SCORES["small_loss"]()(history), -np.float64(rows).mean(0), rtol=1e-6)
+
+
+@names
+def test_threads_that_share_the_blocks_change_no_bit(name, monkeypatch):
+    monkeypatch.setattr(trajectories, "BLOCK", 10)
+    rows = np.random.default_rng(6).gamma(1, 1, (6, 997)).astype("float32")
+    rows[rows < 0.1] = np.nan
+    history = filled(rows, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], unseen="mask")
+    threads = torch.get_num_threads()
+    one, four = [], []
+    try:
+        for count, scores in ((1, one), (4, four)):
+            torch.set_num_threads(count)
+            scores.append(SCORES[name]()(history))
+    finally:
+        torch.set_num_threads(threads)
+    assert one[0].isfinite().all()
+    assert torch.equal(one[0], four[0])
 
 
 @names

@@ -60,6 +60,7 @@ class Score(Node):
     name: str
     window: Annotated[int, Field(ge=3)]
     unseen: Literal["carry", "mask", "refresh"]
+    bank: Literal["float32", "float16"]
 
 
 class Reference(Node):
@@ -145,7 +146,7 @@ class Config(Node):
 
 
 # What a run records where its pruner ranks nothing: any score would be inert, so that all share one run.
-UNRANKED = Score(name="loss", window=10, unseen="carry")
+UNRANKED = Score(name="loss", window=10, unseen="carry", bank="float32")
 
 # Keys that cannot change the result; what the data holds is in the identity by fingerprint.
 NOT_IDENTITY = {
@@ -230,6 +231,8 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
         del noise["rate"]
     if noise["name"] != "real" or config.dataset.name != "cifar10":
         del noise["labels"]
+    if config.score.bank == "float32":
+        del values["score"]["bank"]
     if config.reference.size == 0:
         values["reference"] = {"size": 0.0}
     for key in make_pruner(config.pruner).inert():

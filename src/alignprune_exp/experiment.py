@@ -369,13 +369,10 @@ class Experiment:
         names = [*FROM_THE_BANK]
         if self._ranking_name and self._ranking_name not in names:
             names.append(self._ranking_name)
-        scores = {}
-        for name in names:
-            score = pruning.score if name == self._ranking_name else SCORES[name]()
-            ready = pruning.epoch >= self.config.score.window and self.reference_batches is not None
-            if ready or not score.aligned:
-                scores[name] = pruning.scores(score)
-        return scores
+        scores = {name: pruning.score if name == self._ranking_name else SCORES[name]() for name in names}
+        if pruning.epoch < self.config.score.window or self.reference_batches is None:
+            scores = {name: score for name, score in scores.items() if not score.aligned}
+        return dict(zip(scores, pruning.several_scores(list(scores.values())), strict=True))
 
     def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return each sample's cross-entropy (B,) from float32 logits, plain and smoothed, and predicted class (B,)."""
@@ -611,6 +608,7 @@ def make_pruning(
             seed=config.seed,
             clean=clean,
             device=device,
+            bank_dtype=getattr(torch, config.score.bank),
         )
     except ValueError as error:
         raise UsageError(f"pruner={config.pruner['name']} score={score}: {error}") from None

@@ -238,8 +238,12 @@ class DynamicPruning(Indexed):
 
         Raises RuntimeError within an epoch, and ValueError where the score needs what is not known.
         """
+        return self.several_scores([score])[0]
+
+    def several_scores(self, scores: Sequence[str | Score]) -> np.ndarray:
+        """Return K scores (K, n) as `scores` does, in one copy from the device."""
         history = self.trajectories.history(self.clean, self.seed)
-        return make_score(score)(history).cpu().numpy().copy()
+        return torch.stack([make_score(score)(history) for score in scores]).cpu().numpy()
 
     def report(self) -> pd.DataFrame:
         """Return one row a sample, in data set order.
