@@ -133,6 +133,16 @@ def test_a_crop_as_large_as_the_image_is_refused():
         _batches(_split(), crop=8)
 
 
+def test_half_precision_rounds_the_float32_images_once(monkeypatch):
+    exact = next(_batches(_split()).epoch(np.arange(5), 0))[1]
+    for piece in (1, 500, 1 << 20):  # an image at a time, two, all
+        monkeypatch.setattr("alignprune_exp.data.batches.PIECE", piece)
+        half = next(_batches(_split(), dtype=torch.bfloat16).epoch(np.arange(5), 0))[1]
+        assert torch.equal(half, exact.to(torch.bfloat16))
+        assert half.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(next(_batches(_split()).epoch(np.arange(5), 0))[1], exact)
+
+
 def test_channels_first_and_one_channel():
     split = _split()
     x = next(_batches(split, channels_last=False).epoch(np.arange(5), 0))[1]

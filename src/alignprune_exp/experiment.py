@@ -172,6 +172,7 @@ class Experiment:
             flip=config.dataset.flip,
             crop=config.dataset.crop,
             channels_last=config.channels_last,
+            dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
             workers=config.workers,
         )
 

@@ -19,6 +19,8 @@ from alignprune_exp.pruning.seeding import generator
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
+PIECE = 1 << 20  # values that are normalised at a time, so that they stay in the processor's cache
+
 
 class Batches:
     """Turns samples of a split into normalised batches.
@@ -38,6 +40,7 @@ class Batches:
         crop: pixels of reflect padding around each image, out of which its own size is cropped at a uniformly
             drawn place; 0 for none.
         channels_last: the memory format of the images.
+        dtype: of the images, rounded to it at the end.
         workers: processes that decode images that are not held in memory; 0 decodes in this one.
 
     Raises UsageError where ``crop`` is not smaller than the images.
@@ -56,11 +59,12 @@ class Batches:
         flip: bool,
         crop: int,
         channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
         workers: int = 0,
     ) -> None:
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self.channels_last = channels_last
+        self.channels_last, self.dtype = channels_last, dtype
         self._n = len(split)
         self._labels = torch.from_numpy(split.labels).to(self.device)
         augmentation = Augmentation(seed, flip=train and flip, crop=crop if train else 0)
@@ -89,7 +93,7 @@ class Batches:
         Of ``ranks`` that share every batch, in consecutive parts whose sizes differ by one at the most, this is
         number ``rank``. Where a last batch has fewer samples than ranks, some get none of it.
 
-        ``index`` is int64 (B,) on the CPU; on the device are ``x``, float32 (B, C, H, W), and ``labels``,
+        ``index`` is int64 (B,) on the CPU; on the device are ``x`` (B, C, H, W) and ``labels``,
         int64 (B,). Finish or drop one iteration before the next begins: they share the workers.
         """
         return self._batches(order, epoch, start, rank, ranks)
@@ -121,9 +125,13 @@ class Batches:
         return sizes
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Map uint8 (B, H, W, C) to float32 (B, C, H, W)."""
-        flat = images.reshape(-1, len(self._scale)).to(torch.float32)
-        x = torch.addcmul(self._shift, flat, self._scale, out=flat).view(images.shape).permute(0, 3, 1, 2)
+        """Map uint8 (B, H, W, C) to (B, C, H, W), computed in float32."""
+        x = torch.empty(images.shape, dtype=self.dtype, device=self.device)
+        each = max(1, PIECE // images[0].numel()) if self.device.type == "cpu" else len(images)
+        for few, out in zip(images.split(each), x.split(each), strict=True):
+            flat = few.reshape(-1, len(self._scale)).to(torch.float32)
+            torch.addcmul(self._shift, flat, self._scale, out=out.view(flat.shape))
+        x = x.permute(0, 3, 1, 2)
         return x if self.channels_last else x.contiguous()
 
 
