@@ -139,14 +139,15 @@ def from_disk(report: Report, root: Path, n: int) -> None:
     counted = replace(source, store=Counted(source.store, opened))
     torch.set_num_threads(1)  # the workers have the other core
     split = Split(counted, np.arange(n), source.labels, None, None)
-    batches = batches_of(split, batch_size=64, workers=WORKERS)
+    batches = batches_of(split, batch_size=64, workers=WORKERS, dtype=torch.bfloat16)  # as runs in bf16 have it
     rng = np.random.default_rng(0)
     list(batches.epoch(rng.permutation(n)[: 4 * WORKERS], 0))  # starts the workers
     opened.zero_()
 
     kept = rng.permutation(n)[: n // 2]
     (index, x, _), *_ = batches.epoch(kept, 1)
-    right = np.allclose(x[0].numpy(), plainly(source.store.read(int(index[0])), int(index[0]), 1), rtol=1e-5, atol=1e-6)
+    expected = torch.from_numpy(plainly(source.store.read(int(index[0])), int(index[0]), 1)).to(torch.bfloat16)
+    right = torch.allclose(x[0], expected, rtol=2**-7, atol=1e-6)
     report.check(right, "from disk: another batch")
     report.check(
         bool((opened[kept] == 1).all()) and int(opened.sum()) == len(kept), "from disk: opened what was not selected"
