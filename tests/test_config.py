@@ -50,8 +50,9 @@ def test_every_option_composes_and_validates(group, option):
     root = [ROOT] if group == "dataset" and option != "digits" else []
     config = _config(f"{group}={option}", *root)
     chosen = config.model_dump()[group]
-    name = chosen if group == "scale" else chosen.get("name", option)
-    assert option == name or re.fullmatch(rf"{name}0\.\d", option)
+    chosen = {"name": chosen} if group == "scale" else chosen
+    name = chosen.get("name", option)
+    assert option in (name, f"{name}_{chosen.get('method')}") or re.fullmatch(rf"{name}0\.\d", option)
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "scale"])
@@ -251,6 +252,15 @@ def test_dataset_and_pruner_and_data_change_the_id():
 def test_keys_that_a_choice_leaves_without_effect_do_not_change_the_id(base, changes):
     ids = _ids(base, *(f"{base} {change}" for change in changes))
     assert len(set(ids)) == 1
+
+
+def test_every_key_of_a_pseudo_reference_changes_the_id():
+    pseudo = "reference=pseudo"
+    changes = ["reference.method=cleanlab", "reference.size=0.02", "reference.warmup=6", "reference.every=11"]
+    kinds = ["", "reference=none score=loss", "reference=population", "reference=population score=loss", pseudo]
+    ids = _ids(*kinds, *(f"{pseudo} {change}" for change in changes))
+    assert len(set(ids)) == len(ids)
+    assert _ids("reference=pseudo_cleanlab") == _ids(f"{pseudo} reference.method=cleanlab")
 
 
 def test_keys_with_an_effect_again_change_the_id():

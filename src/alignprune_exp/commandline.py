@@ -145,8 +145,11 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
     if not isinstance(node, DictConfig):
         return f"unknown key {key}; {'.'.join(parents)} holds no keys"
     known = [str(name) for name in node if name != "name"]
-    where = f"{'.'.join(parents)}={node.get('name')}" if parents else "the config"
-    return f"unknown key {key}{suggest(last, known)}; {where} has {', '.join(known)}"
+    where = "=".join(filter(None, [".".join(parents), node.get("name")])) or "the config"
+    files = sorted((config_dir() / parents[0]).glob("*.yaml")) if parents else []
+    having = [file.stem for file in files if f"\n{last}:" in f"\n{file.read_text()}"]
+    hint = f"; it belongs to {parents[0]}={', '.join(having)}" if having else suggest(last, known)
+    return f"unknown key {key}{hint}; {where} has {', '.join(known) or 'no keys'}"
 
 
 def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
@@ -190,14 +193,14 @@ def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, s
     program = [interpreter(), *PROGRAM.split()[1:]]
     pruner, score = config.pruner["name"], config.score.name
     ranks = make_pruner(config.pruner).uses_scores
-    trusted = config.reference.size > 0
+    aligns = config.reference.aligns
     commands = []
     if not ranks:
-        best = "das" if trusted else "small_loss"
+        best = "das" if aligns else "small_loss"
         commands.append((command("infobatch", best), f"the same, pruned by InfoBatch with {best}"))
         commands.append((command("infobatch", "loss"), "the same, pruned by InfoBatch as it is"))
     else:
-        other = "loss" if score != "loss" else "das" if trusted else "small_loss"
+        other = "loss" if score != "loss" else "das" if aligns else "small_loss"
         commands.append((command("full", None), "the same without pruning"))
         commands.append((command(pruner, other), f"the same, ranked by {other}"))
     if config.dataset.name == "digits":

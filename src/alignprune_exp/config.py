@@ -11,9 +11,9 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, field_validator
 
 from .errors import UsageError
 from .pruning.pruners import PRUNERS, Pruner, settings
@@ -63,10 +63,51 @@ class Score(Node):
     bank: Literal["float32", "float16"]
 
 
-class Reference(Node):
+class Trusted(Node):
+    """A reference set with trusted labels, held out of training; ``reference=none`` is one of size 0."""
+
     size: Annotated[float, Field(ge=0)]
     noise: Share
     train: bool
+
+    @property
+    def aligns(self) -> bool:
+        """Whether there is a reference trajectory to align with."""
+        return self.size > 0
+
+
+class Pseudo(Node):
+    """A reference set chosen out of the training samples, again and again, by their given labels."""
+
+    name: Literal["pseudo"]
+    method: Literal["small_loss", "cleanlab"]
+    size: Annotated[float, Field(gt=0)]
+    warmup: Count
+    every: Count
+    aligns: ClassVar[bool] = True
+
+    def due(self, done: int, epochs: int) -> bool:
+        """Whether the set is chosen anew after ``done`` of ``epochs`` epochs."""
+        return self.warmup <= done < epochs and (done - self.warmup) % self.every == 0
+
+
+class Population(Node):
+    """No reference set: the mean of the training losses stands in for it."""
+
+    name: Literal["population"]
+    size: ClassVar[float] = 0.0
+    aligns: ClassVar[bool] = True
+
+
+def _reference_kind(node: Any) -> str:
+    """Return which kind of reference values or a node are; those of ``trusted`` and ``none`` have no name."""
+    return node.get("name", "trusted") if isinstance(node, Mapping) else getattr(node, "name", "trusted")
+
+
+Reference = Annotated[
+    Annotated[Trusted, Tag("trusted")] | Annotated[Pseudo, Tag("pseudo")] | Annotated[Population, Tag("population")],
+    Discriminator(_reference_kind),
+]
 
 
 class Narrow(Node):
@@ -147,6 +188,7 @@ class Config(Node):
 
 # What a run records where its pruner ranks nothing: any score would be inert, so that all share one run.
 UNRANKED = Score(name="loss", window=10, unseen="carry", bank="float32")
+NOTHING_HELD_OUT = Trusted(size=0.0, noise=0.0, train=False)
 
 # Keys that cannot change the result; what the data holds is in the identity by fingerprint.
 NOT_IDENTITY = {
@@ -165,6 +207,11 @@ def validate(values: Mapping[str, Any]) -> Config:
     reference = config.reference
     if reference.size >= 1 and reference.size != int(reference.size):
         raise UsageError(f"reference.size={reference.size} is neither a share below 1 nor a whole number of samples")
+    if isinstance(reference, Pseudo) and reference.warmup >= config.epochs:
+        raise UsageError(
+            f"reference.warmup={reference.warmup} leaves none of {config.epochs} epochs with a reference set; "
+            f"use at most {config.epochs - 1}, or reference=population"
+        )
     if not make_pruner(config.pruner).uses_scores:
         config = config.model_copy(update={"score": UNRANKED})
     return config
@@ -233,7 +280,7 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
         del noise["labels"]
     if config.score.bank == "float32":
         del values["score"]["bank"]
-    if config.reference.size == 0:
+    if not config.reference.aligns:
         values["reference"] = {"size": 0.0}
     for key in make_pruner(config.pruner).inert():
         del values["pruner"][key]

@@ -24,15 +24,16 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed, models, optim
-from .config import Config, NoTracking, identity, import_class, make_pruner
+from .config import NOTHING_HELD_OUT, Config, NoTracking, Pseudo, Trusted, identity, import_class, make_pruner
 from .console import Progress, epoch_line, say
 from .data.batches import Batches
 from .data.datasets import load
-from .data.split import TrainingData, prepare
+from .data.split import TrainingData, prepare, reference_count
 from .diagnostics import detection_auroc, dynamics, kept_noise
 from .distributed import Lost, Processes
 from .errors import Failed, Stopped, UsageError
 from .pruning import SCORES, DynamicPruning, NonFiniteLossError, Score
+from .pruning.reference import confident_thresholds, label_quality, most_trusted
 from .pruning.seeding import generator
 from .runs import RunFolder, owner_alive, run_id, write_atomically, write_json, write_text
 from .tracking import Tracker
@@ -139,7 +140,10 @@ class Experiment:
 
         self.batches = self._batches(train, augmented=True)
         self.test_batches = self._batches(self.data.test)
-        self.reference_batches = self._batches(reference) if reference is not None else None
+        self.reference_batches = self._batches(reference) if reference is not None else self.batches
+        self.reference = torch.arange(0 if reference is None else len(reference))  # samples (R,) of these batches
+        if isinstance(config.reference, Pseudo):
+            reference_count(config.reference.size, len(train))
 
         torch.manual_seed(int(generator(config.seed, "model").integers(2**62)))
         if config.batch_size < self.processes.size:
@@ -250,7 +254,8 @@ class Experiment:
         epoch, ranked_by, selection = pruning.epoch, pruning.ranked_by, pruning.selection
         ranking = pruning.ranking
         order = pruning.order()
-        if not self.processes.same(zlib.crc32(selection.weights.tobytes(), zlib.crc32(order.tobytes()))):
+        chosen = b"".join(part.tobytes() for part in (order, selection.weights, self.reference.numpy()))
+        if not self.processes.same(zlib.crc32(chosen)):
             raise Failed(
                 f"the processes do not agree on the selection of epoch {epoch}; start them from one checkout, with "
                 "one version of every package, on one kind of processor"
@@ -302,9 +307,15 @@ class Experiment:
                 pruning.record(unseen, self._plain_losses(self.batches, unseen))
         clock.lap("seconds_refresh")
         reference = self._reference_losses()
+        reference_loss = reference.mean().item() if len(reference) else None
+        if reference_loss is None and config.reference.aligns:
+            reference_loss = pruning.trajectories.population_mean()
+        reference_noise = self._reference_noise()
         clock.lap("seconds_reference")
-        pruning.end_epoch(reference.mean().item() if len(reference) else None)
+        pruning.end_epoch(reference_loss)
         clock.lap("seconds_score")
+        forwarded = len(reference) + self._choose_reference()
+        clock.lap("seconds_reference")
 
         test_accuracy = test_loss = None
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
@@ -346,11 +357,13 @@ class Experiment:
             "kept_noise": plain_noise,
             "kept_noise_weighted": weighted_noise,
             **aurocs,
-            "reference_loss": reference.mean().item() if len(reference) else None,
+            "reference_loss": reference_loss,
+            "reference_noise": reference_noise,
             "score_mean": float(np.nanmean(ranking)) if ranked_by and not np.isnan(ranking).all() else None,
             "low_fraction": None if math.isnan(selection.low_fraction) else selection.low_fraction,
             "samples_seen": int(pruning.times_selected.sum()),
             "samples_refreshed": refreshed,
+            "samples_reference": forwarded,
             "seconds": self.elapsed + clock.total(),
             **clock.laps,
         }
@@ -371,7 +384,7 @@ class Experiment:
         if self._ranking_name and self._ranking_name not in names:
             names.append(self._ranking_name)
         scores = {name: pruning.score if name == self._ranking_name else SCORES[name]() for name in names}
-        if pruning.epoch < self.config.score.window or self.reference_batches is None:
+        if pruning.epoch < self.config.score.window or not self.config.reference.aligns:
             scores = {name: score for name, score in scores.items() if not score.aligned}
         return dict(zip(scores, pruning.several_scores(list(scores.values())), strict=True))
 
@@ -388,16 +401,51 @@ class Experiment:
     @torch.no_grad()
     def _evaluate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's plain cross-entropy (B,) and whether it is classified right (B,)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(images)
-        logits = logits.float()
+        logits = self._logits(images)
         return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
 
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(images).float()
+
     def _reference_losses(self) -> Tensor:
-        if self.reference_batches is None:
+        """Return the reference samples' losses (R,), in eval mode."""
+        if len(self.reference) == 0:
             return torch.empty(0)
-        assert self.data.reference is not None
-        return self._plain_losses(self.reference_batches, torch.arange(len(self.data.reference))).double()
+        return self._plain_losses(self.reference_batches, self.reference).double()
+
+    def _reference_noise(self) -> float | None:
+        """Return the wrong share of the reference set's labels, where that is known."""
+        if (trusted := self.data.reference) is not None and trusted.clean_labels is not None:
+            return float((trusted.labels != trusted.clean_labels).mean())
+        if self.noisy is None or len(self.reference) == 0:
+            return None
+        return float(self.noisy[self.reference].mean())
+
+    def _choose_reference(self) -> int:
+        """Choose the pseudo reference set anew where that is due; return how many samples were forwarded for it."""
+        config, pruning = self.config, self.pruning
+        reference = config.reference
+        if not isinstance(reference, Pseudo) or not reference.due(pruning.epoch, config.epochs):
+            return 0
+        by_quality = reference.method == "cleanlab"
+        trust = self._label_quality() if by_quality else pruning.scores("small_loss")
+        rng = generator(config.seed, "pseudo reference", pruning.epoch)
+        chosen = most_trusted(trust, self.labels, reference_count(reference.size, pruning.n), rng)
+        self.reference = torch.from_numpy(chosen)
+        pruning.change_reference(self._reference_losses().mean())
+        return len(chosen) + by_quality * pruning.n
+
+    @torch.no_grad()
+    def _label_quality(self) -> np.ndarray:
+        """Return each training sample's label quality (n,), from one pass in eval mode without augmentation."""
+        own, labels = self.processes.share(torch.arange(self.pruning.n)), torch.from_numpy(self.labels)
+        none = torch.empty(0, len(self.data.classes), device=self.device)
+        p = torch.cat([none, *(self._logits(images).softmax(1) for _, images, _ in self.batches.evaluation(own))])
+        own_labels = labels[own].to(self.device)
+        confidence = self.processes.gather(p.gather(1, own_labels[:, None])[:, 0])
+        thresholds = confident_thresholds(confidence.cpu(), labels, p.shape[1]).to(self.device)
+        return self.processes.gather(label_quality(p, own_labels, thresholds)).cpu().numpy()
 
     def _plain_losses(self, batches: Batches, samples: Tensor) -> Tensor:
         """Return the plain losses (K,) of ``samples`` (K,) without augmentation, of which each process does a share."""
@@ -461,6 +509,7 @@ class Experiment:
                 "optimizer": self.optimizer.state_dict(),
                 "pruning": self.pruning.state_dict(),
                 "predicted": self.predicted,
+                "reference": self.reference,
             }
         )
 
@@ -481,6 +530,7 @@ class Experiment:
             self.step, self.elapsed = state["step"], state["elapsed"]
             self.loss_sum.copy_(state["loss_sum"])
             self.predicted.copy_(state["predicted"])
+            self.reference = state.get("reference", self.reference)
             epochs = state["epoch"]
         self.loss_sum_before = self.loss_sum.clone()
         if not self.processes.same(epochs * 2**32 + self.step):
@@ -586,7 +636,7 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name] = now - self._last
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
 
     def total(self) -> float:
@@ -613,10 +663,10 @@ def make_pruning(
         )
     except ValueError as error:
         raise UsageError(f"pruner={config.pruner['name']} score={score}: {error}") from None
-    if pruning.score.aligned and pruning.pruner.uses_scores and config.reference.size == 0:
+    if pruning.score.aligned and pruning.pruner.uses_scores and not config.reference.aligns:
         raise UsageError(
             f"score={score} compares with a reference set, and reference.size=0 leaves none; "
-            "set reference.size=0.01, or score=loss"
+            "set reference.size=0.01, reference=pseudo, or score=loss"
         )
     return pruning
 
@@ -647,7 +697,8 @@ def resolve_precision(asked: str, device: torch.device) -> str:
 
 
 def _load(config: Config) -> TrainingData:
-    dataset, noise, reference = config.dataset, config.noise, config.reference
+    dataset, noise = config.dataset, config.noise
+    reference = config.reference if isinstance(config.reference, Trusted) else NOTHING_HELD_OUT
     place = getattr(dataset, "root", None)
     root = Path(place).expanduser() if place is not None else None
     source = load(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from alignprune_exp.errors import UsageError
+from alignprune_exp.pruning.reference import class_shares
 from alignprune_exp.pruning.seeding import generator
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -151,12 +152,8 @@ def stratified(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
 
     Shares are by largest remainder; ``rng`` orders equal remainders. Returns int64 (size,), ascending.
     """
-    classes, class_of = np.unique(labels, return_inverse=True)
-    counts = np.bincount(class_of, minlength=len(classes))
-    quota, remainder = np.divmod(counts * size, len(labels))
-    order = np.lexsort((rng.random(len(classes)), -remainder))
-    quota[order[: size - quota.sum()]] += 1
-    chosen = [rng.choice(np.flatnonzero(class_of == c), quota[c], replace=False) for c in range(len(classes))]
+    shares = zip(*class_shares(labels, size, rng), strict=True)
+    chosen = [rng.choice(np.flatnonzero(labels == c), share, replace=False) for c, share in shares]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 

@@ -206,19 +206,23 @@ def _test_rows(labels: np.ndarray, subset: int | None) -> np.ndarray:
 
 def _reference_rows(labels: np.ndarray, size: float, seed: int) -> np.ndarray:
     """Return the positions that become the reference set, ascending."""
-    n = len(labels)
     if not size >= 0 or (size > 1 and size != int(size)):
         raise UsageError(
             f"reference.size={size:g} is neither a fraction nor a count: type a number below 1, or a whole number"
         )
     if size == 0:
         return np.empty(0, np.int64)
+    return stratified(labels, reference_count(size, len(labels)), generator(seed, "reference"))
+
+
+def reference_count(size: float, n: int) -> int:
+    """Return how many of ``n`` samples ``reference.size`` means. Raises UsageError where that is none, or all."""
     count = round(size * n) if size < 1 else int(size)
     if not 1 <= count < n:
         raise UsageError(
             f"reference.size={size:g} takes {count} of {n} samples: type a size that leaves 1 or more on both sides"
         )
-    return stratified(labels, count, generator(seed, "reference"))
+    return count
 
 
 def _statistics(train: Split, seed: int) -> tuple[np.ndarray, np.ndarray]:

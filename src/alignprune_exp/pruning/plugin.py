@@ -57,6 +57,12 @@ class DynamicPruning(Indexed):
     ...         optimizer.zero_grad(); loss.backward(); optimizer.step()
     ...     pruning.end_epoch(reference_loss)
 
+    Without trusted labels the reference may be the training set's own mean loss, or the samples of it that seem
+    cleanest, chosen anew every few epochs (`pruning.reference`); ``evaluate`` stands for your mean loss in eval mode:
+
+    >>> chosen = most_trusted(pruning.scores("small_loss"), labels, size, rng)          # doctest: +SKIP
+    >>> pruning.change_reference(evaluate(chosen))                                      # doctest: +SKIP
+
     A pickled copy, as loader workers get it, is the indexed data set alone; save a run with ``state_dict``.
 
     Args:
@@ -226,6 +232,26 @@ class DynamicPruning(Indexed):
         self._step = 0
         self._selection = self._weights = None
         self._scores = self._rank()
+
+    def change_reference(self, reference_loss: float | Tensor) -> None:
+        """Say, between two epochs, that the reference set is another one from now on.
+
+        The reference trajectory becomes a chain, as a price index does when its basket changes: its past is shifted
+        by one constant so that it ends at the new set's loss. Each step from epoch to epoch is then measured on one
+        set, and there is no jump that comes from the change alone. `pearson` and `spearman` do not notice the shift of
+        a whole trajectory, so the ranking made at the last ``end_epoch`` stays valid.
+
+        Args:
+            reference_loss: the new set's mean loss, evaluated with the weights of the last ``end_epoch``.
+
+        Raises:
+            NonFiniteLossError: it is NaN or infinite.
+            RuntimeError: an epoch is running.
+            ValueError: the last epoch ended without a reference loss to go on from.
+        """
+        if not math.isfinite(reference_loss := float(reference_loss)):
+            raise NonFiniteLossError(self.epoch - 1, what="the reference loss")
+        self.trajectories.link_reference(reference_loss)
 
     def check_finite(self) -> None:
         """Wait for the device; raise NonFiniteLossError if a loss of the running epoch was NaN or infinite."""

@@ -6,6 +6,7 @@ is NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -171,6 +172,23 @@ class Trajectories:
         self.reference_W[slot] = torch.nan if reference_loss is None else reference_loss
         self.epoch += 1
         self.recorded = 0
+
+    def population_mean(self) -> float:
+        """Return the mean, in float64, of the last recorded loss of every sample seen so far.
+
+        Samples pruned in the running epoch count with their loss of an earlier one: a mean over the selection alone
+        would jump whenever the selection changes its make-up.
+        """
+        return self.last_N.double().nanmean().item()
+
+    def link_reference(self, loss: float) -> None:
+        """Shift the reference trajectory so that its last entry is ``loss``; see `DynamicPruning.change_reference`."""
+        last = self.reference_W[(self.epoch - 1) % self.window].item()
+        if self.recorded:
+            raise RuntimeError("the reference set changes between end_epoch() and update(), not within an epoch")
+        if math.isnan(last):
+            raise ValueError("there is no reference loss to go on from; pass one to end_epoch() first")
+        self.reference_W += loss - last
 
     def history(self, clean_N: Tensor | None = None, seed: int = 0) -> History:
         """Return the finished epochs of the window. Raises RuntimeError once the next epoch has begun."""

@@ -1,0 +1,90 @@
+"""A reference set out of the training set itself, for those who have no trusted labels.
+
+Shape legend: N samples, B of them, C classes, R samples chosen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def class_shares(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes that ``labels`` (N,) hold, ascending, and how many of ``size`` samples each one gets.
+
+    Shares are proportional, by largest remainder; ``rng`` orders equal remainders. No class gets more than it has.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    quota, remainder = np.divmod(counts * size, len(labels))
+    order = np.lexsort((rng.random(len(classes)), -remainder))
+    quota[order[: size - quota.sum()]] += 1
+    return classes, quota
+
+
+def most_trusted(trust: np.ndarray, labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Choose the ``size`` samples that are trusted most, balanced by class.
+
+    Args:
+        trust: (N,), higher is better, such as the score ``small_loss`` or `label_quality`; NaN where unknown, which
+            comes last.
+        labels: (N,) as given, noisy or not; each class gets its `class_shares`.
+        size: number R of samples to choose, 0 to N.
+        rng: orders samples of equal trust.
+
+    Returns:
+        Sample indices, int64 (R,), ascending.
+
+    >>> most_trusted(np.array([0.9, 0.1, 0.2, 0.8]), np.array([0, 0, 1, 1]), 2, np.random.default_rng(0))
+    array([0, 3])
+    """
+    classes, quota = class_shares(labels, size, rng)
+    distrust = np.where(np.isnan(trust), np.inf, -trust)
+    ranked = np.lexsort((rng.random(len(labels)), distrust, labels))
+    first = np.searchsorted(labels[ranked], classes)
+    chosen = [ranked[start : start + share] for start, share in zip(first, quota, strict=True)]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def confident_thresholds(confidence_N: Tensor, labels_N: Tensor, classes: int) -> Tensor:
+    """Return the thresholds t (C,) of confident learning, float64: the mean self-confidence of each class's samples.
+
+    Args:
+        confidence_N: self-confidence, the probability that the network gives to a sample's given label.
+        labels_N: given labels.
+        classes: number C of classes; one without samples has an infinite threshold.
+    """
+    sum_C = torch.zeros(classes, dtype=torch.float64, device=confidence_N.device)
+    sum_C.index_add_(0, labels_N, confidence_N.double())
+    count_C = labels_N.bincount(minlength=classes)
+    return torch.where(count_C > 0, sum_C / count_C, torch.inf)
+
+
+def label_quality(p_BC: Tensor, labels_B: Tensor, thresholds_C: Tensor) -> Tensor:
+    r"""Confident learning's order of labels, the most credible highest (Northcutt, Jiang and Chuang, 2021).
+
+    The score is cleanlab's default, self-confidence :math:`p_{i,y_i}`. It is lowered by 1 for the samples that
+    confident learning counts as mislabelled, off the diagonal of its confident joint (their equation 1):
+    :math:`\hat y_i = \arg\max_{k:\, p_{i,k} \ge t_k} p_{i,k}` exists and is not the given label :math:`y_i`. So all
+    of them come behind all others.
+
+    The method asks for out-of-sample probabilities. A network that is being trained on these very samples gives
+    in-sample ones, which support wrong labels more the more it memorises; early in training the difference is small.
+
+    cleanlab's adjustment of self-confidence by thresholds shifts all samples of a class alike, so that it cannot change
+    a choice within classes, and is left out. Where several classes exceed their threshold, cleanlab takes the most
+    probable class of all, the paper the most probable one of these; this follows the paper.
+
+    Args:
+        p_BC: the network's class probabilities.
+        labels_B: given labels.
+        thresholds_C: `confident_thresholds` of all samples.
+
+    Returns:
+        (B,) float32 in [-1, 1].
+    """
+    given_BC = torch.zeros_like(p_BC, dtype=torch.bool).scatter_(1, labels_B[:, None], True)
+    confident_BC = torch.where(p_BC >= thresholds_C, p_BC, -torch.inf)
+    rival_B = confident_BC.masked_fill(given_BC, -torch.inf).amax(1)
+    own_B = confident_BC[given_BC]
+    return p_BC[given_BC] - (rival_B > own_B).to(p_BC.dtype)

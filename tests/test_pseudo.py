@@ -1,0 +1,504 @@
+"""A reference set without trusted labels: the choice, the chain of its trajectory, and runs that use it."""
+
+import json
+import sys
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from alignprune_exp import experiment as experiment_module
+from alignprune_exp.commandline import checked, config_dir
+from alignprune_exp.errors import Stopped
+from alignprune_exp.experiment import Experiment
+from alignprune_exp.pruning import DynamicPruning, NonFiniteLossError
+from alignprune_exp.pruning.reference import class_shares, confident_thresholds, label_quality, most_trusted
+from alignprune_exp.pruning.scores import pearson, spearman
+from alignprune_exp.runs import CHECKPOINTS, RunFolder, run_folders
+from alignprune_exp.suites import load_suite
+from alignprune_exp.train import main
+
+EPOCHS, WARMUP, EVERY = 10, 3, 2
+SMALL = ("threads=1", f"epochs={EPOCHS}", "score.window=3", "dataset.subset=300", "dataset.test_subset=100")
+PSEUDO = (f"reference.warmup={WARMUP}", f"reference.every={EVERY}", "reference.size=30")
+METHODS = {"small_loss": ("reference=pseudo", *PSEUDO), "cleanlab": ("reference=pseudo_cleanlab", *PSEUDO)}
+EVERY_KIND = METHODS | {"population": ("reference=population",)}
+CHOSEN_AFTER = [3, 5, 7, 9]  # epochs
+
+
+# --- the choice
+
+labelled = st.lists(st.integers(0, 4), min_size=1, max_size=40)
+
+
+@given(labelled, st.data())
+def test_class_shares_are_proportional_by_largest_remainder(labels, data):
+    size = data.draw(st.integers(0, len(labels)))
+    classes, quota = class_shares(np.array(labels), size, np.random.default_rng(0))
+    counts = Counter(labels)
+    assert classes.tolist() == sorted(counts)
+    assert quota.sum() == size
+    exact = [Fraction(counts[c] * size, len(labels)) for c in classes.tolist()]
+    assert all(share <= counts[c] for c, share in zip(classes.tolist(), quota, strict=True))
+    assert all(int(e) <= share <= int(e) + 1 for e, share in zip(exact, quota.tolist(), strict=True))
+    rounded_up = [e % 1 for e, share in zip(exact, quota.tolist(), strict=True) if share > int(e)]
+    rounded_down = [e % 1 for e, share in zip(exact, quota.tolist(), strict=True) if share == int(e)]
+    assert min(rounded_up, default=1) >= max(rounded_down, default=0)
+
+
+@given(labelled, st.data())
+def test_the_choice_is_the_most_trusted_of_each_class(labels, data):
+    trusts = st.one_of(st.just(np.nan), st.sampled_from([0.25, 0.5]), st.floats(-10, 10, width=32))
+    trust = np.array(data.draw(st.lists(trusts, min_size=len(labels), max_size=len(labels))), np.float32)
+    size = data.draw(st.integers(0, len(labels)))
+    seed = data.draw(st.integers(0, 3))
+    chosen = most_trusted(trust, np.array(labels), size, np.random.default_rng(seed))
+    assert chosen.dtype == np.int64
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    _, quota = class_shares(np.array(labels), size, np.random.default_rng(seed))
+    for c, share in zip(sorted(set(labels)), quota, strict=True):
+        of_class = [-np.inf if np.isnan(t) else t for t, label in zip(trust, labels, strict=True) if label == c]
+        ours = [-np.inf if np.isnan(trust[i]) else trust[i] for i in chosen if labels[i] == c]
+        assert sorted(ours, reverse=True) == sorted(of_class, reverse=True)[:share]
+
+
+def test_samples_of_equal_trust_are_drawn_and_the_same_seed_draws_the_same():
+    labels, trust = np.zeros(1000, int), np.ones(1000)
+    first, again, other = (most_trusted(trust, labels, 100, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert 350 < first.mean() < 650
+
+
+# --- label quality
+
+
+def confident(n=400, classes=5, seed=0, noise=0.3, empty=False):
+    """Probabilities (n, classes), float64, that favour a hidden label, and given labels of which some are wrong."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.integers(0, classes - empty, n)
+    p = rng.dirichlet(np.full(classes, 0.5), n)
+    p[np.arange(n), hidden] += rng.exponential(1.0, n)
+    labels = np.where(rng.random(n) < noise, rng.integers(0, classes - empty, n), hidden)
+    return p / p.sum(1, keepdims=True), labels
+
+
+def quality(p, labels):
+    p, labels = torch.from_numpy(p), torch.from_numpy(labels)
+    own = p[torch.arange(len(labels)), labels]
+    thresholds = confident_thresholds(own, labels, p.shape[1])
+    return label_quality(p, labels, thresholds).numpy(), thresholds.numpy()
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["all classes", "one without samples"])
+@pytest.mark.parametrize("seed", range(3))
+def test_label_quality_is_the_formula_of_confident_learning(seed, empty):
+    p, labels = confident(seed=seed, empty=empty)
+    score, thresholds = quality(p, labels)
+    found = 0
+    for k in range(p.shape[1]):
+        of_class = [row[k] for row, label in zip(p, labels, strict=True) if label == k]
+        assert thresholds[k] == pytest.approx(sum(of_class) / len(of_class) if of_class else np.inf)
+    for row, label, ours in zip(p, labels, score, strict=True):
+        passing = [k for k in range(len(row)) if row[k] >= thresholds[k]]
+        guess = max(passing, key=lambda k: row[k], default=None)
+        mislabelled = guess is not None and guess != label
+        found += mislabelled
+        assert ours == pytest.approx(row[label] - mislabelled)
+    assert 20 < found < 200
+
+
+def test_label_quality_is_cleanlabs_but_for_samples_where_it_departs_from_the_paper():
+    rank, count = pytest.importorskip("cleanlab.rank"), pytest.importorskip("cleanlab.count")
+    p, labels = confident(n=2000)
+    score, thresholds = quality(p, labels)
+    assert thresholds == pytest.approx(count.get_confident_thresholds(labels, p))
+    _, theirs = count.compute_confident_joint(labels, p, return_indices_of_off_diagonals=True)
+    flagged = np.isin(np.arange(len(labels)), theirs)
+    passing = p >= thresholds
+    departs = (passing.sum(1) > 1) & ~passing[np.arange(len(labels)), p.argmax(1)]
+    assert departs.mean() < 0.1
+    assert np.array_equal((score < 0)[~departs], flagged[~departs])
+    assert score + (score < 0) == pytest.approx(rank.get_label_quality_scores(labels, p))
+
+
+def test_what_cannot_be_told_apart_is_not_called_mislabelled():
+    p = np.array([[0.5, 0.5], [0.5, 0.5]])
+    assert quality(p, np.array([0, 1]))[0].tolist() == [0.5, 0.5]
+
+
+def test_shares_of_the_probabilities_give_the_score_of_the_whole():
+    p, labels = confident()
+    whole, thresholds = quality(p, labels)
+    parts = [
+        label_quality(torch.from_numpy(p[part]), torch.from_numpy(labels[part]), torch.from_numpy(thresholds))
+        for part in (slice(0, 150), slice(150, None))
+    ]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+# --- the chain
+
+
+def plugged(reference, losses):
+    """A pruning over as many epochs as there are ``losses`` (n,), with their reference losses."""
+    pruning = DynamicPruning(range(losses.shape[1]), 20, "infobatch", "das", window=4, ratio=0.0)
+    for value, row in zip(reference, losses, strict=True):
+        pruning.update(torch.arange(len(row)), row)
+        pruning.end_epoch(value)
+    return pruning
+
+
+def test_a_changed_reference_shifts_the_past_and_leaves_correlations_alone():
+    losses = torch.from_numpy(np.random.default_rng(0).random((6, 50), np.float32))
+    pruning = plugged([3.0, 2.5, 2.25, 2.0, 1.5, 1.75], losses)
+    before = [pruning.scores(name) for name in ("das", "spearman")]
+    pruning.change_reference(0.5)
+    history = pruning.trajectories.history()
+    assert history.reference_W.tolist() == [1.0, 0.75, 0.25, 0.5]
+    for scores, name in zip(before, ("das", "spearman"), strict=True):
+        np.testing.assert_allclose(pruning.scores(name), scores, atol=1e-6)
+    pruning.update(torch.arange(50), losses[0])
+    pruning.end_epoch(0.25)
+    window, chain = torch.cat([losses[3:], losses[:1]]), torch.tensor([0.75, 0.25, 0.5, 0.25])
+    np.testing.assert_allclose(pruning.scores("das"), pearson(window, chain), atol=1e-5)
+    np.testing.assert_allclose(pruning.scores("spearman"), spearman(window, chain), atol=1e-5)
+
+
+def test_a_change_to_the_same_set_changes_nothing():
+    losses = torch.from_numpy(np.random.default_rng(0).random((5, 20), np.float32))
+    pruning = plugged([2.3, 2.1, 1.7, 1.6, 1.1], losses)
+    before = pruning.trajectories.reference_W.clone()
+    pruning.change_reference(1.1)
+    assert torch.equal(pruning.trajectories.reference_W, before)
+
+
+def test_a_reference_cannot_change_where_there_is_nothing_to_go_on_from():
+    losses = torch.rand(2, 20)
+    with pytest.raises(ValueError, match="no reference loss to go on from"):
+        plugged([], losses[:0]).change_reference(1.0)
+    pruning = plugged([2.0, 1.0], losses)
+    with pytest.raises(NonFiniteLossError, match="reference loss"):
+        pruning.change_reference(float("nan"))
+    pruning.update(torch.arange(5), losses[0, :5])
+    with pytest.raises(RuntimeError, match="not within an epoch"):
+        pruning.change_reference(1.0)
+
+
+def test_the_population_mean_counts_every_sample_seen_once():
+    pruning = DynamicPruning(range(6), 20, "full", "loss", window=3)
+    pruning.record(torch.arange(5), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert pruning.trajectories.population_mean() == 3.0
+    pruning.end_epoch()
+    pruning.record(torch.tensor([0]), torch.tensor([6.0]))
+    assert pruning.trajectories.population_mean() == 4.0
+
+
+# --- runs
+
+
+@pytest.fixture(autouse=True)
+def _own_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+def config_of(results, *overrides):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return checked(compose("train", [*SMALL, f"paths.results={results}", *overrides]))
+
+
+class Watched:
+    """An experiment that notes each epoch's reference set, and what each choice was made of."""
+
+    def __init__(self, config):
+        self.one = one = Experiment(config)
+        self.selections, self.references, self.choices, self.trajectory = [], [], [], []
+        self.forwarded = 0
+        end_epoch, choose = one.pruning.end_epoch, one._choose_reference
+
+        def ended(reference_loss):
+            self.selections.append(one.pruning.selection.indices.tolist())
+            self.references.append(one.reference.tolist())
+            end_epoch(reference_loss)
+
+        def chose():
+            before = self.forwarded
+            said = choose()
+            assert self.forwarded - before == said
+            if said:
+                state = {name: value.clone() for name, value in one.model.state_dict().items()}
+                trust = one.pruning.scores("small_loss")
+                self.choices.append((one.pruning.epoch, trust, state, one.reference.tolist()))
+            self.trajectory.append(one.pruning.trajectories.history().reference_W.tolist())
+            return said
+
+        def counted(module, args):
+            self.forwarded += 0 if module.training else len(args[0])
+
+        one.pruning.end_epoch, one._choose_reference = ended, chose
+        self.hook = one.model.register_forward_pre_hook(counted)
+
+    def run(self):
+        folder = RunFolder(Path(self.one.config.paths.results), self.one.id)
+        with folder.claim():
+            self.one.train(folder, "test")
+        self.hook.remove()
+        self.rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+        return self
+
+
+def outputs(one, state):
+    """The network's logits for all training images as they are, computed without the run's own code."""
+    train = one.data.train
+    x = torch.stack([train[i][0] for i in range(len(train))]).double() / 255
+    mean, std = (torch.from_numpy(v).view(1, -1, 1, 1) for v in (one.data.mean, one.data.std))
+    one.model.load_state_dict(state)
+    one.model.eval()
+    with torch.no_grad():
+        return one.model(((x - mean) / std).float())
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """One undisturbed run with each kind of reference that needs no trusted labels."""
+    results = tmp_path_factory.mktemp("watched")
+    return {
+        kind: Watched(config_of(results, "precision=fp32", *overrides)).run() for kind, overrides in EVERY_KIND.items()
+    }
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_nothing_is_held_out(watched, kind):
+    one = watched[kind].one
+    assert one.data.reference is None
+    assert one.pruning.n == len(one.labels) == 300
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_set_is_chosen_after_the_warm_up_and_again_every_so_many_epochs(watched, kind):
+    run = watched[kind]
+    assert [epoch for epoch, *_ in run.choices] == CHOSEN_AFTER
+    sets = [[], *(chosen for *_, chosen in run.choices)]
+    assert run.references == [sets[sum(after <= epoch for after in CHOSEN_AFTER)] for epoch in range(EPOCHS)]
+    counts = np.bincount(run.one.labels)
+    for chosen in sets[1:]:
+        assert len(set(chosen)) == 30
+        assert (np.abs(np.bincount(run.one.labels[chosen], minlength=10) - counts * 30 / 300) < 1).all()
+    assert sets[1] != sets[2]
+
+
+def best_by_class(trust, labels, chosen):
+    for c in set(labels.tolist()):
+        of_class = np.flatnonzero(labels == c)
+        ours, others = np.intersect1d(of_class, chosen), np.setdiff1d(of_class, chosen)
+        assert trust[ours].min(initial=np.inf) >= trust[others].max(initial=-np.inf) - 1e-5
+
+
+def test_small_loss_chooses_the_lowest_mean_loss_of_each_class(watched):
+    run = watched["small_loss"]
+    for _, trust, _, chosen in run.choices:
+        best_by_class(trust, run.one.labels, chosen)
+
+
+def test_cleanlab_chooses_the_best_label_quality_of_each_class(watched):
+    run = watched["cleanlab"]
+    labels = torch.from_numpy(run.one.labels)
+    for _, _, state, chosen in run.choices:
+        p = outputs(run.one, state).softmax(1).double()
+        best_by_class(quality(p.numpy(), labels.numpy())[0], labels.numpy(), chosen)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_reference_loss_is_that_of_the_chosen_with_their_given_labels_and_its_trajectory_a_chain(watched, kind):
+    run = watched[kind]
+    labels = torch.from_numpy(run.one.labels)
+    loss = [row["reference_loss"] for row in run.rows]
+    begins = dict(enumerate(loss, 1))  # by epoch: what the loss of its set was when it began
+    for after, _, state, chosen in run.choices:
+        begins[after] = F.cross_entropy(outputs(run.one, state)[chosen], labels[chosen]).item()
+    steps = [loss[epoch] - begins[epoch] for epoch in range(1, EPOCHS)]
+    for epoch, trajectory in enumerate(run.trajectory):
+        assert trajectory[-1] == pytest.approx(begins[epoch + 1], rel=1e-4)
+        assert np.diff(trajectory) == pytest.approx(steps[max(0, epoch - 2) : epoch], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_before_the_first_choice_the_population_stands_in(watched, kind):
+    run, population = watched[kind], watched["population"]
+    for row, other in zip(run.rows[:WARMUP], population.rows, strict=False):
+        assert row["reference_loss"] == other["reference_loss"]
+        assert row["reference_noise"] is None
+    first = run.rows[0]  # nothing is pruned in it
+    assert first["kept_fraction"] == 1
+    assert first["reference_loss"] == pytest.approx(first["train_loss"], rel=1e-6)
+
+
+def test_the_population_needs_no_forward_pass_of_its_own(watched):
+    rows = watched["population"].rows
+    assert {row["samples_reference"] for row in rows} == {0}
+    assert {row["reference_noise"] for row in rows} == {None}
+    assert [row["ranked_by"] for row in rows].count("das") == 5  # epochs 3 to 7 of 8.75
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_what_is_forwarded_for_the_reference_is_counted(watched, kind):
+    run, choice = watched[kind], 30 + 300 * (kind == "cleanlab")
+    expected = [30 * (epoch >= WARMUP) + choice * (epoch + 1 in CHOSEN_AFTER) for epoch in range(EPOCHS)]
+    assert [row["samples_reference"] for row in run.rows] == expected
+    tested = 100 * EPOCHS
+    assert run.forwarded == sum(expected) + tested
+    assert all(row["seconds_reference"] > 0 for row in run.rows)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_record_says_how_noisy_the_set_was(watched, kind):
+    run = watched[kind]
+    noisy = run.one.noisy
+    for row, chosen in zip(run.rows, run.references, strict=True):
+        assert row["reference_noise"] == (noisy[chosen].mean() if chosen else None)
+    assert run.rows[WARMUP]["reference_noise"] < 0.35  # where half of all labels are wrong
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_no_clean_label_has_a_say(watched, tmp_path, kind):
+    run = Watched(config_of(tmp_path, "precision=fp32", *EVERY_KIND[kind]))
+    run.one.noisy = np.random.default_rng(0).permutation(run.one.noisy)
+    run.one.data.train.clean_labels[:] = 0
+    run.run()
+    undisturbed = watched[kind]
+    assert run.selections == undisturbed.selections
+    assert run.references == undisturbed.references
+    assert [row["test_loss"] for row in run.rows] == [row["test_loss"] for row in undisturbed.rows]
+    assert [row["kept_noise"] for row in run.rows] != [row["kept_noise"] for row in undisturbed.rows]
+
+
+def test_a_trusted_set_is_as_noisy_as_it_was_made(tmp_path):
+    overrides = ("reference.size=40", "reference.noise=0.25", "epochs=5")
+    rows = Watched(config_of(tmp_path, *overrides)).run().rows
+    assert [(row["reference_noise"], row["samples_reference"]) for row in rows] == [(0.25, 40)] * 5
+    rows = Watched(config_of(tmp_path, "reference=none", "score=loss", "epochs=5")).run().rows
+    assert [(row["reference_noise"], row["samples_reference"], row["reference_loss"]) for row in rows] == [
+        (None, 0, None)
+    ] * 5
+
+
+# --- stopped and resumed
+
+
+def run_until(config, monkeypatch, steps=None):
+    """Go on with a run, to its end or until ``steps`` of its steps are done; return the folder."""
+    stop, done = threading.Event(), []
+
+    @contextmanager
+    def signals():
+        yield stop
+
+    monkeypatch.setattr(experiment_module, "_stop_signals", signals)
+    one = Experiment(config)
+    update = one.pruning.update
+
+    def counted(*args, **kwargs):
+        done.append(one.pruning.epoch)
+        if len(done) == steps:
+            stop.set()
+        return update(*args, **kwargs)
+
+    one.pruning.update = counted
+    folder = RunFolder(Path(config.paths.results), one.id)
+    with folder.claim():
+        if steps is None:
+            one.train(folder, "test")
+        else:
+            with pytest.raises(Stopped):
+                one.train(folder, "test")
+    return folder.path, done
+
+
+def assert_same_results(folder, other):
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, other)]
+    rows = [[{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run] for run in rows]
+    assert rows[0] == rows[1]
+    for name in ("dynamics.parquet", "samples.parquet"):
+        frames = [pd.read_parquet(f / name) for f in (folder, other)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "epochs"),
+    [("small_loss", (WARMUP - 1, WARMUP, 6)), ("cleanlab", (6,)), ("population", (6,))],
+)
+def test_stopped_within_epochs_a_run_ends_bit_identically(tmp_path, monkeypatch, kind, epochs):
+    whole, steps = run_until(config_of(tmp_path / "whole", *EVERY_KIND[kind]), monkeypatch)
+    for epoch in epochs:  # before there is a set, with the first, with the second
+        config = config_of(tmp_path / str(epoch), *EVERY_KIND[kind])
+        folder, _ = run_until(config, monkeypatch, steps.index(epoch) + 2)
+        latest = max((folder / name for name in CHECKPOINTS), key=lambda path: path.stat().st_mtime_ns)
+        state = torch.load(latest, weights_only=True)
+        assert (state["epoch"], state["step"]) == (epoch, 2)
+        assert len(state["reference"]) == (30 if kind in METHODS and epoch >= WARMUP else 0)
+        folder, _ = run_until(config, monkeypatch)
+        assert_same_results(folder, whole)
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("reference.method=cleanlab", ["reference.method", "belongs to", "reference=pseudo"]),
+        ("reference=pseudo reference.noise=0.1", ["reference.noise", "trusted", "reference=pseudo has"]),
+        ("reference=pseudo reference.train=true", ["reference.train", "trusted"]),
+        ("reference=population reference.size=3", ["reference.size", "population has no keys"]),
+        ("reference=pseudo reference.method=cleanlb", ["small_loss or cleanlab"]),
+        ("reference=pseudo reference.warmup=10", ["reference.warmup=10", "at most 9", "reference=population"]),
+        ("reference=pseudo reference.warmup=0", ["reference.warmup=0", "at least 1"]),
+        ("reference=pseudo reference.every=0", ["reference.every=0", "at least 1"]),
+        ("reference=pseudo reference.size=0", ["reference.size=0", "above 0"]),
+        ("reference=pseudo reference.size=1.5", ["reference.size=1.5", "whole number"]),
+        ("reference=pseudo reference.size=300", ["reference.size=300 takes 300 of 300"]),
+        ("reference=pseudo reference.size=0.001", ["reference.size=0.001 takes 0 of 300"]),
+        ("reference=none", ["score=das", "reference=pseudo"]),
+    ],
+)
+def test_mistakes_get_one_sentence_and_nothing_is_written(tmp_path, capsys, line, words):
+    assert main([*SMALL, f"paths.results={tmp_path / 'results'}", *line.split()]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("kind", ["pseudo", "pseudo_cleanlab", "population"])
+def test_the_main_job_made_small_runs_with_each_kind_of_reference(tmp_path, capsys, kind):
+    assert main([f"paths.results={tmp_path}", f"reference={kind}", "epochs=13", "dataset.subset=700"]) == 0
+    (folder,) = run_folders(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["samples"] == 700  # all of them
+    assert summary["test_accuracy_final"] > 40
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["ranked_by"] for row in rows][10:11] == ["das"]
+    assert rows[-1]["auroc_das"] is not None
+
+
+def test_the_suite_compares_the_kinds_at_equal_everything_else():
+    suite = load_suite("reference_free", ["scale=cpu", "paths.data=/nowhere"])
+    kinds = ["trusted", "pseudo", "pseudo_cleanlab", "population"]
+    assert [cell.axes["reference"] for cell in suite.cells[::3]] == kinds
+    same = [cell.config.model_dump(exclude={"reference"}) for cell in suite.cells if cell.axes["seed"] == "0"]
+    assert len(same) == 4
+    assert all(values == same[0] for values in same)
+    assert {cell.config.dataset.name for cell in suite.cells} == {"cifar10"}
+    assert len({cell.config_id for cell in suite.cells}) == 12
