@@ -375,6 +375,24 @@ def test_purity_names_the_size_of_the_reference_set(tmp_path):
     }
 
 
+def test_purity_tells_how_noisy_the_reference_set_was_where_records_know(tmp_path):
+    grid = ["reference=pseudo,population", "seed=0"]
+    table = _suite_records(tmp_path, "reference_free", grid, lambda axes: (40.0, 0.25))
+    assert "reference noise" not in _block(table, "Purity")["pseudo"]
+    assert "reference_noise" not in table.long
+    for row, shares in (("pseudo", (None, 0.125, 0.375)), ("population", (None, None, None))):
+        (folder,) = (table.folders[id] for id in table.runs(row, "sym0.5")["id"])
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(lines[0]) | {"epoch": epoch, "reference_noise": share} for epoch, share in enumerate(shares)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    purity = _block(make_table(table.suite, "smoke", read_records([tmp_path])), "Purity")
+    assert {row: cells["reference noise"].text for row, cells in purity.items()} == {
+        "pseudo": "0.250",
+        "population": "–",
+    }
+    assert {row: cells["reference"].text for row, cells in purity.items()} == {"pseudo": "0.01", "population": "0"}
+
+
 def test_a_suite_without_such_an_axis_has_no_such_figure(results, suite):
     assert "main_smoke_against" not in draw(make_table(suite, "smoke", read_records([results])))
 

@@ -195,11 +195,13 @@ def _beside(record: Record) -> dict[str, Any]:
     total = sum(row["seconds"] - row["seconds_test"] for row in rows)
     spent = {part: sum(row.get(f"seconds_{part}") or 0.0 for row in rows) for part in OVERHEAD}
     last = rows[-1] if rows else {}
+    noise = [row["reference_noise"] for row in rows if row.get("reference_noise") is not None]
     return {
         "precision": environment.get("precision"),
         "data_fingerprint": environment.get("data_fingerprint"),
         "overhead": sum(spent.values()) / total if total else None,
         **{f"share_{part}": seconds / total if total else None for part, seconds in spent.items()},
+        **({"reference_noise": float(np.mean(noise))} if noise else {}),
         **{key: value for key, value in last.items() if key.startswith("auroc_")},
     }
 
@@ -456,13 +458,15 @@ def _purity(table: Table) -> Block:
         "weighted": ("kept_noise_weighted_mean", ".3f"),
         "saved": ("saved", ".1%"),
         "reference": ("reference_size", "g"),
+        **({"reference noise": ("reference_noise", ".3f")} if "reference_noise" in table.long.columns else {}),
         **{f"AUROC {key.removeprefix('auroc_')}": (key, ".3f") for key in scores},
     }
     return Block(
         "Purity",
         "kept noise: noisy share of what the pruning epochs trained on; weighted: the same by gradient weight; AUROC: "
         "how well each score, at the end, ranks noisy samples below clean ones (½ is chance); reference: the size of "
-        "the reference set, a share of the samples below 1, else their number.",
+        "the reference set, a share of the samples below 1, else their number"
+        + ("; reference noise: its noisy share, mean over the epochs." if "reference_noise" in table.long else "."),
         [*_axes(table), *columns],
         _by_cell(table, columns),
     )
