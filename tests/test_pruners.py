@@ -267,7 +267,12 @@ def test_defaults_are_the_specifications():
     assert (PRUNERS["seta"]().groups, PRUNERS["seta"]().alpha, PRUNERS["topk"]().warmup) == (5, 0.9, 5)
     assert PRUNERS["infobatch"]().rescale is True
     assert [PRUNERS[name]().budget for name in ("infobatch", "seta", "random")] == [None] * 3
-    assert set(PRUNERS) == {"full", "random", "infobatch", "seta", "topk"}
+    averaging = [PRUNERS[name]() for name in ("ucb", "epsilon_greedy")]
+    assert [(rule.alpha, rule.warmup, rule.ratio) for rule in averaging] == [(0.8, 1, 0.3)] * 2
+    assert (averaging[0].c, averaging[1].epsilon) == (1.0, 0.1)
+    assert {name for name in PRUNERS if not name.startswith("static_")} == {
+        *("full", "random", "infobatch", "seta", "topk", "rs2", "epsilon_greedy", "ucb")
+    }
 
 
 @pytest.mark.parametrize("value", [0.1, 1.0, 2.302585, 3.0, 1e-3])
@@ -321,10 +326,10 @@ def test_pruning_lasts_while_epoch_plus_one_is_at_most_delta_times_epochs(epochs
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("name", [name for name in PRUNERS if not name.startswith("static_")])
 def test_a_handful_of_samples_leaves_something_to_train_on(name, n):
     settings = [{}] if name == "full" else [{}, {"ratio": 0}, {"ratio": 0.9}]
-    settings += [{"budget": b} for b in (0.1, 0.5, 1.0)] if name in ("infobatch", "seta", "random") else []
+    settings += [{"budget": b} for b in (0.1, 0.5, 1.0)] if name in ("infobatch", "seta", "random", "rs2") else []
     for scores in ([0.5] * n, list(range(n)), [3.0] + [0.0] * (n - 1)):
         for kwargs in settings:
             for t in range(12):

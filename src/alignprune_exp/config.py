@@ -16,7 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, field_validator
 
 from .errors import UsageError
-from .pruning.pruners import PRUNERS, Pruner, settings
+from .pruning.pruners import PRUNERS
+from .pruning.selection import Pruner, settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]

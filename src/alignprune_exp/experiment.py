@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -26,13 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from . import distributed, models, optim
 from .config import NOTHING_HELD_OUT, Config, NoTracking, Pseudo, Trusted, identity, import_class, make_pruner
 from .console import Progress, epoch_line, say
-from .data.batches import Batches
+from .data.batches import Batch, Batches
 from .data.datasets import load
 from .data.split import TrainingData, prepare, reference_count
 from .diagnostics import detection_auroc, dynamics, kept_noise
 from .distributed import Lost, Processes
 from .errors import Failed, Stopped, UsageError
-from .pruning import SCORES, DynamicPruning, NonFiniteLossError, Score
+from .pruning import SCORES, DynamicPruning, Evidence, NonFiniteLossError, Score, Static, WarmUpLog
 from .pruning.reference import confident_thresholds, label_quality, most_trusted
 from .pruning.seeding import generator
 from .runs import RunFolder, owner_alive, run_id, write_atomically, write_json, write_text
@@ -145,7 +146,6 @@ class Experiment:
         if isinstance(config.reference, Pseudo):
             reference_count(config.reference.size, len(train))
 
-        torch.manual_seed(int(generator(config.seed, "model").integers(2**62)))
         if config.batch_size < self.processes.size:
             raise UsageError(
                 f"batch_size={config.batch_size} over {self.processes.size} processes leaves some without a sample; "
@@ -153,7 +153,7 @@ class Experiment:
             )
         if config.model.norm == "sync" and self.processes.size > 1 and self.device.type == "cpu":
             raise UsageError("model.norm=sync is for CUDA devices; set model.norm=group, or one process")
-        self.model = models.build(config.model, len(self.data.mean), len(self.data.classes)).to(self.device)
+        self.model = self._fresh("warm-up model" if self.pruning.warmup else "model").to(self.device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = optim.build(config.optimizer, self.model.parameters())
@@ -162,6 +162,11 @@ class Experiment:
             self.parallel = distributed.parallel(self.model)
         mode = config.compile if isinstance(config.compile, str) else None
         self.forward = torch.compile(self.parallel, mode=mode) if config.compile else self.parallel
+
+    def _fresh(self, purpose: str) -> nn.Module:
+        """Return the model as ``purpose`` initialises it."""
+        torch.manual_seed(int(generator(self.config.seed, purpose).integers(2**62)))
+        return models.build(self.config.model, len(self.data.mean), len(self.data.classes))
 
     def _batches(self, split: Any, augmented: bool = False) -> Batches:
         config = self.config
@@ -187,6 +192,7 @@ class Experiment:
         self.elapsed = 0.0
         self.own: list[tuple[Tensor, Tensor]] = []
         self.predicted = torch.full((self.pruning.n,), -1, dtype=torch.int64, device=self.device)
+        self.warm_up, self.seconds_choice = WarmUpLog(pruning.n), 0.0
         rows, drawn = self._resume(folder)
         writes = self.processes.rank == 0
         environment = self.environment(command, len(rows))
@@ -197,8 +203,9 @@ class Experiment:
         mirrored = config.model_dump() | {"environment": environment}
         tracker = Tracker(tracking, self.id, group, folder.path, mirrored, say)
         say(
-            f"run {self.id}: {len(self.labels)} samples of {config.dataset.name}, {config.epochs} epochs, "
-            f"{config.model.name} on {self.device} in {self.precision}"
+            f"run {self.id}: {len(self.labels)} samples of {config.dataset.name}, {config.epochs} epochs"
+            + (f" after a warm-up of {pruning.warmup}, " if pruning.warmup else ", ")
+            + f"{config.model.name} on {self.device} in {self.precision}"
             + (f", {self.processes.size} processes" if self.processes.size > 1 else "")
             + (f", resumed at epoch {pruning.epoch}, step {self.step}" if rows or self.step else "")
         )
@@ -231,8 +238,13 @@ class Experiment:
         tracker: Tracker,
     ) -> None:
         """Train the epochs that are left, writing the record as they end."""
-        epochs = self.config.epochs
+        epochs = self.pruning.epochs
         while self.pruning.epoch < epochs:
+            if self.pruning.must_choose:
+                self._choose()
+                self._save(folder)
+                if self.processes.any(stop.is_set()):
+                    raise self._stopped()
             row, more = self._epoch(folder, stop)
             rows.append(row)
             drawn.extend(more)
@@ -247,11 +259,53 @@ class Experiment:
             if self.processes.any(stop.is_set()) and self.pruning.epoch < epochs:
                 raise self._stopped()
 
+    def _choose(self) -> None:
+        """Let a static pruner choose by what the warm-up has left, and begin again from scratch."""
+        pruning, clock = self.pruning, _Clock()
+        pruner = cast(Static, pruning.pruner)
+        evidence = Evidence(labels=self.labels, losses=self.warm_up.losses, forgotten=self.warm_up.forgotten)
+        if pruner.needs & {"probabilities", "embeddings"}:
+            share = self.processes.share(torch.arange(pruning.n))
+            batches = self.batches.strong(share, pruning.epoch) if pruner.strong else self.batches.evaluation(share)
+            own = self._outputs(batches)
+            probabilities, embeddings = (self.processes.gather(values).cpu().numpy() for values in own)
+            evidence = replace(evidence, probabilities=probabilities, embeddings=embeddings)
+        if "reference" in pruner.needs and self.data.reference is not None and self.reference_batches is not None:
+            outputs = self._outputs(self.reference_batches.evaluation())
+            probabilities, embeddings = (values.cpu().numpy() for values in outputs)
+            evidence = replace(evidence, reference=Evidence(self.data.reference.labels, probabilities, embeddings))
+        try:
+            pruning.choose(evidence)
+        except ValueError as error:
+            raise Failed(f"run {self.id} cannot choose: {error}") from None
+        self.model.load_state_dict(self._fresh("model").state_dict())
+        self.optimizer = optim.build(self.config.optimizer, self.model.parameters())
+        self.seconds_choice = clock.total()
+        self.elapsed += self.seconds_choice
+
+    @torch.no_grad()
+    def _outputs(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+        """Return the probabilities (n, C) and embeddings (n, d) of samples, in eval mode."""
+        self.model.eval()
+        shares = []
+        with models.embeddings(self.model) as collected:
+            for _, images, _ in batches:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    logits = self.model(images)
+                shares.append(logits.float().softmax(1))
+        return torch.cat(shares), torch.cat(collected)
+
+    def _phase(self, epoch: int) -> tuple[int, int]:
+        """Return the first epoch of the phase that an epoch is in, and the phase's number of epochs."""
+        warmup = self.pruning.warmup
+        return (0, warmup) if epoch < warmup else (warmup, self.config.epochs)
+
     def _epoch(self, folder: RunFolder, stop: threading.Event) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Train one epoch; return its metrics and its rows of dynamics."""
         config, pruning = self.config, self.pruning
         clock = _Clock()
         epoch, ranked_by, selection = pruning.epoch, pruning.ranked_by, pruning.selection
+        began, length = self._phase(epoch)
         ranking = pruning.ranking
         order = pruning.order()
         chosen = b"".join(part.tobytes() for part in (order, selection.weights, self.reference.numpy()))
@@ -270,7 +324,7 @@ class Experiment:
         lr = 0.0
         with self._uneven(sizes[-1] < ranks):
             for index, images, labels in self.batches.epoch(order, epoch, self.step, rank, ranks):
-                lr = optim.set_progress(self.optimizer, (epoch + self.step / steps) / config.epochs, config.optimizer)
+                lr = optim.set_progress(self.optimizer, (epoch - began + self.step / steps) / length, config.optimizer)
                 plain, smoothed, predicted = self._losses(images, labels)
                 self.predicted[index.to(self.device, non_blocking=True)] = predicted
                 recorded = plain if config.recorded == "plain" else smoothed
@@ -289,7 +343,7 @@ class Experiment:
                     self.elapsed += clock.total()
                     self._save(folder)
                     raise self._stopped()
-                progress.show(f"epoch {epoch + 1}/{config.epochs}  step {self.step}/{steps}")
+                progress.show(f"epoch {epoch + 1}/{pruning.epochs}  step {self.step}/{steps}")
         self._exchange()
         self.processes.from_rank_0(list(self.model.buffers()))
         pruning.check_finite()
@@ -314,11 +368,14 @@ class Experiment:
         clock.lap("seconds_reference")
         pruning.end_epoch(reference_loss)
         clock.lap("seconds_score")
+        if epoch < pruning.warmup:
+            right = self.predicted.cpu().numpy() == self.labels
+            self.warm_up.observe(pruning.trajectories.last_N.cpu().numpy(), right)
         forwarded = len(reference) + self._choose_reference()
         clock.lap("seconds_reference")
 
         test_accuracy = test_loss = None
-        if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
+        if (epoch + 1 - began) % config.eval_every == 0 or epoch + 1 == began + length:
             test_accuracy, test_loss = self._test()
             if not math.isfinite(test_loss):
                 raise NonFiniteLossError(epoch, what="the test loss")
@@ -346,8 +403,10 @@ class Experiment:
         self.step = 0
         self.loss_sum.zero_()
         self.loss_sum_before.zero_()
+        static = isinstance(pruning.pruner, Static)
         row = {
             "epoch": epoch,
+            "phase": ("warmup" if epoch < pruning.warmup else "train") if static else None,
             "ranked_by": ranked_by,
             "train_loss": train_loss,
             "test_accuracy": test_accuracy,
@@ -510,6 +569,8 @@ class Experiment:
                 "pruning": self.pruning.state_dict(),
                 "predicted": self.predicted,
                 "reference": self.reference,
+                "warm_up": self.warm_up.state_dict() if self.pruning.warmup else None,
+                "seconds_choice": self.seconds_choice,
             }
         )
 
@@ -531,6 +592,9 @@ class Experiment:
             self.loss_sum.copy_(state["loss_sum"])
             self.predicted.copy_(state["predicted"])
             self.reference = state.get("reference", self.reference)
+            if state.get("warm_up"):
+                self.warm_up.load_state_dict(state["warm_up"])
+            self.seconds_choice = state.get("seconds_choice", 0.0)
             epochs = state["epoch"]
         self.loss_sum_before = self.loss_sum.clone()
         if not self.processes.same(epochs * 2**32 + self.step):
@@ -545,8 +609,8 @@ class Experiment:
 
     def _summary(self, rows: list[dict[str, Any]], status: str, error: str | None = None) -> dict[str, Any]:
         config, pruning = self.config, self.pruning
-        pruned = rows[: pruning.pruner.pruning_epochs(config.epochs)]
-        tested = [row["test_accuracy"] for row in rows if row["test_accuracy"] is not None]
+        pruned = rows[pruning.warmup : pruning.pruner.pruning_epochs(pruning.epochs)]
+        tested = [row["test_accuracy"] for row in rows[pruning.warmup :] if row["test_accuracy"] is not None]
         trained = int(pruning.times_selected.sum())
         seconds_steps = sum(row["seconds_train"] for row in rows)
         return {
@@ -574,8 +638,21 @@ class Experiment:
             "seconds_train": sum(row["seconds"] - row["seconds_test"] for row in rows),
             "seconds_total": sum(row["seconds"] for row in rows),
             "samples_per_second": trained / seconds_steps if seconds_steps else None,
+            **self._of_the_choice(rows),
             "commit": _commit(),
             "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def _of_the_choice(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what a static pruner adds to the summary."""
+        pruning = self.pruning
+        if not isinstance(pruning.pruner, Static):
+            return {}
+        return {
+            "warmup_epochs": pruning.warmup,
+            "seconds_warmup": sum(row["seconds"] for row in rows[: pruning.warmup]),
+            "seconds_select": self.seconds_choice,
+            **({f"choice_{name}": value for name, value in pruning.choice.facts.items()} if pruning.choice else {}),
         }
 
     def _stopped(self) -> Stopped:
@@ -587,7 +664,7 @@ class Experiment:
         cuda = self.device.type == "cuda"
         return {
             "config_id": self.config_id,
-            "epochs": self.config.epochs,
+            "epochs": self.pruning.epochs,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
@@ -667,6 +744,12 @@ def make_pruning(
         raise UsageError(
             f"score={score} compares with a reference set, and reference.size=0 leaves none; "
             "set reference.size=0.01, reference=pseudo, or score=loss"
+        )
+    trusted = isinstance(config.reference, Trusted) and config.reference.size > 0
+    if isinstance(pruning.pruner, Static) and "reference" in pruning.pruner.needs and not trusted:
+        raise UsageError(
+            f"pruner={config.pruner['name']} chooses by trusted labels, and there are none held out; "
+            "set reference=trusted"
         )
     return pruning
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -28,6 +29,18 @@ def build(config: Narrow | ResNet, channels: int, classes: int) -> nn.Module:
     if config.norm == "sync" and dist.is_initialized():
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network
+
+
+@contextmanager
+def embeddings(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect, batch by batch, what goes into the network's last linear layer (B, d), until the block ends."""
+    *_, head = (module for module in network.modules() if isinstance(module, nn.Linear))
+    collected: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0].detach().float()))
+    try:
+        yield collected
+    finally:
+        handle.remove()
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

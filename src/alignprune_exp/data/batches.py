@@ -65,7 +65,7 @@ class Batches:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.channels_last, self.dtype = channels_last, dtype
-        self._n = len(split)
+        self._n, self._seed = len(split), seed
         self._labels = torch.from_numpy(split.labels).to(self.device)
         augmentation = Augmentation(seed, flip=train and flip, crop=crop if train else 0)
         _, height, width = split.source.shape
@@ -102,8 +102,18 @@ class Batches:
         """Yield the same without augmentation; all samples, in order, if no ``order`` is given."""
         return self._batches(torch.arange(self._n) if order is None else order, None, 0)
 
+    def strong(self, order: Tensor | np.ndarray, epoch: int) -> Iterator[Batch]:
+        """Yield the same as a training epoch would show them, and by `rand_augment` on top."""
+        return self._batches(order, epoch, 0, strongly=True)
+
     def _batches(
-        self, order: Tensor | np.ndarray, epoch: int | None, start: int, rank: int = 0, ranks: int = 1
+        self,
+        order: Tensor | np.ndarray,
+        epoch: int | None,
+        start: int,
+        rank: int = 0,
+        ranks: int = 1,
+        strongly: bool = False,
     ) -> Iterator[Batch]:
         index = torch.as_tensor(order).to("cpu", torch.int64)[start * self.batch_size :]
         if len(index) == 0:
@@ -111,6 +121,8 @@ class Batches:
         shares = (part.tensor_split(ranks)[rank] for part in index.split(self.sizes(len(index))))
         parts = tuple(share for share in shares if len(share))
         for part, images in zip(parts, self._pixels.batches(parts, epoch), strict=True):
+            if strongly and epoch is not None:
+                images = rand_augment(images, part, self._seed, epoch)
             yield part, self._normalise(images), self._labels.index_select(0, part.to(self.device, non_blocking=True))
 
     def sizes(self, n: int) -> list[int]:
@@ -214,6 +226,23 @@ class Augmentation:
             mirrored = images.index_select(0, flipped).view(-1, h, w, channels).flip(2).view(len(flipped), -1)
             images = torch.cat([images, mirrored]).index_select(0, place)
         return images.view(-1, h, w, channels)
+
+
+def rand_augment(images: Tensor, sample: Tensor, seed: int, epoch: int) -> Tensor:
+    """Apply RandAugment (Cubuk et al., 2020; torchvision's, 2 operations of magnitude 9) to uint8 (B, H, W, C).
+
+    What it does to an image is a function of (seed, epoch, sample) alone.
+    """
+    from torchvision.transforms import RandAugment
+
+    augment, device = RandAugment(), images.device
+    changed = []
+    with torch.random.fork_rng(devices=[]):
+        for image, number in zip(images.cpu().permute(0, 3, 1, 2), sample.tolist(), strict=True):
+            key = int(generator(seed, "strong augmentation", epoch, number).integers(1 << 63))
+            torch.default_generator.manual_seed(key)
+            changed.append(augment(image.contiguous()))
+    return torch.stack(changed).permute(0, 2, 3, 1).contiguous().to(device)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)

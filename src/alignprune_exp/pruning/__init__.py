@@ -9,25 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .plugin import DynamicPruning, NonFiniteLossError
-    from .pruners import PRUNERS, Pruner, Selection
+    from .pruners import PRUNERS
     from .scores import SCORES, Score
+    from .selection import Pruner, Selection
+    from .static import Evidence, Static, WarmUpLog
     from .trajectories import History, Trajectories
 
 __all__ = [
     "PRUNERS",
     "SCORES",
     "DynamicPruning",
+    "Evidence",
     "History",
     "NonFiniteLossError",
     "Pruner",
     "Score",
     "Selection",
+    "Static",
     "Trajectories",
+    "WarmUpLog",
 ]
 
 _HOME = {
     **dict.fromkeys(("DynamicPruning", "NonFiniteLossError"), "plugin"),
-    **dict.fromkeys(("PRUNERS", "Pruner", "Selection"), "pruners"),
+    "PRUNERS": "pruners",
+    **dict.fromkeys(("Pruner", "Selection"), "selection"),
+    **dict.fromkeys(("Evidence", "Static", "WarmUpLog"), "static"),
     **dict.fromkeys(("SCORES", "Score"), "scores"),
     **dict.fromkeys(("History", "Trajectories"), "trajectories"),
 }

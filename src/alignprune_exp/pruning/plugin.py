@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from .pruners import PRUNERS, Pruner, Selection, settings
+from .pruners import PRUNERS
 from .scores import SCORES, Loss, Score
 from .seeding import generator
+from .selection import Pruner, Selection, settings, unweighted
+from .static import Choice, Evidence, Static
 from .trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -63,11 +65,20 @@ class DynamicPruning(Indexed):
     >>> chosen = most_trusted(pruning.scores("small_loss"), labels, size, rng)          # doctest: +SKIP
     >>> pruning.change_reference(evaluate(chosen))                                      # doctest: +SKIP
 
+    With a static pruner the epochs on everything come first, and ``epochs`` of training after them, so that it is
+    ``pruning.epochs`` to walk. Between the two, training begins again from scratch on what is chosen:
+
+    >>> for epoch in range(pruning.epochs):                                             # doctest: +SKIP
+    ...     if pruning.must_choose:
+    ...         pruning.choose(Evidence(labels=labels, probabilities=probabilities))  # all samples, in eval mode
+    ...         model, optimizer = from_scratch()
+    ...     for index, (x, y) in loader: ...
+
     A pickled copy, as loader workers get it, is the indexed data set alone; save a run with ``state_dict``.
 
     Args:
         dataset: any map-style data set.
-        epochs: number of epochs T of the run.
+        epochs: number of epochs T of training.
         pruner: a name out of ``PRUNERS`` or a `Pruner`.
         score: a name out of ``SCORES`` or a `Score`.
         window: epochs N of a trajectory; 3 or more, and for scores that compare with the reference
@@ -110,8 +121,10 @@ class DynamicPruning(Indexed):
             raise ValueError("the data set is empty")
         if epochs < 1:
             raise ValueError(f"epochs={epochs} is out of range; use 1 or more")
-        self.epochs, self.seed = epochs, seed
+        self.seed = seed
         self.pruner = make_pruner(pruner, **pruner_settings)
+        self.warmup = self.pruner.warmup_epochs(epochs)
+        self.epochs = self.warmup + epochs
         self.score = make_score(score)
         last = self.pruner.pruning_epochs(epochs)
         if self.score.aligned and self.pruner.uses_scores and window + 1 > last:
@@ -128,6 +141,8 @@ class DynamicPruning(Indexed):
                 raise ValueError(f"clean has shape {tuple(self.clean.shape)}; it must be ({self.n},), one a sample")
         self.trajectories = Trajectories(self.n, window, unseen, device, bank_dtype)
         self.times_selected = np.zeros(self.n, np.int32)
+        self.choice: Choice | None = None
+        self._memory = np.full((self.pruner.memory, self.n), np.nan, np.float32)
         self.sampler = EpochSampler(self)
         self._step = 0
         self.bad_step = torch.full((), NO_STEP, device=device)  # the first with a loss that is not finite
@@ -156,10 +171,38 @@ class DynamicPruning(Indexed):
         if self._selection is None:
             if self.epoch >= self.epochs:
                 raise ValueError(f"all {self.epochs} epochs are done; make a new DynamicPruning to train on")
+            if self.must_choose:
+                raise ValueError(
+                    f"the warm-up of {self.warmup} epochs is over and nothing is chosen: call choose() with the "
+                    f"evidence before epoch {self.epoch}"
+                )
+            if self.choice is not None:
+                self._selection = unweighted(self.choice.indices)
+                return self._selection
             scores = np.nan_to_num(self._scores, nan=NEVER_SEEN)
-            rng = generator(self.seed, "select", self.epoch)
+            rng = generator(self.seed, "select", self.pruner.address(self.epoch, self.n))
             self._selection = self.pruner.select(scores, self.epoch, self.epochs, rng)
         return self._selection
+
+    @property
+    def must_choose(self) -> bool:
+        """Whether a static pruner has to ``choose()`` before the coming epoch."""
+        return isinstance(self.pruner, Static) and self.choice is None and self.epoch >= self.warmup
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """Let a static pruner choose the samples of all epochs to come, once, after the last epoch of its warm-up.
+
+        Raises ValueError at any other time, with any other pruner, and for evidence that its criterion lacks.
+        """
+        if not isinstance(self.pruner, Static):
+            raise ValueError(f"{type(self.pruner).__name__} selects anew every epoch; choose() is for static pruners")
+        if not self.must_choose:
+            when = "has chosen already" if self.choice is not None else f"is in epoch {self.epoch}"
+            raise ValueError(f"a run chooses once, after a warm-up of {self.warmup} epochs, and this one {when}")
+        self.pruner.check(evidence, self.n)
+        self.choice = self.pruner.choose(evidence, generator(self.seed, "choose"))
+        self._selection = self._weights = None
+        return self.choice
 
     def order(self) -> np.ndarray:
         """Return the running epoch's samples (M,), shuffled."""
@@ -231,7 +274,9 @@ class DynamicPruning(Indexed):
         self.times_selected[selected] += 1
         self._step = 0
         self._selection = self._weights = None
-        self._scores = self._rank()
+        if self.score.aligned and self.epoch == self.trajectories.window:
+            self._memory.fill(np.nan)
+        self._scores = self.pruner.digest(self._rank(), selected, self._memory)
 
     def change_reference(self, reference_loss: float | Tensor) -> None:
         """Say, between two epochs, that the reference set is another one from now on.
@@ -296,6 +341,10 @@ class DynamicPruning(Indexed):
             "times_selected": torch.from_numpy(self.times_selected),
             "step": self._step,
             "bad_step": self.bad_step,
+            "memory": torch.from_numpy(self._memory),
+            "choice": None
+            if self.choice is None
+            else {"indices": torch.from_numpy(self.choice.indices), "facts": dict(self.choice.facts)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -308,6 +357,9 @@ class DynamicPruning(Indexed):
         self.times_selected = state["times_selected"].numpy().copy()
         self._step = state["step"]
         self.bad_step.copy_(state["bad_step"])
+        self._memory = state["memory"].numpy().copy() if "memory" in state else self._memory
+        choice = state.get("choice")
+        self.choice = None if choice is None else Choice(choice["indices"].numpy().copy(), choice["facts"])
         self._selection = self._weights = None
 
     def __reduce__(self) -> tuple[type[Indexed], tuple[Any]]:

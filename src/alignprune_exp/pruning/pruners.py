@@ -8,80 +8,31 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
-Ints = NDArray[np.int64]
+from .selection import (
+    MAX_RATIO,
+    Floats,
+    Ints,
+    Pruner,
+    Selection,
+    ascending,
+    best,
+    everything,
+    floor,
+    kept,
+    share,
+    uniform,
+    unweighted,
+)
+from .static import STATIC
 
-MAX_RATIO = 0.9  # InfoBatch's weights stay at 10 or below
 CHUNK = 1 << 20  # samples in float64 at a time
 STRIDE = 256  # samples between the prefix sums that are kept
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The samples of one epoch.
-
-    Attributes:
-        indices: (M,) sample indices, ascending, each once.
-        weights: (M,) float32 gradient weights.
-        ranked: whether the scores had a say.
-        low_fraction: share of all samples that was open to pruning for its score, where the rule has one.
-    """
-
-    indices: Ints
-    weights: NDArray[np.float32]
-    ranked: bool = False
-    low_fraction: float = math.nan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruner:
-    """Chooses the samples of each epoch. Subclass it and implement ``select``.
-
-    A subclass's fields are its settings. Where it has them, ``ratio`` is the share to prune (of what is each
-    pruner's own), ``delta`` the share of the run that is pruned, before annealing, and ``budget`` the share of
-    all samples to keep exactly.
-    """
-
-    uses_scores: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        ratio, budget = getattr(self, "ratio", 0), getattr(self, "budget", None)
-        if not 0 <= ratio <= MAX_RATIO:
-            raise ValueError(f"{name}: ratio={ratio} is out of range; use a number from 0 to {MAX_RATIO}")
-        if not 0 < self._delta <= 1:
-            raise ValueError(f"{name}: delta={self._delta} is out of range; use a number above 0, up to 1")
-        if budget is not None and not 0 < budget <= 1:
-            raise ValueError(f"{name}: budget={budget} is out of range; use a number above 0, up to 1")
-
-    def inert(self) -> tuple[str, ...]:
-        """Return the settings that have no effect beside the others."""
-        return ()
-
-    @property
-    def _delta(self) -> float:
-        return getattr(self, "delta", 1.0)
-
-    def pruning_epochs(self, epochs: int) -> int:
-        """Return the number of pruning epochs: those with epoch + 1 <= delta * epochs."""
-        return floor(self._delta * epochs)
-
-    def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
-        """Return the samples of ``epoch``.
-
-        Args:
-            scores: (N,) without NaN, higher is more worth keeping.
-            epoch: the coming epoch, counted from 0.
-            epochs: number of epochs T of the run.
-            rng: the generator of this one selection.
-        """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +56,32 @@ class RandomSubset(Pruner):
     def inert(self) -> tuple[str, ...]:
         return () if self.budget is None else ("ratio",)
 
+    def size(self, n: int) -> int:
+        """Return the number of samples of each epoch."""
+        return kept(n, self.ratio) if self.budget is None else share(n, self.budget)
+
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         n = len(scores)
-        size = kept(n, self.ratio) if self.budget is None else share(n, self.budget)
-        return unweighted(ascending(uniform(n, size, rng), n))
+        return unweighted(ascending(uniform(n, self.size(n), rng), n))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RS2(RandomSubset):
+    """Repeated random subsets without replacement (Okanovic et al., ICLR 2024), as their authors' code behaves.
+
+    Successive epochs take successive slices of one permutation of all samples. Where fewer than a slice are left,
+    the last slice is filled up from the permutation's beginning; then comes a new permutation.
+    """
+
+    def address(self, epoch: int, n: int) -> int:
+        """Return the number of the epoch's permutation."""
+        return epoch // -(-n // self.size(n))
+
+    def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
+        n = len(scores)
+        size = self.size(n)
+        begin = epoch % -(-n // size) * size
+        return unweighted(ascending(rng.permutation(n).take(range(begin, begin + size), mode="wrap"), n))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,48 +221,112 @@ class TopK(Pruner):
         return unweighted(np.flatnonzero(best(scores, kept(len(scores), self.ratio), rng)), ranked=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Averaging(Pruner):
+    """What the two rules of Raju et al. (2021), "Accelerating deep learning with dynamic data pruning", share.
+
+    Each sample's score is averaged exponentially over the epochs that saw it, and so is its squared distance from
+    the average before it; the first score counts in full. After ``warmup`` epochs on everything come selections
+    of floor((1 - ratio) N) samples, at weight 1. Meant for ``score=loss``. Where the score that ranks changes, as from
+    the loss to DAS, the averages begin anew. The paper selects at checkpoints some epochs apart, and this every epoch;
+    the values of alpha, epsilon and c are the paper's as far as known, without its code at hand.
+
+    Attributes:
+        alpha: weight of the new score in the average.
+    """
+
+    ratio: float = 0.3
+    alpha: float = 0.8
+    warmup: int = 1
+    delta: float = 1.0
+    memory: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"{name}: alpha={self.alpha} is out of range; use a number above 0, up to 1")
+        if self.warmup < 0:
+            raise ValueError(f"{name}: warmup={self.warmup} is out of range; use 0 or more")
+
+    def rank(self, mean: Floats, variance: Floats) -> Floats:
+        """Return what to rank by (N,), from the averages (N,)."""
+        return mean.copy()
+
+    def digest(self, scores: Floats, seen: Ints, memory: NDArray[np.float32]) -> Floats:
+        mean, variance = memory
+        first = np.isnan(mean)
+        later = seen[~first[seen]]
+        mean[first], variance[first] = scores[first], 0
+        away = scores[later] - mean[later]
+        variance[later] += self.alpha * (away**2 - variance[later])
+        mean[later] += self.alpha * away
+        return self.rank(mean, variance)
+
+    def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
+        n = len(scores)
+        if epoch < self.warmup or epoch >= self.pruning_epochs(epochs):
+            return everything(n)
+        return unweighted(np.flatnonzero(self.choose(scores, kept(n, self.ratio), rng)), ranked=True)
+
+    def choose(self, scores: Floats, size: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """Return the mask (N,) of ``size`` samples."""
+        return best(scores, size, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsilonGreedy(Averaging):
+    """Raju et al.'s epsilon-greedy rule: the best by average, and a share drawn uniformly from all others.
+
+    Attributes:
+        epsilon: share of the kept samples that is drawn.
+    """
+
+    epsilon: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"EpsilonGreedy: epsilon={self.epsilon} is out of range; use a number from 0 to 1")
+
+    def choose(self, scores: Floats, size: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+        drawn = floor(self.epsilon * size)
+        chosen = best(scores, size - drawn, rng)
+        others = np.flatnonzero(~chosen)
+        chosen[others[uniform(len(others), drawn, rng)]] = True
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class UCB(Averaging):
+    """Raju et al.'s upper confidence bound: the best by average + c * variance.
+
+    Attributes:
+        c: weight of the variance.
+    """
+
+    c: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.c < 0:
+            raise ValueError(f"UCB: c={self.c} is out of range; use 0 or more")
+
+    def rank(self, mean: Floats, variance: Floats) -> Floats:
+        return mean + self.c * variance
+
+
 PRUNERS: dict[str, type[Pruner]] = {
     "full": Full,
     "random": RandomSubset,
     "infobatch": InfoBatch,
     "seta": SeTa,
     "topk": TopK,
+    "rs2": RS2,
+    "epsilon_greedy": EpsilonGreedy,
+    "ucb": UCB,
+    **STATIC,
 }
-
-
-def settings(pruner: type[Pruner]) -> tuple[str, ...]:
-    """Return the names that a pruner's constructor takes."""
-    return tuple(field.name for field in fields(pruner))
-
-
-def floor(x: float) -> int:
-    """Round down, but not 0.9999999999999998 to 0: ⌊(1 - 0.9) · 10⌋ is 1."""
-    return math.floor(x + 1e-9)
-
-
-def kept(n: int, ratio: float) -> int:
-    """⌊(1 - ratio) n⌋, and at least one sample."""
-    return max(1, floor((1 - ratio) * n))
-
-
-def share(n: int, budget: float) -> int:
-    """⌊budget · n⌋, and at least one sample."""
-    return max(1, floor(budget * n))
-
-
-def everything(n: int) -> Selection:
-    return unweighted(np.arange(n))
-
-
-def unweighted(indices: Ints, ranked: bool = False) -> Selection:
-    return Selection(indices, np.ones(len(indices), np.float32), ranked)
-
-
-def ascending(indices: Ints, n: int) -> Ints:
-    """Sort some of ``range(n)``, each there once."""
-    chosen = np.zeros(n, bool)
-    chosen[indices] = True
-    return np.flatnonzero(chosen)
 
 
 def below_mean(scores: Floats) -> NDArray[np.bool_]:
@@ -300,22 +337,6 @@ def below_mean(scores: Floats) -> NDArray[np.bool_]:
     mask = np.empty(len(scores), bool)
     for start in chunks:
         mask[start : start + CHUNK] = scores[start : start + CHUNK].astype(np.float64) - least < mean
-    return mask
-
-
-def uniform(n: int, size: int, rng: np.random.Generator) -> Ints:
-    """Return ``size`` of ``range(n)``, uniformly without replacement, in no particular order."""
-    return rng.choice(n, size, replace=False, shuffle=False)
-
-
-def best(scores: Floats, size: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Return the mask (N,) of the ``size`` highest scores; ties at the boundary are broken at random."""
-    if size == 0:
-        return np.zeros(len(scores), bool)
-    boundary = np.partition(scores, len(scores) - size)[len(scores) - size]
-    mask = scores > boundary
-    tied = np.flatnonzero(scores == boundary)
-    mask[tied[uniform(len(tied), size - int(np.count_nonzero(mask)), rng)]] = True
     return mask
 
 
@@ -368,10 +389,10 @@ class _PrefixSums:
         for start in range(0, n - n % STRIDE, CHUNK):
             centred = self._centred(ordered[start : min(start + CHUNK, n - n % STRIDE)])
             first = start // STRIDE
-            for kept, values in zip(self.kept, (centred, centred * centred), strict=True):
-                values[0] += kept[first]
+            for before, values in zip(self.kept, (centred, centred * centred), strict=True):
+                values[0] += before[first]
                 sums = np.cumsum(values, out=values)[STRIDE - 1 :: STRIDE]
-                kept[first + 1 : first + 1 + len(sums)] = sums
+                before[first + 1 : first + 1 + len(sums)] = sums
 
     def __call__(self, counts: Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return both sums (K,) of the first ``counts`` (K,) values."""

@@ -1,0 +1,147 @@
+"""What every pruner shares: the selection, the face of a pruner, and exact sizes and draws."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.int64]
+
+MAX_RATIO = 0.9  # InfoBatch's weights stay at 10 or below
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The samples of one epoch.
+
+    Attributes:
+        indices: (M,) sample indices, ascending, each once.
+        weights: (M,) float32 gradient weights.
+        ranked: whether the scores had a say.
+        low_fraction: share of all samples that was open to pruning for its score, where the rule has one.
+    """
+
+    indices: Ints
+    weights: NDArray[np.float32]
+    ranked: bool = False
+    low_fraction: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner:
+    """Chooses the samples of each epoch. Subclass it and implement ``select``.
+
+    A subclass's fields are its settings. Where it has them, ``ratio`` is the share to prune (of what is each
+    pruner's own), ``delta`` the share of the run that is pruned, before annealing, and ``budget`` the share of
+    all samples to keep exactly.
+    """
+
+    uses_scores: ClassVar[bool] = True
+    memory: ClassVar[int] = 0  # numbers a sample that it carries from epoch to epoch, for ``digest``
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        ratio, budget = getattr(self, "ratio", 0), getattr(self, "budget", None)
+        if not 0 <= ratio <= MAX_RATIO:
+            raise ValueError(f"{name}: ratio={ratio} is out of range; use a number from 0 to {MAX_RATIO}")
+        if not 0 < self._delta <= 1:
+            raise ValueError(f"{name}: delta={self._delta} is out of range; use a number above 0, up to 1")
+        if budget is not None and not 0 < budget <= 1:
+            raise ValueError(f"{name}: budget={budget} is out of range; use a number above 0, up to 1")
+
+    def inert(self) -> tuple[str, ...]:
+        """Return the settings that have no effect beside the others."""
+        return ()
+
+    @property
+    def _delta(self) -> float:
+        return getattr(self, "delta", 1.0)
+
+    def pruning_epochs(self, epochs: int) -> int:
+        """Return the number of pruning epochs: those with epoch + 1 <= delta * epochs."""
+        return floor(self._delta * epochs)
+
+    def warmup_epochs(self, epochs: int) -> int:
+        """Return the epochs on everything that come before the ``epochs`` of training, which start from scratch."""
+        return 0
+
+    def address(self, epoch: int, n: int) -> int:
+        """Return the number that the generator of an epoch's selection is named by."""
+        return epoch
+
+    def digest(self, scores: Floats, seen: Ints, memory: NDArray[np.float32]) -> Floats:
+        """Return what to rank the N samples by, after an epoch.
+
+        Args:
+            scores: (N,), NaN where a sample has none.
+            seen: the samples of the epoch, whose scores are new.
+            memory: (``memory``, N), to be updated in place; NaN at first, and once the score that ranks changes.
+        """
+        return scores
+
+    def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
+        """Return the samples of ``epoch``.
+
+        Args:
+            scores: (N,) without NaN, higher is more worth keeping.
+            epoch: the coming epoch, counted from 0.
+            epochs: number of epochs T of the run.
+            rng: the generator of this one selection.
+        """
+        raise NotImplementedError
+
+
+def settings(pruner: type[Pruner]) -> tuple[str, ...]:
+    """Return the names that a pruner's constructor takes."""
+    return tuple(field.name for field in fields(pruner))
+
+
+def floor(x: float) -> int:
+    """Round down, but not 0.9999999999999998 to 0: ⌊(1 - 0.9) · 10⌋ is 1."""
+    return math.floor(x + 1e-9)
+
+
+def kept(n: int, ratio: float) -> int:
+    """⌊(1 - ratio) n⌋, and at least one sample."""
+    return max(1, floor((1 - ratio) * n))
+
+
+def share(n: int, budget: float) -> int:
+    """⌊budget · n⌋, and at least one sample."""
+    return max(1, floor(budget * n))
+
+
+def everything(n: int) -> Selection:
+    return unweighted(np.arange(n))
+
+
+def unweighted(indices: Ints, ranked: bool = False) -> Selection:
+    return Selection(indices, np.ones(len(indices), np.float32), ranked)
+
+
+def ascending(indices: Ints, n: int) -> Ints:
+    """Sort some of ``range(n)``, each there once."""
+    chosen = np.zeros(n, bool)
+    chosen[indices] = True
+    return np.flatnonzero(chosen)
+
+
+def uniform(n: int, size: int, rng: np.random.Generator) -> Ints:
+    """Return ``size`` of ``range(n)``, uniformly without replacement, in no particular order."""
+    return rng.choice(n, size, replace=False, shuffle=False)
+
+
+def best(scores: Floats, size: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Return the mask (N,) of the ``size`` highest scores; ties at the boundary are broken at random."""
+    if size == 0:
+        return np.zeros(len(scores), bool)
+    boundary = np.partition(scores, len(scores) - size)[len(scores) - size]
+    mask = scores > boundary
+    tied = np.flatnonzero(scores == boundary)
+    mask[tied[uniform(len(tied), size - int(np.count_nonzero(mask)), rng)]] = True
+    return mask
