@@ -82,6 +82,7 @@ def assert_same(results, others):
         (2, ("dataset.subset=301",)),  # odd shares
         (3, ("dataset.subset=132", "pruner=full")),  # 130 samples: the last batch, of two, leaves one of three without
         (3, ("dataset.subset=60", "pruner=seta", "noise=clean")),  # fewer batches than processes
+        (2, ("dataset.subset=151", "pruner=static_glister", "pruner.warmup=2")),
         (2, ("dataset.subset=150", "score.unseen=refresh", "recorded=smoothed", "label_smoothing=0.1")),
     ],
 )

@@ -272,6 +272,9 @@ class LastLoss(Score):
         ("topk", "small_loss", {"warmup": 2}),
         ("random", "das", {"ratio": 0.5}),
         ("full", "loss", {}),
+        ("rs2", "loss", {"ratio": 0.6}),
+        ("ucb", "loss", {}),
+        ("epsilon_greedy", "das", {"ratio": 0.5}),
     ],
 )
 def test_a_run_resumed_at_any_moment_continues_bit_identically(pruner, score, arguments):

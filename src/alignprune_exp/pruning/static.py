@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ PAIRS = 1 << 28  # neighbours in memory: 2 GiB
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a warm-up leaves behind for a choice. A criterion says which of it it ``needs``.
+    """What a warm-up leaves behind for a choice: arrays or tensors. A criterion says which of it it ``needs``.
 
     Attributes:
         labels: (n,) given labels, 0..C-1.
@@ -41,6 +41,13 @@ class Evidence:
     losses: Floats | None = None
     forgotten: Floats | None = None
     reference: Evidence | None = None
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            values: Any = getattr(self, each.name)
+            if values is not None and each.name != "reference":
+                plain = values.detach().cpu() if hasattr(values, "detach") else values
+                object.__setattr__(self, each.name, np.asarray(plain))
 
 
 class WarmUpLog:
