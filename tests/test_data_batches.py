@@ -112,6 +112,30 @@ def test_images_from_disk_give_the_batches_of_images_in_memory(workers):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_several_views_are_the_one_and_others_drawn_on_their_own(workers):
+    order = torch.randperm(23)
+    split = _split() if workers is None else _split(resident=False)
+    augmentation = Augmentation(1, flip=True, crop=3)
+    batches = _batches(split, workers=workers or 0)
+    one = list(_batches(_split()).epoch(order, 4, 1))
+    shifted = []
+    for (index, x, labels), (expected, first, same) in zip(batches.epoch(order, 4, 1, views=3), one, strict=True):
+        assert torch.equal(index, expected)
+        assert torch.equal(labels, same)
+        views = x.chunk(3)
+        assert torch.equal(views[0], first)
+        shifted += [(views[a] != views[b]).flatten(1).any(1) for a, b in ((0, 1), (1, 2), (0, 2))]
+        for view in (1, 2):
+            top, left, flip = augmentation.draw(index, 4, view)
+            padded = augmentation.pad(_split().images[index])
+            begin = (torch.arange(len(index)) * padded.shape[1] + top) * padded.shape[2] + left
+            cut = augmentation.apply(padded, begin, flip)
+            assert torch.equal(views[view], batches._normalise(cut))
+    assert torch.cat(shifted).float().mean() > 0.8
+    assert all(len(x) == len(index) for index, x, _ in batches.evaluation())
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_image_read_by_a_worker_is_named_in_one_sentence(tmp_path, workers):
     for k in range(12):

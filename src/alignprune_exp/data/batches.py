@@ -86,7 +86,7 @@ class Batches:
         self._shift = torch.from_numpy(shift).to(self.device, torch.float32)
 
     def epoch(
-        self, order: Tensor | np.ndarray, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1
+        self, order: Tensor | np.ndarray, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1, views: int = 1
     ) -> Iterator[Batch]:
         """Yield (index, x, labels) for the samples of ``order``, int (k,), from batch number ``start`` on.
 
@@ -95,8 +95,11 @@ class Batches:
 
         ``index`` is int64 (B,) on the CPU; on the device are ``x`` (B, C, H, W) and ``labels``,
         int64 (B,). Finish or drop one iteration before the next begins: they share the workers.
+
+        With several ``views``, ``x`` is (views · B, C, H, W): every image in one augmentation, then every image in the
+        next. The first is what one view gives.
         """
-        return self._batches(order, epoch, start, rank, ranks)
+        return self._batches(order, epoch, start, rank, ranks, views)
 
     def evaluation(self, order: Tensor | np.ndarray | None = None) -> Iterator[Batch]:
         """Yield the same without augmentation; all samples, in order, if no ``order`` is given."""
@@ -113,6 +116,7 @@ class Batches:
         start: int,
         rank: int = 0,
         ranks: int = 1,
+        views: int = 1,
         strongly: bool = False,
     ) -> Iterator[Batch]:
         index = torch.as_tensor(order).to("cpu", torch.int64)[start * self.batch_size :]
@@ -120,7 +124,7 @@ class Batches:
             return
         shares = (part.tensor_split(ranks)[rank] for part in index.split(self.sizes(len(index))))
         parts = tuple(share for share in shares if len(share))
-        for part, images in zip(parts, self._pixels.batches(parts, epoch), strict=True):
+        for part, images in zip(parts, self._pixels.batches(parts, epoch, views), strict=True):
             if strongly and epoch is not None:
                 images = rand_augment(images, part, self._seed, epoch)
             yield part, self._normalise(images), self._labels.index_select(0, part.to(self.device, non_blocking=True))
@@ -159,12 +163,15 @@ class Augmentation:
     def __init__(self, seed: int, *, flip: bool, crop: int) -> None:
         self.seed, self.flip, self.crop = seed, flip, crop
 
-    def draw(self, sample: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, sample: Tensor, epoch: int, view: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Return for samples, int64 (B,): the crop's top and left, int64 (B,) in 0..2·crop, and bool flips.
+
+        Every ``view`` of an epoch is drawn on its own.
 
         A place of ``crop`` is the image itself.
         """
-        key = int(generator(self.seed, "augmentation", epoch).integers(1 << 63))
+        where = (epoch, view) if view else (epoch,)
+        key = int(generator(self.seed, "augmentation", *where).integers(1 << 63))
         bits = mix(sample * _GOLDEN + key)
         top = ((bits & _BITS_24) * (2 * self.crop + 1)) >> 24
         left = (((bits >> 24) & _BITS_24) * (2 * self.crop + 1)) >> 24
@@ -186,7 +193,9 @@ class Augmentation:
             padded[:, -1 - y] = padded[:, y - 1 - 2 * p]
         return padded
 
-    def plan(self, rows: Tensor, sample: Tensor, epoch: int | None, padded: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def plan(
+        self, rows: Tensor, sample: Tensor, epoch: int | None, padded: tuple[int, ...], views: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Say where each image begins and whether it is mirrored.
 
         Args:
@@ -194,15 +203,17 @@ class Augmentation:
             sample: what it is augmented as, int64 (B,).
             epoch: likewise; without one nothing is augmented.
             padded: shape (n, H + 2·crop, W + 2·crop, C) of the padded images.
+            views: how many times each is augmented.
 
         Returns:
-            The pixel that each begins at, int64 (B,), and the bool flips (B,).
+            The pixel that each begins at, int64 (views, B), and the bool flips (views, B).
         """
         if epoch is None:
-            top = left = torch.full_like(rows, self.crop)
-            flip = torch.zeros_like(rows, dtype=torch.bool)
+            top = left = torch.full_like(rows, self.crop)[None]
+            flip = torch.zeros_like(rows, dtype=torch.bool)[None]
         else:
-            top, left, flip = self.draw(sample, epoch)
+            drawn = [self.draw(sample, epoch, view) for view in range(views)]
+            top, left, flip = (torch.stack(each) for each in zip(*drawn, strict=True))
         return (rows * padded[1] + top) * padded[2] + left, flip
 
     def apply(self, padded: Tensor, begin: Tensor, flip: Tensor) -> Tensor:
@@ -267,13 +278,13 @@ class _Resident:
         self.images = augmentation.pad(images.to(device))
         self.augmentation = augmentation
 
-    def batches(self, parts: tuple[Tensor, ...], epoch: int | None) -> Iterator[Tensor]:
+    def batches(self, parts: tuple[Tensor, ...], epoch: int | None, views: int) -> Iterator[Tensor]:
         # Drawn on the CPU, once an epoch: nothing in a batch waits for the device.
         order, sizes = torch.cat(parts), [len(part) for part in parts]
-        begins, flips = self.augmentation.plan(order, order, epoch, self.images.shape)
+        begins, flips = self.augmentation.plan(order, order, epoch, self.images.shape, views)
         begins = begins.to(self.images.device)
-        for begin, flip in zip(begins.split(sizes), flips.split(sizes), strict=True):
-            yield self.augmentation.apply(self.images, begin, flip)
+        for begin, flip in zip(begins.split(sizes, 1), flips.split(sizes, 1), strict=True):
+            yield self.augmentation.apply(self.images, begin.flatten(), flip.flatten())
 
 
 class _OnDisk:
@@ -281,7 +292,7 @@ class _OnDisk:
 
     def __init__(self, split: Split, augmentation: Augmentation, device: torch.device, workers: int) -> None:
         # The loader holds the list and not this object: in a cycle its workers would take seconds to end.
-        self.keys: list[tuple[int | None, Tensor]] = []
+        self.keys: list[tuple[int | None, Tensor, int]] = []
         self.device = device
         self.loader: DataLoader[Any] = DataLoader(
             _Decoded(split, augmentation),
@@ -292,8 +303,8 @@ class _OnDisk:
             pin_memory=device.type == "cuda",
         )
 
-    def batches(self, parts: tuple[Tensor, ...], epoch: int | None) -> Iterator[Tensor]:
-        self.keys[:] = [(epoch, part) for part in parts]
+    def batches(self, parts: tuple[Tensor, ...], epoch: int | None, views: int) -> Iterator[Tensor]:
+        self.keys[:] = [(epoch, part, views) for part in parts]
         for images in self.loader:
             if isinstance(images, str):
                 raise UsageError(images)
@@ -301,7 +312,7 @@ class _OnDisk:
 
 
 class _Decoded(Dataset[Any]):
-    """Maps (epoch, samples) to the augmented images, uint8 (B, H, W, C).
+    """Maps (epoch, samples, views) to the augmented images, uint8 (views · B, H, W, C).
 
     A user's mistake comes back as its message: raised in a worker it would arrive wrapped in a traceback.
     """
@@ -309,12 +320,12 @@ class _Decoded(Dataset[Any]):
     def __init__(self, split: Split, augmentation: Augmentation) -> None:
         self.source, self.rows, self.augmentation = split.source, split.rows, augmentation
 
-    def __getitem__(self, key: tuple[int | None, Tensor]) -> Tensor | str:
-        epoch, sample = key
+    def __getitem__(self, key: tuple[int | None, Tensor, int]) -> Tensor | str:
+        epoch, sample, views = key
         try:
             images = self.source.pixels(self.rows[sample.numpy()])
         except UsageError as error:
             return str(error)
         images = self.augmentation.pad(images)
-        begin, flip = self.augmentation.plan(torch.arange(len(sample)), sample, epoch, images.shape)
-        return self.augmentation.apply(images, begin, flip)
+        begin, flip = self.augmentation.plan(torch.arange(len(sample)), sample, epoch, images.shape, views)
+        return self.augmentation.apply(images, begin.flatten(), flip.flatten())
