@@ -243,9 +243,11 @@ class Watched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch):
+@pytest.mark.parametrize("learner", [["ce"], ["elr"], ["sop"], ["dividemix", "learner.warmup=2"]])
+def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch, learner):
     """On the CPU; the tests above show that the functions named here do not wait elsewhere."""
-    run = Experiment(benchmarking.config("epochs=12", "dataset.subset=200", "pruner.delta=1.0", "eval_every=12"))
+    short = ("epochs=12", "dataset.subset=200", "pruner.delta=1.0", "eval_every=12")
+    run = Experiment(benchmarking.config(f"learner={learner[0]}", *learner[1:], *short))
     watched, epoch = Watched(), run.batches.epoch
     steps = 0
 

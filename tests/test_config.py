@@ -18,7 +18,7 @@ from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning
 from alignprune_exp.runs import run_id
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = ("dataset", "noise", "pruner", "score", "reference", "model", "optimizer", "scale", "tracking")
+GROUPS = ("dataset", "noise", "pruner", "score", "reference", "learner", "model", "optimizer", "scale", "tracking")
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 FINGERPRINT = "0" * 64
 ROOT = "dataset.root=/nowhere"
@@ -200,7 +200,8 @@ OTHER = {
 # By the specification: what cannot change the result, or has no effect under sym noise on digits.
 INERT = {"paths.results", "paths.data", "tracking.name", "force", "keep_checkpoints", "workers"}
 INERT |= {"noise.file", "noise.labels"}
-NO_OTHER = {"dataset.name", "pruner.name"}  # changing the name alone leaves keys of the old option behind
+# Changing the name alone leaves keys of the old option behind, or lacks those of the new.
+NO_OTHER = {"dataset.name", "pruner.name", "learner.name"}
 
 
 @pytest.mark.parametrize(

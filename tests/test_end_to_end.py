@@ -22,7 +22,7 @@ from alignprune_exp.train import main
 REPOSITORY = Path(__file__).parents[1]
 CONF = REPOSITORY / "conf"
 PROGRAM = "python -m alignprune_exp.train"
-GROUPS = ("dataset", "noise", "pruner", "score", "reference", "model", "optimizer", "scale", "tracking")
+GROUPS = ("dataset", "noise", "pruner", "score", "reference", "learner", "model", "optimizer", "scale", "tracking")
 # The smallest run whose trajectories fill their window and whose last epoch anneals.
 TINY = ["epochs=5", "score.window=3", "batch_size=32"]
 TINY += ["dataset.subset=120", "dataset.test_subset=60", "reference.size=10"]

@@ -511,10 +511,10 @@ def test_a_signal_in_the_middle_of_an_epoch_leaves_a_checkpoint_there(
 ):
     losses = Experiment._losses
 
-    def interrupted(self, images, labels):
+    def interrupted(self, step):
         if (self.pruning.epoch, self.step) == (5, 1):
             os.kill(os.getpid(), number)
-        return losses(self, images, labels)
+        return losses(self, step)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -726,8 +726,8 @@ def test_a_loss_that_turns_bad_later_leaves_the_checkpoint_before_it(tmp_path, m
     one = Experiment(config)
     losses = one._losses
 
-    def broken(images, labels):
-        plain, smoothed, predicted = losses(images, labels)
+    def broken(step):
+        plain, smoothed, predicted = losses(step)
         bad = one.pruning.epoch == 4 and one.step >= 2
         return (plain * math.nan, smoothed * math.nan, predicted) if bad else (plain, smoothed, predicted)
 

@@ -160,6 +160,9 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     scores = [key for key in given if key.partition(".")[0] == "score"]
     if scores and not make_pruner(config.pruner).uses_scores:
         notes.append(f"{', '.join(scores)} has no effect under pruner={pruner}, which ranks nothing")
+    smoothing = [key for key in given if key in ("label_smoothing", "recorded")]
+    if smoothing and config.learner.name != "ce":
+        notes.append(f"{', '.join(smoothing)} has no effect under learner={config.learner.name}, which does not smooth")
     inert = {"clean": ("rate", "labels", "file"), "real": ("rate",)}.get(config.noise.name, ("labels", "file"))
     if named := [key for key in given if key in [f"noise.{name}" for name in inert]]:
         notes.append(f"{', '.join(named)} has no effect under noise={config.noise.name}")

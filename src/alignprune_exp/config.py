@@ -111,6 +111,34 @@ Reference = Annotated[
 ]
 
 
+class CrossEntropy(Node):
+    name: Literal["ce"]
+
+
+class Elr(Node):
+    name: Literal["elr"]
+    beta: Annotated[float, Field(ge=0, lt=1)]
+    coefficient: Annotated[float, Field(ge=0)]
+
+
+class Sop(Node):
+    name: Literal["sop"]
+    lr_u: Annotated[float, Field(ge=0)]
+    lr_v: Annotated[float, Field(ge=0)]
+    std: Annotated[float, Field(gt=0)]
+
+
+class DivideMix(Node):
+    name: Literal["dividemix"]
+    warmup: Count
+    confidence_penalty: bool
+    p_threshold: Share
+    temperature: Annotated[float, Field(gt=0)]
+    alpha: Annotated[float, Field(gt=0)]
+    lambda_u: Annotated[float, Field(ge=0)]
+    rampup: Count
+
+
 class Narrow(Node):
     name: Literal["small_cnn", "resnet8"]
     width: Count
@@ -159,6 +187,7 @@ class Config(Node):
     reference: Reference
     pruner: dict[str, Any]
     score: Score
+    learner: Annotated[CrossEntropy | Elr | Sop | DivideMix, Field(discriminator="name")]
     model: Annotated[Narrow | ResNet, Field(discriminator="name")]
     optimizer: Optimizer
     tracking: Annotated[NoTracking | Wandb, Field(discriminator="name")]
@@ -215,7 +244,21 @@ def validate(values: Mapping[str, Any]) -> Config:
         )
     if not make_pruner(config.pruner).uses_scores:
         config = config.model_copy(update={"score": UNRANKED})
+    if config.learner.name != "ce":  # smoothing is a way to make cross-entropy; a scale may have set it
+        config = config.model_copy(update={"label_smoothing": 0.0, "recorded": "plain"})
+    if isinstance(config.learner, DivideMix):
+        _check_dividemix(config, config.learner)
     return config
+
+
+def _check_dividemix(config: Config, learner: DivideMix) -> None:
+    if learner.warmup >= config.epochs:
+        raise UsageError(
+            f"learner.warmup={learner.warmup} leaves dividemix none of {config.epochs} epochs to divide in; "
+            f"set a smaller one, or epochs={learner.warmup + 1} or more"
+        )
+    if config.compile:
+        raise UsageError("compile is not for learner=dividemix, whose two networks take turns; set compile=false")
 
 
 def make_pruner(values: Mapping[str, Any]) -> Pruner:
@@ -274,6 +317,8 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
     for node, keys in NOT_IDENTITY.items():
         for key in keys:
             (values[node] if node else values).pop(key, None)
+    if config.learner.name == "ce":
+        del values["learner"]
     noise = values["noise"]
     if noise["name"] not in ("sym", "asym"):
         del noise["rate"]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from . import distributed, models, optim
+from . import distributed, learners, models, optim
 from .config import NOTHING_HELD_OUT, Config, NoTracking, Pseudo, Trusted, identity, import_class, make_pruner
 from .console import Progress, epoch_line, say
 from .data.batches import Batch, Batches
@@ -121,6 +122,11 @@ class Experiment:
     def __init__(self, config: Config, processes: Processes | None = None) -> None:
         self.config = config
         self.processes = processes or Processes()
+        if config.learner.name != "ce" and self.processes.size > 1:
+            raise UsageError(
+                f"learner={config.learner.name} keeps to itself what it knows about a sample, and "
+                f"{self.processes.size} processes would not share it; use learner=ce, or one process"
+            )
         self.device = resolve_device(config.device, self.processes)
         self.precision = resolve_precision(config.precision, self.device)
         if config.deterministic:
@@ -163,10 +169,12 @@ class Experiment:
         mode = config.compile if isinstance(config.compile, str) else None
         self.forward = torch.compile(self.parallel, mode=mode) if config.compile else self.parallel
 
-    def _fresh(self, purpose: str) -> nn.Module:
-        """Return the model as ``purpose`` initialises it."""
-        torch.manual_seed(int(generator(self.config.seed, purpose).integers(2**62)))
-        return models.build(self.config.model, len(self.data.mean), len(self.data.classes))
+    def _fresh(self, purpose: str) -> learners.Learner:
+        """Return the learner with networks as ``purpose`` initialises them."""
+        config, classes = self.config, len(self.data.classes)
+        torch.manual_seed(int(generator(config.seed, purpose).integers(2**62)))
+        network = partial(models.build, config.model, len(self.data.mean), classes)
+        return learners.build(config, network, self.pruning.n, classes)
 
     def _batches(self, split: Any, augmented: bool = False) -> Batches:
         config = self.config
@@ -285,14 +293,10 @@ class Experiment:
 
     @torch.no_grad()
     def _outputs(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
-        """Return the probabilities (n, C) and embeddings (n, d) of samples, in eval mode."""
+        """Return the first network's probabilities (n, C) and embeddings (n, d) of samples, in eval mode."""
         self.model.eval()
-        shares = []
-        with models.embeddings(self.model) as collected:
-            for _, images, _ in batches:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    logits = self.model(images)
-                shares.append(logits.float().softmax(1))
+        with models.embeddings(self.model.networks[0]) as collected:
+            shares = [self._logits(images, 0).softmax(1) for _, images, _ in batches]
         return torch.cat(shares), torch.cat(collected)
 
     def _phase(self, epoch: int) -> tuple[int, int]:
@@ -320,20 +324,28 @@ class Experiment:
         sizes = self.batches.sizes(len(order))
         steps = len(sizes)
         progress = Progress()
+        if self.step == 0:
+            self.model.begin_epoch(epoch - began, self.batches.evaluation(selection.indices), self._logits)
+        clock.lap("seconds_divide")
         self.model.train()
         lr = 0.0
+        views = self.model.views
         with self._uneven(sizes[-1] < ranks):
-            for index, images, labels in self.batches.epoch(order, epoch, self.step, rank, ranks):
-                lr = optim.set_progress(self.optimizer, (epoch - began + self.step / steps) / length, config.optimizer)
-                plain, smoothed, predicted = self._losses(images, labels)
-                self.predicted[index.to(self.device, non_blocking=True)] = predicted
-                recorded = plain if config.recorded == "plain" else smoothed
-                loss = pruning.update(index, smoothed, recorded)
+            for index, images, labels in self.batches.epoch(order, epoch, self.step, rank, ranks, views):
+                progressed = (epoch - began + self.step / steps) / length
+                lr = optim.set_progress(self.optimizer, progressed, config.optimizer)
+                here = index.to(self.device, non_blocking=True)
+                step = learners.Step(here, images, labels, epoch - began, self.step, steps)
+                plain, training, predicted = self.model.losses(step, self._training_logits)
+                self.predicted[here] = predicted
+                recorded = plain if config.recorded == "plain" else training
+                loss = pruning.update(index, training, recorded)
                 if ranks > 1:  # gradients are averaged over the processes, whose shares may differ in size
                     loss = loss * (len(index) * ranks / sizes[self.step])
                     self.own.append((index, recorded.detach()))
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                self.model.after_backward()
                 self.optimizer.step()
                 self.loss_sum += plain.detach().sum()
                 self.step += 1
@@ -423,6 +435,7 @@ class Experiment:
             "samples_seen": int(pruning.times_selected.sum()),
             "samples_refreshed": refreshed,
             "samples_reference": forwarded,
+            "samples_forwarded": self.model.passes(epoch - began) * len(order) + refreshed + forwarded,
             "seconds": self.elapsed + clock.total(),
             **clock.laps,
         }
@@ -447,25 +460,21 @@ class Experiment:
             scores = {name: score for name, score in scores.items() if not score.aligned}
         return dict(zip(scores, pruning.several_scores(list(scores.values())), strict=True))
 
-    def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each sample's cross-entropy (B,) from float32 logits, plain and smoothed, and predicted class (B,)."""
+    def _training_logits(self, images: Tensor, *network: int) -> Tensor:
+        """Return float32 logits (B, C), of all networks or of one, through what compiles and parallelises them."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.forward(images)
-        log_p = F.log_softmax(logits.float(), dim=1)
-        plain = F.nll_loss(log_p, labels, reduction="none")
-        smoothing = self.config.label_smoothing
-        smoothed = (1 - smoothing) * plain - smoothing * log_p.mean(1) if smoothing else plain
-        return plain, smoothed, logits.detach().argmax(1)
+            return self.forward(images, *network).float()
+
+    def _logits(self, images: Tensor, *network: int) -> Tensor:
+        """Return the same without either, for evaluation."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(images, *network).float()
 
     @torch.no_grad()
-    def _evaluate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, images: Tensor, labels: Tensor, *network: int) -> tuple[Tensor, Tensor]:
         """Return each sample's plain cross-entropy (B,) and whether it is classified right (B,)."""
-        logits = self._logits(images)
+        logits = self._logits(images, *network)
         return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
-
-    def _logits(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.model(images).float()
 
     def _reference_losses(self) -> Tensor:
         """Return the reference samples' losses (R,), in eval mode."""
@@ -507,9 +516,12 @@ class Experiment:
         return self.processes.gather(label_quality(p, own_labels, thresholds)).cpu().numpy()
 
     def _plain_losses(self, batches: Batches, samples: Tensor) -> Tensor:
-        """Return the plain losses (K,) of ``samples`` (K,) without augmentation, of which each process does a share."""
+        """Return the plain losses (K,) of ``samples`` (K,) without augmentation, of which each process does a share.
+
+        They are the first network's, as those that are recorded.
+        """
         shares = batches.evaluation(self.processes.share(samples))
-        losses = [self._evaluate(images, labels)[0] for _, images, labels in shares]
+        losses = [self._evaluate(images, labels, 0)[0] for _, images, labels in shares]
         return self.processes.gather(torch.cat([torch.empty(0, device=self.device), *losses]))
 
     def _stops(self, stop: threading.Event) -> bool:
@@ -622,6 +634,7 @@ class Experiment:
             "noise": config.noise.name,
             "noise_rate": None if self.noisy is None else float(self.noisy.mean()),
             "pairing": self.data.pairing or None,
+            "learner": config.learner.name,
             "pruner": config.pruner["name"],
             "score": self._ranking_name,
             "window": config.score.window if self._ranking_name else None,

@@ -1,0 +1,564 @@
+"""Robust learners: every loss against its paper's formula written a second way, and each learner in whole runs."""
+
+import json
+import math
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from sklearn.mixture import GaussianMixture
+from torch import nn
+from torch.nn import functional as F
+
+from alignprune_exp import learners
+from alignprune_exp.commandline import checked, config_dir, inert_keys
+from alignprune_exp.config import identity, validate
+from alignprune_exp.errors import UsageError
+from alignprune_exp.experiment import Experiment
+from alignprune_exp.learners import Step, clean_probability, mix, sharpen, targets
+from alignprune_exp.pruning import PRUNERS, NonFiniteLossError
+from alignprune_exp.pruning.seeding import generator
+from alignprune_exp.runs import RunFolder, run_id
+from test_experiment import Stop, assert_same_results, metrics_of, only_run
+
+N, B, C, PIXELS = 12, 6, 4, 5
+LEARNERS = ("ce", "elr", "sop", "dividemix")
+TINY = ("epochs=5", "score.window=3", "batch_size=16", "dataset.subset=60", "dataset.test_subset=20")
+SHORT = {"dividemix": ("learner.warmup=2", "learner.rampup=2")}  # so that it divides within a tiny run
+
+
+@cache
+def config_of(*overrides):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return checked(compose("train", list(overrides)))
+
+
+def made(*overrides):
+    """A learner with linear networks, in float64, on N samples."""
+    torch.manual_seed(0)
+    return learners.build(config_of(*overrides), lambda: nn.Linear(PIXELS, C), N, C).double()
+
+
+def step_of(views=1, epoch=0, number=0, steps=4, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    index = torch.randperm(N, generator=draw)[:B]
+    images = torch.randn(views * B, PIXELS, generator=draw, dtype=torch.float64)
+    return Step(index, images, torch.randint(C, (B,), generator=draw), epoch, number, steps)
+
+
+def one_hot(labels):
+    return torch.eye(C, dtype=torch.float64)[labels]
+
+
+class Given:
+    """Logits in place of a network's, so that the gradient by them can be looked at."""
+
+    def __init__(self, scale=1.0, seed=1):
+        draw = torch.Generator().manual_seed(seed)
+        self.logits = (scale * torch.randn(B, C, generator=draw, dtype=torch.float64)).requires_grad_()
+
+    def __call__(self, images):
+        return self.logits
+
+
+# --- cross-entropy
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_torchs_and_its_plain_loss_is_not_smoothed(smoothing):
+    step, given = step_of(), Given()
+    plain, training, predicted = made(f"label_smoothing={smoothing}").losses(step, given)
+    torch.testing.assert_close(plain, F.cross_entropy(given.logits, step.labels, reduction="none"))
+    expected = F.cross_entropy(given.logits, step.labels, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(training, expected)
+    assert torch.equal(predicted, given.logits.argmax(1))
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_what_is_recorded_is_the_plain_cross_entropy_whatever_is_trained_on(learner):
+    one = made(f"learner={learner}")
+    step = step_of(one.views)
+    plain, training, _ = one.losses(step, one)
+    expected = F.cross_entropy(one.networks[0](step.images[:B]), step.labels, reduction="none")
+    torch.testing.assert_close(plain, expected)
+    assert plain.shape == training.shape == (B,)
+    assert torch.equal(plain, training) == (learner == "ce")
+
+
+# --- early-learning regularisation
+
+
+def elr_by_hand(target, index, logits, labels, beta, coefficient):
+    """The formula sample by sample; changes ``target``."""
+    losses = []
+    for i, z, y in zip(index.tolist(), logits.tolist(), labels.tolist(), strict=True):
+        p = [math.exp(v) / sum(math.exp(w) for w in z) for v in z]
+        clamped = [min(max(v, 1e-4), 1 - 1e-4) for v in p]
+        for c in range(C):
+            target[i][c] = beta * target[i][c] + (1 - beta) * clamped[c] / sum(clamped)
+        inner = sum(a * b for a, b in zip(clamped, target[i], strict=True))
+        losses.append(-math.log(p[y]) + coefficient * math.log(1 - inner))
+    return losses
+
+
+def test_elr_is_its_formula_over_many_steps_and_remembers_the_rows_of_the_batch_alone():
+    one = made("learner=elr")
+    by_hand = np.zeros((N, C)).tolist()
+    for number in range(8):
+        step, given = step_of(seed=number), Given(scale=4.0, seed=number)
+        before = one.target_NC.clone()
+        _, training, _ = one.losses(step, given)
+        expected = elr_by_hand(by_hand, step.index, given.logits, step.labels, beta=0.7, coefficient=3.0)
+        assert training.tolist() == pytest.approx(expected)
+        others = torch.ones(N, dtype=torch.bool).index_fill_(0, step.index, False)
+        assert torch.equal(one.target_NC[others], before[others])
+        assert (one.target_NC != before).any(1)[step.index].all()
+        torch.testing.assert_close(one.target_NC, torch.tensor(by_hand, dtype=torch.float64))
+
+
+def test_elrs_gradient_is_the_papers():
+    """p - y + λg with g_c = p_c / (1 - <p, t>) · Σ_k (t_k - t_c) p_k: no clamp acts on predictions this moderate."""
+    one, step, given = made("learner=elr"), step_of(), Given()
+    one.target_NC.copy_(torch.rand(N, C, dtype=torch.float64).softmax(1))
+    one.losses(step, given)[1].sum().backward()
+    p, t = given.logits.detach().softmax(1), one.target_NC[step.index]
+    g = torch.stack([p[:, c] / (1 - (p * t).sum(1)) * ((t - t[:, [c]]) * p).sum(1) for c in range(C)], 1)
+    torch.testing.assert_close(given.logits.grad, p - one_hot(step.labels) + 3.0 * g)
+
+
+def test_elr_stays_finite_where_a_network_is_sure_of_itself():
+    one, step = made("learner=elr"), step_of()
+    for _ in range(100):
+        given = Given(scale=1000.0)
+        one.losses(step, given)[1].sum().backward()
+        assert given.logits.grad.isfinite().all()
+    assert one.target_NC.isfinite().all()
+
+
+# --- sparse over-parameterisation
+
+
+def sop(lr_u=0.7, lr_v=0.4):
+    one = made("learner=sop", f"learner.lr_u={lr_u}", f"learner.lr_v={lr_v}")
+    draw = torch.Generator().manual_seed(5)
+    one.u_N.copy_(torch.rand(N, generator=draw) * 0.6)
+    one.v_NC.copy_(torch.rand(N, C, generator=draw) * 0.1)
+    return one
+
+
+def sop_by_hand(u, v, z, y):
+    """One sample's two losses: the cross-entropy of the prediction with its error, and the squared distance."""
+    p = [math.exp(a) / sum(math.exp(b) for b in z) for a in z]
+    error = [min(u**2, 1) if c == y else -min(v[c] ** 2, 1) for c in range(C)]
+    with_error = [max(a + b, 1e-4) for a, b in zip(p, error, strict=True)]
+    entropy = -math.log(max(with_error[y] / sum(with_error), 1e-4))
+    hard = [float(c == max(range(C), key=z.__getitem__)) for c in range(C)]
+    return entropy, sum((hard[c] + error[c] - (c == y)) ** 2 for c in range(C))
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_sop_is_its_formula(scale):
+    one, step, given = sop(), step_of(), Given(scale)
+    one.u_N[step.index[0]] = 3.0  # beyond the clamp
+    one.v_NC[step.index[1]] = -2.0
+    _, training, _ = one.losses(step, given)
+    rows = zip(step.index.tolist(), given.logits.tolist(), step.labels.tolist(), strict=True)
+    expected = [sum(sop_by_hand(float(one.u_N[i]), one.v_NC[i].tolist(), z, y)) for i, z, y in rows]
+    assert training.tolist() == pytest.approx(expected)
+
+
+def test_sops_gradients_are_the_papers_and_those_of_finite_differences():
+    """The cross-entropy moves the network and u, the squared distance v; by hand, where no clamp acts."""
+    one, step, given = sop(), step_of(), Given()
+    u, v, y = one.u_N[step.index], one.v_NC[step.index], one_hot(step.labels)
+    p = given.logits.detach().softmax(1)
+    assert (p - v.square()).min() > 1e-4
+    hard = one_hot(given.logits.argmax(1))
+    weights = torch.linspace(0.5, 2.0, B, dtype=torch.float64)
+    before_u, before_v = one.u_N.clone(), one.v_NC.clone()
+    (weights * one.losses(step, given)[1]).sum().backward()
+    one.after_backward()
+
+    there = (p * y).sum(1) + u.square()
+    mass = 1 + u.square() - ((1 - y) * v.square()).sum(1)
+    by_u = weights * 2 * u * (1 / mass - 1 / there)
+    by_v = weights[:, None] * -4 * v * (hard - v.square()) * (1 - y)
+    torch.testing.assert_close(before_u[step.index] - one.u_N[step.index], 0.7 * by_u)
+    torch.testing.assert_close(before_v[step.index] - one.v_NC[step.index], 0.4 * by_v)
+    share = ((p * y).sum(1) / there)[:, None]
+    torch.testing.assert_close(given.logits.grad, weights[:, None] * share * (p - y))
+
+    h = 1e-6
+    for k, (i, z, label) in enumerate(zip(step.index, given.logits.tolist(), step.labels.tolist(), strict=True)):
+        ui, vi = float(before_u[i]), before_v[i].tolist()
+        slope = sop_by_hand(ui + h, vi, z, label)[0] - sop_by_hand(ui - h, vi, z, label)[0]
+        assert by_u[k].item() == pytest.approx(weights[k].item() * slope / (2 * h), abs=1e-7)
+        for c in range(C):
+            ups, downs = ([x + d * (c == j) for j, x in enumerate(vi)] for d in (h, -h))
+            slope = sop_by_hand(ui, ups, z, label)[1] - sop_by_hand(ui, downs, z, label)[1]
+            assert by_v[k, c].item() == pytest.approx(weights[k].item() * slope / (2 * h), abs=1e-7)
+
+
+def test_sop_moves_the_rows_of_the_batch_alone_and_starts_from_small_addressed_draws():
+    one, again, other = (made("learner=sop", f"seed={seed}") for seed in (0, 0, 1))
+    assert torch.equal(one.u_N, again.u_N)
+    assert not torch.equal(one.v_NC, other.v_NC)
+    assert 0.3e-8 < one.v_NC.std() < 3e-8
+    assert not dict(one.networks.named_parameters()).keys() & {"u_N", "v_NC"}
+    step, one = step_of(), sop()
+    before = one.u_N.clone(), one.v_NC.clone()
+    one.losses(step, Given())[1].mean().backward()
+    one.after_backward()
+    others = torch.ones(N, dtype=torch.bool).index_fill_(0, step.index, False)
+    for values, old in zip((one.u_N, one.v_NC), before, strict=True):
+        assert torch.equal(values[others], old[others])
+        assert not torch.equal(values[step.index], old[step.index])
+
+
+# --- the division of DivideMix
+
+
+def test_the_probability_of_being_clean_is_scikit_learns():
+    losses = np.random.default_rng(0).gamma(2.0, 1.0, 300)
+    scaled = ((losses - losses.min()) / (losses.max() - losses.min())).reshape(-1, 1)
+    mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=3).fit(scaled)
+    expected = mixture.predict_proba(scaled)[:, np.argmin(mixture.means_)]
+    np.testing.assert_array_equal(clean_probability(losses, 3), expected)
+    np.testing.assert_allclose(clean_probability(5 * losses + 2, 3), expected, rtol=1e-6)  # scaled to [0, 1]
+
+
+def test_losses_far_apart_are_divided_and_equal_ones_are_all_clean():
+    rng = np.random.default_rng(1)
+    low, high = rng.normal(0.3, 0.05, 70), rng.normal(2.5, 0.3, 30)
+    clean = clean_probability(np.concatenate([low, high]), 0)
+    assert clean[:70].min() > 0.99
+    assert clean[70:].max() < 0.01
+    for n in (1, 2, 50):
+        assert clean_probability(np.full(n, 0.7), 0).tolist() == [1.0] * n
+    assert clean_probability(np.array([0.1, 2.0]), 0).round(3).tolist() == [1.0, 0.0]
+
+
+class Selected:
+    """Some samples in batches, as an epoch begins with them."""
+
+    def __init__(self, count=9, batch=4):
+        draw = torch.Generator().manual_seed(7)
+        self.index = torch.randperm(N, generator=draw)[:count]
+        self.images = torch.randn(count, PIXELS, generator=draw, dtype=torch.float64)
+        self.labels = torch.randint(C, (count,), generator=draw)
+        parts = (each.split(batch) for each in (self.index, self.images, self.labels))
+        self.batches = list(zip(*parts, strict=True))
+
+
+def test_each_network_divides_for_the_other_and_the_first_ones_losses_are_recorded():
+    one, selected = made("learner=dividemix", "learner.warmup=3", "seed=4"), Selected()
+    one.begin_epoch(2, iter(()), one)  # in the warm-up nobody looks
+    assert not one.clean_2N.any()
+    one.train()
+    one.begin_epoch(3, selected.batches, one)
+    assert not one.training
+    losses = [F.cross_entropy(net(selected.images), selected.labels, reduction="none") for net in one.networks]
+    torch.testing.assert_close(one.plain_N[selected.index], losses[0].detach())
+    for network in (0, 1):
+        seed = int(generator(4, "mixture", 3, network).integers(2**31))
+        expected = clean_probability(losses[1 - network].detach().numpy(), seed)
+        np.testing.assert_allclose(one.clean_2N[network][selected.index], expected, atol=1e-9)
+    assert not torch.equal(one.clean_2N[0], one.clean_2N[1])
+    total = sum(net(selected.images) for net in one.networks)
+    assert torch.equal(one.predicted_N[selected.index], total.argmax(1))
+    index = selected.index[:B]
+    step = Step(index, torch.randn(2 * B, PIXELS, dtype=torch.float64), selected.labels[:B], 3, 0, 2)
+    plain, _, predicted = one.losses(step, one)
+    assert torch.equal(plain, one.plain_N[index])
+    assert torch.equal(predicted, one.predicted_N[index])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_divided():
+    one, selected = made("learner=dividemix", "learner.warmup=1"), Selected()
+    with torch.no_grad():
+        one.networks[1].weight.fill_(math.inf)
+    with pytest.raises(NonFiniteLossError, match="epoch 2, step 0"):
+        one.begin_epoch(2, selected.batches, one)
+
+
+# --- MixMatch
+
+
+def test_sharpening_raises_to_a_power_and_normalises():
+    p = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+    expected = [[v ** (1 / 0.4) / sum(w ** (1 / 0.4) for w in row) for v in row] for row in p.tolist()]
+    torch.testing.assert_close(sharpen(p, 0.4), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(sharpen(p, 1.0), p)
+    assert sharpen(p, 0.01)[0, 0] > 1 - 1e-9
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
+def test_mixing_is_convex_and_keeps_more_of_the_image_than_of_its_partner(share):
+    images, target = torch.randn(8, 2, 3, 3), torch.rand(8, C).softmax(1)
+    partner = torch.randperm(8)
+    mixed, mixed_target = mix(images, target, share, partner)
+    kept = max(share, 1 - share)
+    for k in range(8):
+        torch.testing.assert_close(mixed[k], kept * images[k] + (1 - kept) * images[partner[k]])
+        torch.testing.assert_close(mixed_target[k], kept * target[k] + (1 - kept) * target[partner[k]])
+    torch.testing.assert_close(mixed_target.sum(1), torch.ones(8))
+    itself = mix(images, target, share, torch.arange(8))
+    torch.testing.assert_close(itself[0], images)
+
+
+@pytest.mark.parametrize("network", [0, 1])
+def test_clean_labels_are_refined_by_the_network_itself_and_others_guessed_by_both(network):
+    p = torch.randn(2, 2, B, C, dtype=torch.float64).softmax(-1)
+    clean = torch.rand(B, dtype=torch.float64)
+    labelled, labels = clean > 0.5, torch.randint(C, (B,))
+    found = targets(p, network, clean, labelled, labels, temperature=1.0)
+    for k in range(B):
+        if labelled[k]:
+            own = (p[network, 0, k] + p[network, 1, k]) / 2
+            expected = clean[k] * one_hot(labels[k]) + (1 - clean[k]) * own
+        else:
+            expected = (p[0, 0, k] + p[0, 1, k] + p[1, 0, k] + p[1, 1, k]) / 4
+        torch.testing.assert_close(found[k], expected)
+    torch.testing.assert_close(targets(p, network, clean, labelled, labels, 0.5), sharpen(found, 0.5))
+
+
+def published(one, step, settings, seed):
+    """Both networks' losses as the paper writes them, over the parts of the batch, with the same draws."""
+    first, second = step.images.chunk(2)
+    with torch.no_grad():
+        p = [[net(view).softmax(1) for view in (first, second)] for net in one.networks]
+    total = 0
+    for k in (0, 1):
+        clean = one.clean_2N[k][step.index]
+        x, u = (clean > 0.5).nonzero().squeeze(1), (clean <= 0.5).nonzero().squeeze(1)
+        target = torch.empty(B, C, dtype=torch.float64)
+        w = clean[x, None]
+        target[x] = w * one_hot(step.labels[x]) + (1 - w) * (p[k][0][x] + p[k][1][x]) / 2
+        target[u] = (p[0][0][u] + p[0][1][u] + p[1][0][u] + p[1][1][u]) / 4
+        target = target**2 / (target**2).sum(1, keepdim=True)  # T = 0.5
+        rng = generator(seed, "mixmatch", step.epoch, step.number, k)
+        share = rng.beta(4.0, 4.0)
+        partner = torch.from_numpy(rng.permutation(2 * B))
+        share = max(share, 1 - share)
+        images, both = step.images, torch.cat([target, target])
+        logits = one.networks[k](share * images + (1 - share) * images[partner])
+        both = share * both + (1 - share) * both[partner]
+        xs, us = torch.cat([x, x + B]), torch.cat([u, u + B])
+        loss_x = F.cross_entropy(logits[xs], both[xs]) if len(x) else 0.0
+        loss_u = F.mse_loss(logits[us].softmax(1), both[us]) if len(u) else 0.0
+        progress = (step.epoch + step.number / step.steps - settings["warmup"]) / settings["rampup"]
+        mean = logits.softmax(1).mean(0)
+        penalty = sum(1 / C * math.log(1 / C) - 1 / C * m.log() for m in mean)
+        total = total + loss_x + settings["lambda_u"] * min(max(progress, 0.0), 1.0) * loss_u + penalty
+    return total
+
+
+@pytest.mark.parametrize("labelled", ["some", "all", "none"])
+@pytest.mark.parametrize(("epoch", "number"), [(2, 0), (2, 3), (9, 1)])
+def test_a_step_of_dividemix_is_the_published_loss_and_its_guesses_are_constants(labelled, epoch, number):
+    settings = {"warmup": 2, "rampup": 4, "lambda_u": 25.0}
+    one = made("learner=dividemix", "learner.warmup=2", "learner.rampup=4", "seed=6")
+    step = step_of(views=2, epoch=epoch, number=number)
+    clean = torch.rand(2, N, dtype=torch.float64)
+    one.clean_2N.copy_({"some": clean, "all": clean / 2 + 0.5, "none": clean / 2}[labelled])
+    weights = torch.full((B,), 2.0, dtype=torch.float64)
+    _, training, _ = one.losses(step, one)
+    assert training.shape == (B,)
+    expected = published(one, step, settings, seed=6)
+    assert training.mean().item() == pytest.approx(expected.item())
+    parameters = list(one.parameters())
+    ours = torch.autograd.grad((weights * training).sum() / B, parameters)
+    for gradient, reference in zip(ours, torch.autograd.grad(2 * expected, parameters), strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
+@pytest.mark.parametrize("penalised", [False, True])
+def test_the_warm_up_is_cross_entropy_of_each_network_on_its_own_view(penalised):
+    one = made("learner=dividemix", f"learner.confidence_penalty={str(penalised).lower()}")
+    step = step_of(views=2)
+    _, training, predicted = one.losses(step, one)
+    logits = [net(view) for net, view in zip(one.networks, step.images.chunk(2), strict=True)]
+    expected = sum(F.cross_entropy(each, step.labels, reduction="none") for each in logits)
+    if penalised:
+        expected = expected - sum(torch.distributions.Categorical(logits=each).entropy() for each in logits)
+    torch.testing.assert_close(training, expected)
+    assert torch.equal(predicted, (logits[0] + logits[1]).argmax(1))
+
+
+def test_two_networks_start_apart_and_are_evaluated_as_their_mean():
+    one = made("learner=dividemix")
+    assert not torch.equal(one.networks[0].weight, one.networks[1].weight)
+    images = torch.randn(B, PIXELS, dtype=torch.float64)
+    logits = [net(images) for net in one.networks]
+    torch.testing.assert_close(one(images).double(), (logits[0] + logits[1]) / 2, rtol=1e-5, atol=1e-6)
+    assert torch.equal(one(images, 0), logits[0])
+    assert torch.equal(one(images, 1), logits[1])
+
+
+# --- configs
+
+
+def _id(*overrides):
+    return run_id(identity(config_of(*overrides), "0" * 64))
+
+
+def test_cross_entropy_is_the_default_and_no_part_of_a_runs_identity():
+    assert config_of().learner.name == "ce"
+    assert "learner" not in identity(config_of("learner=ce"), "")
+    assert len({_id(f"learner={name}") for name in LEARNERS}) == len(LEARNERS)
+
+
+@pytest.mark.parametrize("learner", LEARNERS[1:])
+def test_every_setting_of_a_learner_changes_the_id(learner):
+    config = config_of(f"learner={learner}")
+    for key, value in config.learner.model_dump().items():
+        if key == "name":
+            continue
+        other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2
+        assert _id(f"learner={learner}", f"learner.{key}={str(other).lower()}") != _id(f"learner={learner}")
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_smoothing_is_for_cross_entropy_alone_and_leaves_no_trace_elsewhere(learner):
+    smoothed = (f"learner={learner}", "label_smoothing=0.1", "recorded=smoothed")
+    assert (_id(f"learner={learner}") == _id(*smoothed)) == (learner != "ce")
+    config = config_of(*smoothed)
+    assert (config.label_smoothing, config.recorded) == ((0.1, "smoothed") if learner == "ce" else (0.0, "plain"))
+    notes = [note for note in inert_keys(config, smoothed) if "label_smoothing, recorded has no effect" in note]
+    assert len(notes) == (learner != "ce")
+
+
+def test_what_the_authors_chose_for_cifar100_follows_from_the_data_set_and_yields_to_the_command_line():
+    on = ("dataset=cifar100", "dataset.root=/nowhere")
+    elr = config_of(*on, "learner=elr").learner
+    assert (elr.beta, elr.coefficient) == (0.9, 7.0)
+    assert config_of(*on, "learner=elr", "learner.beta=0.3").learner.beta == 0.3
+    assert config_of(*on, "learner=sop").learner.lr_u == 1.0
+    assert config_of(*on, "learner=dividemix").learner.lambda_u == 150.0
+    for learner in LEARNERS:
+        ten = config_of("dataset=cifar10", "dataset.root=/nowhere", f"learner={learner}")
+        assert ten.learner == config_of(f"learner={learner}").learner
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("learner=dividemix", "learner.warmup=36"), "learner.warmup=36 leaves dividemix none of 36 epochs"),
+        (("learner=dividemix", "compile=true"), "compile is not for learner=dividemix"),
+        (("learner=elr", "learner.beta=1"), "learner.*beta=1.* out of range"),
+        (("learner=sop", "learner.std=0"), "learner.*std=0.* out of range"),
+    ],
+)
+def test_a_mistake_is_one_sentence(overrides, words):
+    with pytest.raises(UsageError, match=words):
+        config_of(*overrides)
+    config_of("learner=dividemix", "learner.warmup=35")
+
+
+@pytest.mark.parametrize("learner", LEARNERS[1:])
+def test_several_processes_are_refused_before_anything_is_read(learner, monkeypatch):
+    monkeypatch.setattr("alignprune_exp.experiment._load", None)
+    with pytest.raises(UsageError, match=f"learner={learner} .* use learner=ce, or one process"):
+        Experiment(config_of(f"learner={learner}"), SimpleNamespace(size=2, rank=0, local=0))
+
+
+# --- whole runs
+
+
+def tiny(results, learner, *overrides):
+    alone = ("threads=1", "reference.size=8", f"learner={learner}")
+    config = config_of(*TINY, *alone, *SHORT.get(learner, ()), *overrides)
+    return config.model_copy(update={"paths": config.paths.model_copy(update={"results": str(results)})})
+
+
+def walk(experiment, results):
+    folder = RunFolder(results, experiment.id)
+    with folder.claim():
+        experiment.train(folder, "test")
+    return folder.path
+
+
+CHOICES = [(pruner, score) for pruner in PRUNERS for score in ("loss", "das")]
+CHOICES = [(p, s) for p, s in CHOICES if s == "loss" or PRUNERS[p].uses_scores]
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_every_learner_composes_with_every_pruner_and_score(learner, tmp_path):
+    values = tiny(tmp_path, learner).model_dump()
+    for pruner, score in CHOICES:
+        settings = yaml.safe_load((config_dir() / "pruner" / f"{pruner}.yaml").read_text())
+        settings |= {"warmup": 1} if "warmup" in settings else {}
+        values |= {"pruner": settings, "score": values["score"] | {"name": score}}
+        one = Experiment(validate(values))
+        rows = metrics_of(walk(one, tmp_path))
+        assert len(rows) == 5
+        assert all(math.isfinite(row["train_loss"]) for row in rows)
+        if pruner != "full":
+            assert min(row["kept_fraction"] for row in rows) < 1, (pruner, score)
+        losses = one.pruning.trajectories.last_N
+        assert losses.isfinite().all()
+        assert all(value.isfinite().all() for value in one.model.state_dict().values())
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp_path):
+    """Every recorded loss is the first network's plain one: in training, or after the warm-up in eval mode before."""
+    one = Experiment(tiny(tmp_path, learner, "pruner=infobatch", "score=loss", "precision=fp32"))
+    labels = torch.from_numpy(one.labels)
+    passed, noted, epochs = [0], {}, []
+    logits_of, losses, begin, end = one._logits, one._losses, one.model.begin_epoch, one.pruning.end_epoch
+
+    def counted(images, *network):
+        passed[0] += len(images)
+        return logits_of(images, *network)
+
+    def beginning(epoch, batches, forward):
+        begin(epoch, batches, forward)
+        if learner == "dividemix" and epoch >= 2:
+            one.model.eval()
+            with torch.no_grad():
+                for index, images, _ in one.batches.evaluation(one.pruning.selection.indices):
+                    noted.update(zip(index.tolist(), one.model(images, 0), strict=True))
+
+    def watched(step):
+        seen = []
+        handle = one.model.networks[0].register_forward_hook(lambda *args: seen.append(args[2].detach()))
+        result = losses(step)
+        handle.remove()
+        if learner != "dividemix" or step.epoch < 2:
+            noted.update(zip(step.index.tolist(), seen[0], strict=True))
+        return result
+
+    def ended(reference):
+        chosen = torch.from_numpy(one.pruning.selection.indices)
+        expected = F.cross_entropy(torch.stack([noted[i] for i in chosen.tolist()]), labels[chosen], reduction="none")
+        end(reference)
+        torch.testing.assert_close(one.pruning.trajectories.last_N[chosen], expected, rtol=1e-4, atol=1e-5)
+        epochs.append((len(chosen), passed[0]))
+        noted.clear()
+        passed[0] = 0
+
+    one._logits, one._losses = counted, watched
+    one.model.begin_epoch, one.pruning.end_epoch = beginning, ended
+    rows = metrics_of(walk(one, tmp_path))
+    assert [row["samples_forwarded"] for row in rows] == [count for _, count in epochs]
+    assert rows[-1]["samples_seen"] == sum(kept for kept, _ in epochs)
+    assert min(kept for kept, _ in epochs) < 60
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert summary["learner"] == learner
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_stopped_within_an_epoch_a_run_resumes_bit_identically(learner, tmp_path, monkeypatch):
+    walk(Experiment(tiny(tmp_path / "undisturbed", learner, "pruner=infobatch")), tmp_path / "undisturbed")
+    config = tiny(tmp_path / "stopped", learner, "pruner=infobatch")
+    stop = Stop(monkeypatch)
+    stops = sum(stop.run(config, steps) for steps in (2, 3, 5, 1, 2))
+    assert stops == 5
+    assert not stop.run(config, 10**9)
+    assert_same_results(only_run(tmp_path / "stopped"), only_run(tmp_path / "undisturbed"))
+    assert {epoch for epoch, _ in stop.steps} == set(range(5))
