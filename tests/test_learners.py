@@ -495,7 +495,7 @@ def test_every_learner_composes_with_every_pruner_and_score(learner, tmp_path):
         values |= {"pruner": settings, "score": values["score"] | {"name": score}}
         one = Experiment(validate(values))
         rows = metrics_of(walk(one, tmp_path))
-        assert len(rows) == 5
+        assert len(rows) == one.pruning.epochs
         assert all(math.isfinite(row["train_loss"]) for row in rows)
         if pruner != "full":
             assert min(row["kept_fraction"] for row in rows) < 1, (pruner, score)
@@ -510,24 +510,27 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
     one = Experiment(tiny(tmp_path, learner, "pruner=infobatch", "score=loss", "precision=fp32"))
     labels = torch.from_numpy(one.labels)
     passed, noted, epochs = [0], {}, []
-    logits_of, losses, begin, end = one._logits, one._losses, one.model.begin_epoch, one.pruning.end_epoch
+    losses, begin, end = one.model.losses, one.model.begin_epoch, one.pruning.end_epoch
 
-    def counted(images, *network):
-        passed[0] += len(images)
-        return logits_of(images, *network)
+    def counted(forward):
+        def count(images, *network):
+            passed[0] += len(images)
+            return forward(images, *network)
+
+        return count
 
     def beginning(epoch, batches, forward):
-        begin(epoch, batches, forward)
+        begin(epoch, batches, counted(forward))
         if learner == "dividemix" and epoch >= 2:
             one.model.eval()
             with torch.no_grad():
                 for index, images, _ in one.batches.evaluation(one.pruning.selection.indices):
                     noted.update(zip(index.tolist(), one.model(images, 0), strict=True))
 
-    def watched(step):
+    def watched(step, forward):
         seen = []
         handle = one.model.networks[0].register_forward_hook(lambda *args: seen.append(args[2].detach()))
-        result = losses(step)
+        result = losses(step, counted(forward))
         handle.remove()
         if learner != "dividemix" or step.epoch < 2:
             noted.update(zip(step.index.tolist(), seen[0], strict=True))
@@ -542,10 +545,10 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
         noted.clear()
         passed[0] = 0
 
-    one._logits, one._losses = counted, watched
-    one.model.begin_epoch, one.pruning.end_epoch = beginning, ended
+    one.model.losses, one.model.begin_epoch, one.pruning.end_epoch = watched, beginning, ended
     rows = metrics_of(walk(one, tmp_path))
-    assert [row["samples_forwarded"] for row in rows] == [count for _, count in epochs]
+    reference = len(one.data.reference)
+    assert [row["samples_forwarded"] for row in rows] == [count + reference for _, count in epochs]
     assert rows[-1]["samples_seen"] == sum(kept for kept, _ in epochs)
     assert min(kept for kept, _ in epochs) < 60
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_experiment import Stop, checkpoints, config_of, launch, metrics_of, only_run, summary_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from alignprune_exp.pruning import PRUNERS, DynamicPruning, Evidence, Static, Wa
 from alignprune_exp.pruning.static import Neighbours, proportional, reliable
 from alignprune_exp.runs import RunFolder
 from alignprune_exp.train import main
+from test_experiment import Stop, checkpoints, config_of, launch, metrics_of, only_run, summary_of
 
 STATIC = sorted(name for name in PRUNERS if name.startswith("static_"))
 N, C, D = 60, 4, 5
@@ -534,7 +534,7 @@ def test_the_evidence_is_that_of_the_network_at_the_end_of_the_warm_up(tmp_path,
     fresh = one._fresh
 
     def begin_again(purpose):
-        shown.update({key: value.clone() for key, value in one.model.state_dict().items()})
+        shown.update({key: value.clone() for key, value in one.model.networks[0].state_dict().items()})
         return fresh(purpose)
 
     one._fresh = begin_again
@@ -588,10 +588,13 @@ def test_stopped_after_any_step_and_after_the_choice_a_run_ends_bit_identically(
     assert_same_run(only_run(tmp_path / "chosen"), whole)
 
 
-def test_glister_without_a_reference_set_is_refused_before_anything_is_written(tmp_path, capsys):
-    line = ["pruner=static_glister", "reference=none", *SHORT, f"paths.results={tmp_path / 'results'}"]
+@pytest.mark.parametrize("reference", ["none", "pseudo", "population"])
+def test_glister_without_trusted_labels_is_refused_before_anything_is_written(tmp_path, capsys, reference):
+    short = [word for word in SHORT if not word.startswith("reference.")]
+    line = ["pruner=static_glister", f"reference={reference}", *short, f"paths.results={tmp_path / 'results'}"]
+    line += ["reference.warmup=1"] if reference == "pseudo" else []
     assert main(line) == 2
-    assert "reference.size=0.01" in capsys.readouterr().err
+    assert "set reference=trusted" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
