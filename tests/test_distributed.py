@@ -17,7 +17,9 @@ from alignprune_exp.train import main
 TIMEOUT = 100
 TINY = ("model.norm=group", "precision=fp32", "epochs=6", "score.window=3", "dataset.test_subset=90")
 LONG = (*TINY, "dataset.subset=600", "batch_size=4", "epochs=40")
+PSEUDO = ("reference=pseudo_cleanlab", "reference.size=20", "reference.warmup=1", "reference.every=1")
 SAME = ("ranked_by", "kept_fraction", "kept_noise", "kept_noise_weighted", "samples_seen", "samples_refreshed", "lr")
+SAME += ("reference_noise", "samples_reference")
 CLOSE = ("train_loss", "test_loss", "reference_loss", "score_mean")
 
 
@@ -83,6 +85,7 @@ def assert_same(results, others):
         (3, ("dataset.subset=132", "pruner=full")),  # 130 samples: the last batch, of two, leaves one of three without
         (3, ("dataset.subset=60", "pruner=seta", "noise=clean")),  # fewer batches than processes
         (2, ("dataset.subset=151", "pruner=static_glister", "pruner.warmup=2")),
+        (3, ("dataset.subset=151", *PSEUDO)),
         (2, ("dataset.subset=150", "score.unseen=refresh", "recorded=smoothed", "label_smoothing=0.1")),
     ],
 )
