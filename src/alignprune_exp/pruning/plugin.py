@@ -59,11 +59,17 @@ class DynamicPruning(Indexed):
     ...         optimizer.zero_grad(); loss.backward(); optimizer.step()
     ...     pruning.end_epoch(reference_loss)
 
-    Without trusted labels the reference may be the training set's own mean loss, or the samples of it that seem
-    cleanest, chosen anew every few epochs (`pruning.reference`); ``evaluate`` stands for your mean loss in eval mode:
+    Without trusted labels the reference may be the training set's own mean loss, and from some epoch on those of its
+    samples that seem cleanest, chosen anew every few epochs; ``evaluate`` is your mean loss in eval mode:
 
-    >>> chosen = most_trusted(pruning.scores("small_loss"), labels, size, rng)          # doctest: +SKIP
-    >>> pruning.change_reference(evaluate(chosen))                                      # doctest: +SKIP
+    >>> from alignprune_exp.pruning.reference import most_trusted                       # doctest: +SKIP
+    >>> chosen = []                                                                     # doctest: +SKIP
+    >>> for epoch in range(200):                                                        # doctest: +SKIP
+    ...     ...
+    ...     pruning.end_epoch(evaluate(chosen) if len(chosen) else pruning.trajectories.population_mean())
+    ...     if epoch % 10 == 4:
+    ...         chosen = most_trusted(pruning.scores("small_loss"), labels, size, np.random.default_rng(epoch))
+    ...         pruning.change_reference(evaluate(chosen))
 
     With a static pruner the epochs on everything come first, and ``epochs`` of training after them, so that it is
     ``pruning.epochs`` to walk. Between the two, training begins again from scratch on what is chosen:
