@@ -1,4 +1,4 @@
-"""AlignPrune's method, on torch and NumPy alone: trajectories, scores, pruners, and the plug-in.
+"""AlignPrune's method, on torch and NumPy alone: trajectories, scores, pruners, references, the plug-in.
 
 It knows no data set, model, configuration or disk. Names are imported on first use, so that a config can be
 checked against `pruners`, which needs NumPy only, without waiting for torch.
