@@ -375,7 +375,7 @@ class Prune4ReL(Static):
     turns, until they are used up; the authors' code stops that where one class gets far ahead. Published values of
     ``tau``: 0.975 on CIFAR-10N (warm-up 10), 0.95 on CIFAR-100N (30), 0.8 on Clothing-1M.
 
-    The graph of neighbours is exact where it has no more than 2 ** 28 entries (2 GiB, twice that while it is built).
+    The graph of neighbours is exact where it has no more than 2 ** 28 entries (2 GiB).
     Beyond that each sample keeps the ``neighbours`` nearest to it, and the choice's facts say what was cut off.
 
     Attributes:
@@ -499,26 +499,33 @@ class Neighbours:
         import torch
 
         n = len(embeddings)
-        graph, cut = cls(n), False
+        graph, cut, end = cls(n), False, 0
+        counts = np.zeros(n, np.int64)
+        # One place for all that is kept: among many small ones, memory would be torn by what comes and goes.
+        index, cosine = (np.empty(min(pairs, n * (n - 1)), dtype) for dtype in (np.int32, np.float32))
         unit = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(embeddings, np.float32)), dim=1)
-        parts: list[tuple[Any, Any, Any]] = []
         height = max(1, TILE // n)
         for begin in range(0, n, height):
-            cosines = unit[begin : begin + height] @ unit.T
+            here = slice(begin, begin + height)
+            cosines = unit[here] @ unit.T
             rows = torch.arange(len(cosines))
             cosines[rows, rows + begin] = -1
-            near = (cosines > tau).nonzero()
-            values = cosines[near[:, 0], near[:, 1]].numpy()
-            counts = torch.bincount(near[:, 0], minlength=len(cosines)).numpy()
-            parts.append((counts, near[:, 1].to(torch.int32).numpy(), values))
-            graph.found += len(values)
-            graph.mass += float(values.sum(dtype=np.float64))
-            if graph.found > pairs:
-                parts = [_nearest(*part, most) if part is parts[-1] or not cut else part for part in parts]
-                cut = True
-        counts, index, cosine = (np.concatenate(column) for column in zip(*parts, strict=True))
+            row, column = (cosines > tau).nonzero().unbind(1)
+            found: tuple[Any, Any, Any] = (
+                torch.bincount(row, minlength=len(cosines)).numpy(),
+                column.numpy(),
+                cosines[row, column].numpy(),
+            )
+            graph.found += len(column)
+            graph.mass += float(found[2].sum(dtype=np.float64))
+            if graph.found > pairs and not cut:
+                counts, index, cosine = _nearest(counts, index[:end], cosine[:end], most, room=n * most)
+                cut, end = True, int(counts.sum())
+            counts[here], *entries = _nearest(*found, most) if cut else found
+            start, end = end, end + len(entries[0])
+            index[start:end], cosine[start:end] = entries
         graph.starts[1:] = np.cumsum(counts)
-        graph.index, graph.cosine = index, cosine
+        graph.index, graph.cosine = index[:end], cosine[:end]
         return graph
 
     def facts(self) -> dict[str, float]:
@@ -532,13 +539,22 @@ class Neighbours:
         }
 
 
-def _nearest(counts: Ints, index: Any, cosine: Any, most: int) -> tuple[Any, Any, Any]:
-    """Keep the ``most`` largest cosines of each row."""
-    row = np.repeat(np.arange(len(counts)), counts)
-    ranked = np.argsort(2.0 * row - cosine)  # cosines lie in [-1, 1], so that rows stay apart
-    place = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
-    kept = np.sort(ranked[place < most])
-    return np.minimum(counts, most), index[kept], cosine[kept]
+def _nearest(counts: Ints, index: Any, cosine: Any, most: int, room: int = 0) -> tuple[Any, Any, Any]:
+    """Keep the ``most`` largest cosines of each row, in arrays with room for so many entries at least."""
+    left = np.minimum(counts, most)
+    total = int(left.sum())
+    shorter = [np.empty(max(room, total), each.dtype) for each in (index, cosine)]
+    read, write = np.r_[0, np.cumsum(counts)], np.r_[0, np.cumsum(left)]
+    for first in range(0, len(counts), 1024):
+        last = min(first + 1024, len(counts))
+        entries = slice(read[first], read[last])
+        row = np.repeat(np.arange(last - first), counts[first:last])
+        ranked = np.argsort(2.0 * row - cosine[entries])  # cosines lie in [-1, 1], so that rows stay apart
+        place = np.arange(len(row)) - (read[first:last] - read[first])[row]
+        kept = np.sort(ranked[place < most])
+        for whole, short in zip((index, cosine), shorter, strict=True):
+            short[write[first] : write[last]] = whole[entries][kept]
+    return left, *shorter
 
 
 def reliable(graph: Neighbours, confidence: NDArray[np.float64], members: list[int], size: int, eta: float) -> Ints:
