@@ -134,7 +134,7 @@ class Counted:
 
 def from_disk(report: Report, root: Path, n: int) -> None:
     make_jpegs(root, n)
-    source = load("image_folder", root=root, download=False, image_size=SIZE).train
+    source = load({"name": "image_folder", "root": root, "image_size": SIZE}).train
     opened = torch.zeros(n, dtype=torch.int32).share_memory_()
     counted = replace(source, store=Counted(source.store, opened))
     torch.set_num_threads(1)  # the workers have the other core

@@ -50,9 +50,8 @@ def test_every_option_composes_and_validates(group, option):
     root = [ROOT] if group == "dataset" and option != "digits" else []
     config = _config(f"{group}={option}", *root)
     chosen = config.model_dump()[group]
-    chosen = {"name": chosen} if group == "scale" else chosen
-    name = chosen.get("name", option)
-    assert option in (name, f"{name}_{chosen.get('method')}") or re.fullmatch(rf"{name}0\.\d", option)
+    name = chosen if group == "scale" else chosen.get("name", option)
+    assert option == name or re.fullmatch(rf"{name}(0\.\d|_\w+)", option)
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "scale"])

@@ -142,7 +142,7 @@ def test_a_corrupt_image_read_by_a_worker_is_named_in_one_sentence(tmp_path, wor
         path = tmp_path / ("train", "test")[k % 2] / str(k // 2 % 2) / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), (k, 0, 0)).save(path)
-    source = load("image_folder", root=tmp_path, download=False, image_size=8)
+    source = load({"name": "image_folder", "root": tmp_path, "image_size": 8})
     (tmp_path / source.train.paths[4]).write_bytes(b"not an image")
     split = Split(source.train, np.arange(6), source.train.labels, None, None)
     with pytest.raises(UsageError) as caught:
@@ -173,7 +173,7 @@ def test_channels_first_and_one_channel():
     assert x.is_contiguous()
     assert torch.equal(x, next(_batches(split).epoch(np.arange(5), 0))[1])
     data = prepare(
-        load("digits", root=None, download=False, image_size=None),
+        load({"name": "digits"}),
         seed=0,
         subset=None,
         test_subset=None,

@@ -11,13 +11,13 @@ from alignprune_exp.models import build
 CONFIGS = [
     Narrow(name="small_cnn", width=8, norm="batch"),
     Narrow(name="resnet8", width=8, norm="batch"),
-    ResNet(name="resnet18", stem="small", norm="batch"),
-    ResNet(name="resnet18", stem="large", norm="batch"),
-    ResNet(name="resnet50", stem="small", norm="batch"),
-    ResNet(name="resnet50", stem="large", norm="batch"),
+    ResNet(name="resnet18", stem="small", weights="none", norm="batch"),
+    ResNet(name="resnet18", stem="large", weights="none", norm="batch"),
+    ResNet(name="resnet50", stem="small", weights="none", norm="batch"),
+    ResNet(name="resnet50", stem="large", weights="none", norm="batch"),
     Narrow(name="small_cnn", width=10, norm="group"),
     Narrow(name="resnet8", width=8, norm="group"),
-    ResNet(name="resnet18", stem="small", norm="group"),
+    ResNet(name="resnet18", stem="small", weights="none", norm="group"),
 ]
 
 
@@ -45,7 +45,7 @@ def test_resnet8_has_eight_weight_layers_on_its_main_path_and_torchvisions_block
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_small_stem_keeps_the_resolution_that_the_large_one_divides_by_four(name):
     def first_stage_side(stem):
-        network = build(ResNet(name=name, stem=stem, norm="batch"), channels=3, classes=2).eval()
+        network = build(ResNet(name=name, stem=stem, weights="none", norm="batch"), channels=3, classes=2).eval()
         seen = []
         network.layer1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[-1]))
         network(torch.zeros(1, 3, 32, 32))

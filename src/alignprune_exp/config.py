@@ -31,23 +31,58 @@ class Dataset(Node):
     subset: Count | None
     test_subset: Count | None
     flip: bool
+
+
+class Small(Dataset):
     crop: Annotated[int, Field(ge=0)]
 
 
-class Digits(Dataset):
+class Digits(Small):
     name: Literal["digits"]
 
 
-class Cifar(Dataset):
+class Cifar(Small):
     name: Literal["cifar10", "cifar100"]
     root: str
     download: bool
 
 
-class ImageFolder(Dataset):
+class ImageFolder(Small):
     name: Literal["image_folder"]
     root: str
     image_size: Count
+
+
+class Photographs(Dataset):
+    root: str
+    image_size: Count
+    area: Annotated[float, Field(gt=0, le=1)]
+    aspect: Annotated[float, Field(gt=0, le=1)]
+    eval_crop: Annotated[float, Field(gt=0, le=1)]
+    on_error: Literal["stop", "skip"]
+
+
+class WebVision(Photographs):
+    name: Literal["webvision"]
+    classes: Annotated[int, Field(ge=2, le=1000)]
+    imagenet_root: str | None
+
+
+class Clothing1M(Photographs):
+    name: Literal["clothing1m"]
+
+
+class ImageNet(Photographs):
+    name: Literal["imagenet", "tiny_imagenet"]
+    classes: Annotated[int, Field(ge=2)]
+
+
+class Parquet(Photographs):
+    name: Literal["parquet"]
+    image_column: str
+    label_column: str
+    train_split: str
+    test_split: str
 
 
 class Noise(Node):
@@ -68,6 +103,7 @@ class Trusted(Node):
     """A reference set with trusted labels, held out of training; ``reference=none`` is one of size 0."""
 
     size: Annotated[float, Field(ge=0)]
+    per_class: bool
     noise: Share
     train: bool
 
@@ -148,6 +184,7 @@ class Narrow(Node):
 class ResNet(Node):
     name: Literal["resnet18", "resnet50"]
     stem: Literal["small", "large"]
+    weights: Literal["none", "imagenet"]
     norm: Literal["batch", "sync", "group"]
 
 
@@ -182,7 +219,9 @@ class Paths(Node):
 class Config(Node):
     """One run. ``pruner`` holds its name and settings, which the pruner's own class checks."""
 
-    dataset: Annotated[Digits | Cifar | ImageFolder, Field(discriminator="name")]
+    dataset: Annotated[
+        Digits | Cifar | ImageFolder | WebVision | Clothing1M | ImageNet | Parquet, Field(discriminator="name")
+    ]
     noise: Noise
     reference: Reference
     pruner: dict[str, Any]
@@ -218,12 +257,12 @@ class Config(Node):
 
 # What a run records where its pruner ranks nothing: any score would be inert, so that all share one run.
 UNRANKED = Score(name="loss", window=10, unseen="carry", bank="float32")
-NOTHING_HELD_OUT = Trusted(size=0.0, noise=0.0, train=False)
+NOTHING_HELD_OUT = Trusted(size=0.0, per_class=False, noise=0.0, train=False)
 
 # Keys that cannot change the result; what the data holds is in the identity by fingerprint.
 NOT_IDENTITY = {
     "": ("force", "keep_checkpoints", "paths", "tracking", "workers"),
-    "dataset": ("root", "download"),
+    "dataset": ("root", "download", "imagenet_root", "on_error"),
     "noise": ("file",),
 }
 
@@ -326,6 +365,10 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
         del noise["labels"]
     if config.score.bank == "float32":
         del values["score"]["bank"]
+    if isinstance(config.reference, Trusted) and not config.reference.per_class:
+        del values["reference"]["per_class"]
+    if isinstance(config.model, ResNet) and config.model.weights == "none":
+        del values["model"]["weights"]
     if not config.reference.aligns:
         values["reference"] = {"size": 0.0}
     for key in make_pruner(config.pruner).inert():

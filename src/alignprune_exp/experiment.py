@@ -147,6 +147,7 @@ class Experiment:
 
         self.batches = self._batches(train, augmented=True)
         self.test_batches = self._batches(self.data.test)
+        self.evaluations = {name: self._batches(split) for name, split in self.data.evaluations.items()}
         self.reference_batches = self._batches(reference) if reference is not None else self.batches
         self.reference = torch.arange(0 if reference is None else len(reference))  # samples (R,) of these batches
         if isinstance(config.reference, Pseudo):
@@ -187,7 +188,7 @@ class Experiment:
             seed=config.seed,
             train=augmented,
             flip=config.dataset.flip,
-            crop=config.dataset.crop,
+            crop=getattr(config.dataset, "crop", 0),
             channels_last=config.channels_last,
             dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
             workers=config.workers,
@@ -207,6 +208,8 @@ class Experiment:
         if writes:
             write_text(folder.path / "config.yaml", _yaml(config))
             write_json(folder.path / "environment.json", environment)
+            if self.data.skipped:
+                write_text(folder.path / "skipped.txt", "".join(f"{line}\n" for line in self.data.skipped))
         tracking = config.tracking if writes else NoTracking(name="none")
         mirrored = config.model_dump() | {"environment": environment}
         tracker = Tracker(tracking, self.id, group, folder.path, mirrored, say)
@@ -387,10 +390,13 @@ class Experiment:
         clock.lap("seconds_reference")
 
         test_accuracy = test_loss = None
+        elsewhere: dict[str, float | None] = {f"test_accuracy_{name}": None for name in self.evaluations}
         if (epoch + 1 - began) % config.eval_every == 0 or epoch + 1 == began + length:
-            test_accuracy, test_loss = self._test()
+            test_accuracy, test_loss = self._test(self.test_batches, len(self.data.test))
             if not math.isfinite(test_loss):
                 raise NonFiniteLossError(epoch, what="the test loss")
+            for name, batches in self.evaluations.items():
+                elsewhere[f"test_accuracy_{name}"], _ = self._test(batches, len(self.data.evaluations[name]))
         clock.lap("seconds_test")
 
         scores = self.bank_scores()
@@ -423,6 +429,7 @@ class Experiment:
             "train_loss": train_loss,
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
+            **elsewhere,
             "lr": lr,
             "kept_fraction": len(order) / pruning.n,
             "kept_noise": plain_noise,
@@ -553,17 +560,17 @@ class Experiment:
         self.loss_sum = self.loss_sum_before + self.processes.sum(self.loss_sum - self.loss_sum_before)
         self.loss_sum_before.copy_(self.loss_sum)
 
-    def _test(self) -> tuple[float, float]:
-        """Return accuracy in per cent and mean loss on the test set."""
+    def _test(self, batches: Batches, n: int) -> tuple[float, float]:
+        """Return accuracy in per cent and mean loss on ``n`` samples."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
-        share = self.processes.share(torch.arange(len(self.data.test)))
-        for _, images, labels in self.test_batches.evaluation(share):
+        share = self.processes.share(torch.arange(n))
+        for _, images, labels in batches.evaluation(share):
             losses, correct = self._evaluate(images, labels)
             loss += losses.sum()
             right += correct.sum()
         loss, right = self.processes.sum(loss), self.processes.sum(right)
-        return 100 * right.item() / len(self.data.test), loss.item() / len(self.data.test)
+        return 100 * right.item() / n, loss.item() / n
 
     def _save(self, folder: RunFolder) -> None:
         if self.processes.rank > 0:
@@ -644,6 +651,8 @@ class Experiment:
             "samples": pruning.n,
             "test_accuracy_final": rows[-1]["test_accuracy"] if rows else None,
             "test_accuracy_best": max(tested, default=None),
+            **self._elsewhere(rows),
+            **({"skipped": len(self.data.skipped)} if self.data.skipped else {}),
             "saved": 1 - trained / (pruning.n * config.epochs),
             "kept_noise_mean": _mean(row["kept_noise"] for row in pruned),
             "kept_noise_weighted_mean": _mean(row["kept_noise_weighted"] for row in pruned),
@@ -667,6 +676,15 @@ class Experiment:
             "seconds_select": self.seconds_choice,
             **({f"choice_{name}": value for name, value in pruning.choice.facts.items()} if pruning.choice else {}),
         }
+
+    def _elsewhere(self, rows: list[dict[str, Any]]) -> dict[str, float | None]:
+        """Return final and best accuracy on what is evaluated beside the test set."""
+        found: dict[str, float | None] = {}
+        for name in self.evaluations:
+            tested = [row[f"test_accuracy_{name}"] for row in rows]
+            found[f"test_accuracy_{name}_final"] = tested[-1] if tested else None
+            found[f"test_accuracy_{name}_best"] = max((value for value in tested if value is not None), default=None)
+        return found
 
     def _stopped(self) -> Stopped:
         where = f"epoch {self.pruning.epoch}, step {self.step}"
@@ -797,18 +815,13 @@ def _load(config: Config) -> TrainingData:
     reference = config.reference if isinstance(config.reference, Trusted) else NOTHING_HELD_OUT
     place = getattr(dataset, "root", None)
     root = Path(place).expanduser() if place is not None else None
-    source = load(
-        dataset.name,
-        root=root,
-        download=getattr(dataset, "download", False),
-        image_size=getattr(dataset, "image_size", None),
-    )
     return prepare(
-        source,
+        load(dataset.model_dump()),
         seed=config.seed,
         subset=dataset.subset,
         test_subset=dataset.test_subset,
         reference_size=reference.size,
+        reference_per_class=reference.per_class,
         reference_noise=reference.noise,
         reference_train=reference.train,
         noise=noise.name,

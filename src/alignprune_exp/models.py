@@ -1,14 +1,20 @@
-"""Networks: torchvision's blocks, with a stem for small images."""
+"""Networks: torchvision's blocks, with a stem for small images, or its weights for large ones."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+
+from .errors import UsageError
 
 if TYPE_CHECKING:
     from .config import Narrow, ResNet
@@ -17,7 +23,10 @@ Norm = Callable[[int], nn.Module]  # from a number of channels to a normalisatio
 
 
 def build(config: Narrow | ResNet, channels: int, classes: int) -> nn.Module:
-    """Return the network for images (B, channels, H, W) and logits (B, classes), freshly initialised."""
+    """Return the network for images (B, channels, H, W) and logits (B, classes).
+
+    Freshly initialised, but for the weights that the config asks for. Raises UsageError where these cannot be had.
+    """
     norm = _group_norm if config.norm == "group" else nn.BatchNorm2d
     network: nn.Module
     if config.name == "small_cnn":
@@ -96,6 +105,14 @@ def _resnet(config: ResNet, channels: int, classes: int, norm: Norm) -> nn.Modul
     import torchvision.models
 
     network = getattr(torchvision.models, config.name)(num_classes=classes, norm_layer=norm)
+    if config.weights == "imagenet":
+        if config.stem == "small" or channels != 3 or config.norm == "group":
+            raise UsageError(
+                "model.weights=imagenet fits colour images, model.stem=large and model.norm=batch or sync: set these, "
+                "or model.weights=none"
+            )
+        network.load_state_dict(_published(config.name) | _head(network))
+        return network
     if config.stem == "small":
         network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
@@ -103,3 +120,28 @@ def _resnet(config: ResNet, channels: int, classes: int, norm: Norm) -> nn.Modul
         network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     return network
+
+
+def _head(network: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that depend on the number of classes."""
+    return {name: value for name, value in network.state_dict().items() if name.startswith("fc.")}
+
+
+def _published(name: str) -> dict[str, Tensor]:
+    """Return torchvision's weights (ILSVRC-12, first version), downloaded into torch's cache where they are not there.
+
+    The name of their file ends in the first digits of its sha256, by which it is checked in either case.
+    """
+    import torchvision.models
+
+    weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    digits = file.stem.rpartition("-")[2]
+    instead = f"put {file.name} from {weights.url} into {file.parent}, or set model.weights=none"
+    try:
+        if file.exists() and not hashlib.sha256(file.read_bytes()).hexdigest().startswith(digits):
+            raise UsageError(f"{file} is damaged, since its sha256 does not begin with {digits}: {instead}")
+        return weights.get_state_dict(check_hash=True, progress=False, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"torchvision's weights of {name} cannot be had ({reason}): {instead}") from error

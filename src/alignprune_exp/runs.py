@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import Elsewhere, UsageError
+from .files import write_atomically
 
 HEARTBEAT = 60.0  # seconds between signs of life in the lock
 LAPSE = 300.0  # seconds of silence after which another host's lock counts for nothing
@@ -26,20 +27,6 @@ def run_id(identity: Mapping[str, Any]) -> str:
     """Return the id (12 hex digits) of the run that computes ``identity``."""
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then move it into place: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from .commandline import checked, config_dir, explained, refuse_clashes
 from .config import Config, identity, validate
 from .errors import UsageError
+from .files import cache_folder
 from .runs import run_id, write_text
 
 
@@ -67,7 +67,7 @@ def load_suite(name: str, overrides: Sequence[str] = (), own: Path | None = None
     """
     if own is not None and not own.is_dir():
         raise UsageError(f"--config-dir {own} is not a folder")
-    place = _cache_folder() / f"{_cache_key(name, overrides, own)}.json"
+    place = cache_folder("suites") / f"{_cache_key(name, overrides, own)}.json"
     try:
         return _from_json(json.loads(place.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, UsageError):
@@ -123,10 +123,6 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
 def _from_json(values: dict[str, Any]) -> Suite:
     cells = [Cell(cell["axes"], cell["config_id"], validate(cell["config"])) for cell in values.pop("cells")]
     return Suite(cells=cells, **values)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignprune-exp" / "suites"
 
 
 def _cache_key(name: str, overrides: Sequence[str], own: Path | None) -> str:

@@ -99,7 +99,7 @@ def contact_sheet(dataset: Mapping[str, Any], frame: pd.DataFrame) -> bytes:
     import numpy as np
     from PIL import Image, ImageDraw
 
-    source = _source(dataset["name"], dataset.get("root"), dataset.get("image_size"))
+    source = _source(tuple(sorted(dataset.items())))
     rows = frame["index"].to_numpy(np.int64)
     if len(rows) and rows.max() >= len(source.train):
         raise UsageError(f"the data set has {len(source.train)} training images, and the run saw image {rows.max()}")
@@ -121,10 +121,10 @@ def contact_sheet(dataset: Mapping[str, Any], frame: pd.DataFrame) -> bytes:
 
 
 @cache
-def _source(name: str, root: str | None, image_size: int | None) -> Source:
+def _source(dataset: tuple[tuple[str, Any], ...]) -> Source:
     from .data.datasets import load
 
-    return load(name, root=None if root is None else Path(root).expanduser(), download=False, image_size=image_size)
+    return load({key: False if key == "download" else value for key, value in dataset})
 
 
 def _dataset(folder: Path, data: Path | None = None) -> dict[str, Any]:

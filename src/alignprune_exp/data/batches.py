@@ -67,7 +67,8 @@ class Batches:
         self.channels_last, self.dtype = channels_last, dtype
         self._n, self._seed = len(split), seed
         self._labels = torch.from_numpy(split.labels).to(self.device)
-        augmentation = Augmentation(seed, flip=train and flip, crop=crop if train else 0)
+        cuts = train and split.source.cuts
+        augmentation = Augmentation(seed, flip=train and flip, crop=crop if train else 0, cuts=cuts)
         _, height, width = split.source.shape
         if augmentation.crop >= min(height, width):
             raise UsageError(
@@ -158,10 +159,11 @@ class Augmentation:
         seed: of the draws.
         flip: whether to mirror with probability ½.
         crop: pixels of reflect padding; 0 for no crop.
+        cuts: whether each image is a random cut of a photograph, made as it is decoded, by `uniforms`.
     """
 
-    def __init__(self, seed: int, *, flip: bool, crop: int) -> None:
-        self.seed, self.flip, self.crop = seed, flip, crop
+    def __init__(self, seed: int, *, flip: bool, crop: int, cuts: bool = False) -> None:
+        self.seed, self.flip, self.crop, self.cuts = seed, flip, crop, cuts
 
     def draw(self, sample: Tensor, epoch: int, view: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Return for samples, int64 (B,): the crop's top and left, int64 (B,) in 0..2·crop, and bool flips.
@@ -170,13 +172,22 @@ class Augmentation:
 
         A place of ``crop`` is the image itself.
         """
-        where = (epoch, view) if view else (epoch,)
-        key = int(generator(self.seed, "augmentation", *where).integers(1 << 63))
-        bits = mix(sample * _GOLDEN + key)
+        bits = self._bits(sample, epoch, view)
         top = ((bits & _BITS_24) * (2 * self.crop + 1)) >> 24
         left = (((bits >> 24) & _BITS_24) * (2 * self.crop + 1)) >> 24
         flip = (((bits >> 48) & 1) == 1) & self.flip
         return top, left, flip
+
+    def uniforms(self, sample: Tensor, epoch: int, view: int = 0) -> np.ndarray:
+        """Return for samples, int64 (B,), what a view is cut out by: float64 (B, ATTEMPTS, 4), in [0, 1)."""
+        steps = _GOLDEN * torch.arange(1, 4 * ATTEMPTS + 1)
+        draws = _shifted(mix(self._bits(sample, epoch, view)[:, None] + steps), 11)
+        return (draws.double() / (1 << 53)).view(-1, ATTEMPTS, 4).numpy()
+
+    def _bits(self, sample: Tensor, epoch: int, view: int) -> Tensor:
+        where = (epoch, view) if view else (epoch,)
+        key = int(generator(self.seed, "augmentation", *where).integers(1 << 63))
+        return mix(sample * _GOLDEN + key)
 
     def pad(self, images: Tensor) -> Tensor:
         """Reflect-pad images, uint8 (n, C, H, W), for `apply`: (n, H + 2·crop, W + 2·crop, C)."""
@@ -199,7 +210,7 @@ class Augmentation:
         """Say where each image begins and whether it is mirrored.
 
         Args:
-            rows: place of each image among the padded ones, int64 (B,).
+            rows: place of each image among the padded ones, int64 (B,), or (views, B).
             sample: what it is augmented as, int64 (B,).
             epoch: likewise; without one nothing is augmented.
             padded: shape (n, H + 2·crop, W + 2·crop, C) of the padded images.
@@ -258,6 +269,7 @@ def rand_augment(images: Tensor, sample: Tensor, seed: int, epoch: int) -> Tenso
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _BITS_24 = (1 << 24) - 1
+ATTEMPTS = 10  # at a random resized crop, as in torchvision
 
 
 def mix(z: Tensor) -> Tensor:
@@ -322,10 +334,14 @@ class _Decoded(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int | None, Tensor, int]) -> Tensor | str:
         epoch, sample, views = key
+        rows, place, draws = self.rows[sample.numpy()], torch.arange(len(sample)), None
+        if self.augmentation.cuts and epoch is not None:  # each view is decoded for itself
+            draws = np.concatenate([self.augmentation.uniforms(sample, epoch, view) for view in range(views)])
+            rows, place = np.tile(rows, views), torch.arange(views * len(sample)).view(views, -1)
         try:
-            images = self.source.pixels(self.rows[sample.numpy()])
+            images = self.source.pixels(rows, draws)
         except UsageError as error:
             return str(error)
         images = self.augmentation.pad(images)
-        begin, flip = self.augmentation.plan(torch.arange(len(sample)), sample, epoch, images.shape, views)
+        begin, flip = self.augmentation.plan(place, sample, epoch, images.shape, views)
         return self.augmentation.apply(images, begin.flatten(), flip.flatten())

@@ -7,22 +7,21 @@ import importlib.util
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image, ImageOps
 
+from alignprune_exp.data.photographs import clothing1m, imagenet, parquet, tiny_imagenet, webvision
+from alignprune_exp.data.source import IMAGE_SUFFIXES, Images, Source, brief, decode, existing, rgb, stratified
 from alignprune_exp.errors import UsageError
-from alignprune_exp.pruning.reference import class_shares
 from alignprune_exp.pruning.seeding import generator
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OF_A_RUN = ("subset", "test_subset", "flip", "crop")  # keys of a config's dataset that are no business of its files
+FOLDERS = ("root", "imagenet_root")
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100_CLASSES = """
@@ -38,123 +37,23 @@ CIFAR100_CLASSES = """
 CIFAR10_ASYMMETRIC = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 
 
-class Pixels(Protocol):
-    """Decodes single images."""
-
-    def read(self, row: int) -> np.ndarray:
-        """Return the image at ``row``, uint8 (C, H, W); raise UsageError where it cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """One split of a data set, as shipped.
-
-    Attributes:
-        labels: int64 (n,).
-        store: decodes single images.
-        paths: str (n,), relative to the root, where each image is a file of its own.
-    """
-
-    labels: np.ndarray
-    store: Pixels
-    paths: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of every image, taken from the first."""
-        return self.store.read(0).shape
-
-    def pixels(self, rows: np.ndarray) -> torch.Tensor:
-        """Decode the images at ``rows``, int (k,), into uint8 (k, C, H, W), in memory channels last.
-
-        Raises UsageError, naming file and row, for a corrupt image or one of another size than the first's.
-        """
-        channels, height, width = self.shape
-        batch = np.empty((len(rows), height, width, channels), np.uint8).transpose(0, 3, 1, 2)
-
-        def fill(places: range) -> None:
-            for place in places:
-                image = self.store.read(int(rows[place]))
-                if image.shape != self.shape:
-                    raise UsageError(
-                        f"{self._name(rows[place])} is {_size(image.shape)} pixels where {self._name(0)} is "
-                        f"{_size(self.shape)}: give all images one size with dataset.image_size="
-                        f"{min(self.shape[1:])}"
-                    )
-                batch[place] = image
-
-        parts = [range(start, min(start + 8, len(rows))) for start in range(0, len(rows), 8)]
-        # Decoding a small image is mostly Python, which threads only slow down.
-        threads = min(torch.get_num_threads(), len(parts)) if np.prod(self.shape) >= 1 << 16 else 1
-        if threads > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(fill, parts):
-                    pass
-        else:
-            for part in parts:
-                fill(part)
-        return torch.from_numpy(batch)
-
-    def _name(self, row: int) -> str:
-        return f"image {row}" if self.paths is None else f"{self.paths[row]} (row {row})"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set as shipped.
-
-    Attributes:
-        name: as in ``dataset=``.
-        classes: class names by number, C of them.
-        superclass: the superclass number of each class, int64 (C,), -1 where unknown.
-        train: the training split.
-        test: the evaluation split.
-        fingerprint: sha256 of the content, as hex.
-        official_order: whether the order of the images is known, by checksum, to be that of the original
-            publication, so that labels published apart from the images belong to these very images.
-        asymmetric: the data set's own map of asymmetric label noise, from class to class.
-        labels_clean: whether the labels as shipped count as clean when no noise is injected.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    superclass: np.ndarray | None
-    train: Images
-    test: Images
-    fingerprint: str
-    official_order: bool
-    asymmetric: dict[int, int] | None
-    labels_clean: bool
-
-
-def load(name: str, *, root: Path | None, download: bool, image_size: int | None) -> Source:
-    """Open the data set ``name`` under ``root``.
+def load(values: Mapping[str, Any]) -> Source:
+    """Open a data set.
 
     Args:
-        name: one of ``DATASETS``.
-        root: its folder; ``digits`` needs none.
-        download: fetch CIFAR with torchvision where it is not there yet.
-        image_size: height and width in pixels to which an ``image_folder`` is resized (short side, then
-            centre crop); the other sets have one size, and any other is refused.
+        values: the ``dataset`` node of a config: its ``name``, one of ``DATASETS``, and that one's options. What
+            concerns a single run (``OF_A_RUN``) is passed over.
 
     Raises UsageError for an unknown name, and for missing, incomplete or malformed files.
     """
+    options = {key: value for key, value in values.items() if key not in OF_A_RUN}
+    name = options.pop("name")
     if name not in DATASETS:
         raise UsageError(f"dataset.name={name} is unknown; use one of {', '.join(DATASETS)}")
-    return DATASETS[name](name, root, download, image_size)
-
-
-def stratified(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw ``size`` of the positions 0..n-1 so that every class keeps its share.
-
-    Shares are by largest remainder; ``rng`` orders equal remainders. Returns int64 (size,), ascending.
-    """
-    shares = zip(*class_shares(labels, size, rng), strict=True)
-    chosen = [rng.choice(np.flatnonzero(labels == c), share, replace=False) for c, share in shares]
-    return np.sort(np.concatenate(chosen)).astype(np.int64)
+    for key in FOLDERS:
+        if options.get(key) is not None:
+            options[key] = Path(options[key]).expanduser()
+    return DATASETS[name](name, **options)
 
 
 @dataclass(frozen=True)
@@ -174,7 +73,7 @@ class _Encoded:
 
     def read(self, row: int) -> np.ndarray:
         encoded = io.BytesIO(self.column[row].as_py() or b"")
-        return _decode(encoded, f"row {row} of {self.origin}", "fetch that file again")
+        return decode(encoded, f"row {row} of {self.origin}", "fetch that file again", rgb)
 
 
 @dataclass(frozen=True)
@@ -185,29 +84,12 @@ class _Files:
 
     def read(self, row: int) -> np.ndarray:
         path = self.root / str(self.paths[row])
-        return _decode(path, f"{path} (row {row})", "replace or delete that file", self.image_size)
+        return decode(path, f"{path} (row {row})", "replace or delete that file", self._fitted)
 
-
-def _decode(file: Path | io.BytesIO, name: str, remedy: str, size: int | None = None) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file, formats=IMAGE_FORMATS) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{name} cannot be read as an image ({_brief(error)}): {remedy}") from error
-    if size is not None:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[2]}x{shape[1]}"
-
-
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:120].rstrip(".")
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        if self.image_size is None:
+            return rgb(image)
+        return ImageOps.fit(rgb(image), (self.image_size, self.image_size), Image.Resampling.BILINEAR)
 
 
 def _sha256(parts: Iterable[bytes | memoryview | Path]) -> str:
@@ -222,26 +104,9 @@ def _sha256(parts: Iterable[bytes | memoryview | Path]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_size(name: str, image_size: int | None, native: int) -> None:
-    if image_size not in (None, native):
-        raise UsageError(
-            f"dataset.image_size={image_size} does not fit {name}, whose images are {native}x{native} "
-            "pixels: leave it out (only image_folder resizes)"
-        )
-
-
-def _existing(name: str, root: Path | None, holds: str) -> Path:
-    if root is None:
-        raise UsageError(f"dataset={name} needs its folder: type dataset.root=FOLDER, where FOLDER has {holds}")
-    if not root.is_dir():
-        raise UsageError(f"dataset.root={root} is not a folder: type the folder that has {holds}")
-    return root
-
-
-def _digits(name: str, root: Path | None, download: bool, image_size: int | None) -> Source:
+def _digits(name: str) -> Source:
     # The file of sklearn.datasets.load_digits, without the seconds that importing scikit-learn takes.
     (sklearn,) = importlib.util.find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
-    _refuse_size(name, image_size, 8)
     rows = np.loadtxt(Path(sklearn) / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     images = np.rint(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
     labels = rows[:, -1].astype(np.int64)
@@ -275,15 +140,14 @@ _CIFAR = {
 }
 
 
-def _cifar(name: str, root: Path | None, download: bool, image_size: int | None) -> Source:
+def _cifar(name: str, root: Path | None, download: bool) -> Source:
     import torchvision
 
     official = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    _refuse_size(name, image_size, 32)
     holds = f"{official.base_folder} (dataset.download=true fetches it) or train.parquet and test.parquet"
     if root is not None and download:
         root.mkdir(parents=True, exist_ok=True)
-    root = _existing(name, root, holds)
+    root = existing(name, root, holds)
     if root.name == official.base_folder:
         root = root.parent
     parquet = {split: _parquet_files(root, split, _CIFAR[name].folder) for split in ("train", "test")}
@@ -318,7 +182,7 @@ def _cifar_torchvision(name: str, root: Path, download: bool, official: Any) -> 
             official(str(root), download=True)
     except (OSError, RuntimeError) as error:
         raise UsageError(
-            f"{official.url} could not be fetched and unpacked into {root} ({_brief(error)}): put "
+            f"{official.url} could not be fetched and unpacked into {root} ({brief(error)}): put "
             f"{official.filename} there by hand, or train.parquet and test.parquet"
         ) from error
     if wrong := broken():
@@ -405,7 +269,7 @@ def _parquet_split(name: str, files: list[Path]) -> tuple[Images, tuple[str, ...
                 )
             tables.append(pq.read_table(file, columns=wanted))
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"{file} cannot be read as Parquet ({_brief(error)}): fetch that file again") from error
+            raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from error
     table = pa.concat_tables(tables)
     origin = str(files[0]) if len(files) == 1 else f"{files[0].parent}/{files[0].name.split('-')[0]}-*.parquet"
     classes = _hub_names(tables[0].schema, facts.label) or tuple(facts.classes.split())
@@ -450,8 +314,8 @@ def _superclass(fine: np.ndarray, coarse: np.ndarray | None, n_classes: int, ori
     return superclass
 
 
-def _image_folder(name: str, root: Path | None, download: bool, image_size: int | None) -> Source:
-    root = _existing(name, root, "train/CLASS/*.png and test/CLASS/*.png (or .jpg, .jpeg, .webp, .bmp)")
+def _image_folder(name: str, root: Path | None, image_size: int | None) -> Source:
+    root = existing(name, root, "train/CLASS/*.png and test/CLASS/*.png (or .jpg, .jpeg, .webp, .bmp)")
     held_out = "test" if (root / "test").is_dir() else "val"
     for split in ("train", held_out):
         if not (root / split).is_dir():
@@ -513,9 +377,14 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-DATASETS: dict[str, Callable[[str, Path | None, bool, int | None], Source]] = {
+DATASETS: dict[str, Callable[..., Source]] = {
     "digits": _digits,
     "cifar10": _cifar,
     "cifar100": _cifar,
     "image_folder": _image_folder,
+    "webvision": webvision,
+    "clothing1m": clothing1m,
+    "imagenet": imagenet,
+    "tiny_imagenet": tiny_imagenet,
+    "parquet": parquet,
 }

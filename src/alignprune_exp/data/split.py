@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from alignprune_exp.data import noise as label_noise
-from alignprune_exp.data.datasets import Images, Source, stratified
+from alignprune_exp.data.source import Images, Source, stratified
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning.seeding import generator
 
@@ -47,7 +48,9 @@ class Split:
     @property
     def paths(self) -> np.ndarray | None:
         """The image files relative to the root, str (n,), where each image is a file of its own."""
-        return None if self.source.paths is None else self.source.paths[self.rows]
+        if (paths := self.source.paths) is None:
+            return None
+        return np.char.decode(paths[self.rows], "utf-8", "replace") if paths.dtype.kind == "S" else paths[self.rows]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class TrainingData:
         train: the samples i of n.
         reference: the samples with trusted labels; None where ``reference.size`` is 0.
         test: the evaluation samples, the same for every seed.
+        evaluations: further samples to evaluate on, by name.
         classes: class names by number.
         noise_rate: the fraction of training labels that differ from the clean ones; NaN where unknown.
         pairing: for human labels ``verified`` where the image order is the official one, else ``unverified``;
@@ -65,17 +69,20 @@ class TrainingData:
         fingerprint: sha256 of the data set's content and, for human labels, of these.
         mean: of the training pixels by channel, float64 (C,), in 0..1 units.
         std: likewise.
+        skipped: what was left out of the data set since it could not be read, one line each.
     """
 
     train: Split
     reference: Split | None
     test: Split
+    evaluations: Mapping[str, Split]
     classes: tuple[str, ...]
     noise_rate: float
     pairing: str
     fingerprint: str
     mean: np.ndarray
     std: np.ndarray
+    skipped: tuple[str, ...]
 
 
 def prepare(
@@ -92,25 +99,29 @@ def prepare(
     noise_labels: str,
     noise_file: Path | None,
     root: Path | None,
+    reference_per_class: bool = False,
     resident_bytes: int = 1 << 30,
 ) -> TrainingData:
     """Split ``source`` and inject label noise: subset → reference split → noise on the rest.
 
-    The split depends on the data, ``seed``, ``subset`` and ``reference_size`` alone.
+    The split depends on the data, ``seed``, ``subset`` and the reference's size alone. A data set may have a place
+    of its own that the reference set is drawn from; where that is the test set, it is drawn alike for every seed, and
+    the rest is evaluated on.
 
     Args:
         source: the data set.
         seed: the run's seed.
         subset: number of training images to use, stratified; None for all.
         test_subset: number of test images to evaluate, stratified, the same for every seed; None for all.
-        reference_size: below 1 a fraction of the (sub)set, else a count; 0 for no reference.
+        reference_size: below 1 a fraction of what it is drawn from, else a count; 0 for no reference.
         reference_noise: fraction of the reference labels to corrupt symmetrically.
         reference_train: whether to append the reference samples, with their clean labels, to training.
-        noise: ``clean``, ``sym``, ``asym`` or ``real``.
+        noise: ``clean``, ``sym``, ``asym`` or ``real``, which for some data sets means the labels as shipped.
         noise_rate: of ``sym`` and ``asym``.
         noise_labels: of ``real`` on CIFAR-10; see ``human_labels``.
         noise_file: of ``real``; see ``human_labels``.
         root: the data set's folder, around which the file of human labels is looked for.
+        reference_per_class: whether that is a count of each class.
         resident_bytes: images are held in memory where all of them, decoded, take no more than this.
 
     Raises UsageError for sizes and rates that do not fit, and as ``human_labels`` and ``Images.pixels`` do.
@@ -123,11 +134,20 @@ def prepare(
     _check_fraction("reference.noise", reference_noise)
 
     rows = _subset_rows(official, subset, n_classes, seed)
-    chosen = _reference_rows(official[rows], reference_size, seed)
-    reference_rows, train_rows = rows[chosen], np.delete(rows, chosen)
+    pool = source.reference or source.train
+    candidates = rows if source.reference is None else np.arange(len(pool))
+    chosen = _reference_rows(
+        pool.labels[candidates],
+        reference_size,
+        generator(0 if pool is source.test else seed, "reference"),
+        source.classes if reference_per_class else None,
+    )
+    reference_rows = candidates[chosen]
+    train_rows = rows if source.reference is not None else np.delete(rows, chosen)
+    trusted = pool.labels[reference_rows]
 
     given, pairing, fingerprint = official, "", source.fingerprint
-    if noise == "real":
+    if noise == "real" and not source.as_shipped:
         given = label_noise.human_labels(noise_file, root, source.name, noise_labels, official)
         pairing = "verified" if source.official_order else "unverified"
         fingerprint = hashlib.sha256(fingerprint.encode() + given.astype("<i8").tobytes()).hexdigest()
@@ -138,42 +158,62 @@ def prepare(
         target = label_noise.asymmetric_map(n_classes, source.superclass, source.asymmetric)
         labels = label_noise.asymmetric(labels, target, noise_rate, generator(seed, "label noise"))
     if reference_train:
+        if source.reference is not None:
+            raise UsageError(
+                f"reference.train=true is for a reference set held out of training, and that of {source.name} has a "
+                "place of its own: leave it out"
+            )
         train_rows = np.concatenate([train_rows, reference_rows])
-        labels = np.concatenate([labels, official[reference_rows]])
-    known = source.labels_clean or noise != "clean"
+        labels = np.concatenate([labels, trusted])
+    known = source.labels_clean or (noise != "clean" and not source.as_shipped)
     clean_labels = official[train_rows] if known else None
 
-    test_rows = _test_rows(source.test.labels, test_subset)
+    test_rows = np.arange(len(source.test))
+    if pool is source.test:
+        test_rows = np.delete(test_rows, reference_rows)
+    test_rows = test_rows[_test_rows(source.test.labels[test_rows], test_subset)]
     if source.train.shape != source.test.shape:
         raise UsageError(
             f"training and test images of {source.name} differ in size ({source.train.shape} and "
             f"{source.test.shape} as channels, height, width): give them one with dataset.image_size="
             f"{min(source.train.shape[1:])}"
         )
-    images_held = len(train_rows) + len(reference_rows) + len(test_rows)
+    evaluated_on = {
+        name: (images, _test_rows(images.labels, min(test_subset, len(images)) if test_subset else None))
+        for name, images in source.evaluations.items()
+    }
+    images_held = len(reference_rows) + len(test_rows) + sum(len(chosen) for _, chosen in evaluated_on.values())
+    if not source.train.cuts:
+        images_held += len(train_rows)
     resident = images_held * int(np.prod(source.train.shape)) <= resident_bytes
 
-    def split(images: Images, rows: np.ndarray, labels: np.ndarray, clean: np.ndarray | None) -> Split:
-        return Split(images, rows, labels, clean, images.pixels(rows) if resident else None)
+    def split(
+        images: Images, rows: np.ndarray, labels: np.ndarray, clean: np.ndarray | None, held: bool = resident
+    ) -> Split:
+        return Split(images, rows, labels, clean, images.pixels(rows) if held else None)
 
-    train = split(source.train, train_rows, labels, clean_labels)
+    train = split(source.train, train_rows, labels, clean_labels, resident and not source.train.cuts)
     reference = None
     if len(reference_rows):
-        trusted = official[reference_rows]
         rng = generator(seed, "reference noise")
         evaluated = label_noise.symmetric(trusted, n_classes, reference_noise, rng)
-        reference = split(source.train, reference_rows, evaluated, trusted)
-    mean, std = _statistics(train, seed)
+        reference = split(pool, reference_rows, evaluated, trusted)
+    mean, std = source.statistics or _statistics(train, seed)
     return TrainingData(
         train=train,
         reference=reference,
         test=split(source.test, test_rows, source.test.labels[test_rows], source.test.labels[test_rows]),
+        evaluations={
+            name: split(images, rows, images.labels[rows], images.labels[rows])
+            for name, (images, rows) in evaluated_on.items()
+        },
         classes=source.classes,
         noise_rate=float(np.mean(labels != clean_labels)) if clean_labels is not None else float("nan"),
         pairing=pairing,
         fingerprint=fingerprint,
         mean=mean,
         std=std,
+        skipped=source.skipped,
     )
 
 
@@ -204,15 +244,19 @@ def _test_rows(labels: np.ndarray, subset: int | None) -> np.ndarray:
     return stratified(labels, subset, generator(0, "test subset"))
 
 
-def _reference_rows(labels: np.ndarray, size: float, seed: int) -> np.ndarray:
-    """Return the positions that become the reference set, ascending."""
+def _reference_rows(
+    labels: np.ndarray, size: float, rng: np.random.Generator, per_class: tuple[str, ...] | None
+) -> np.ndarray:
+    """Return the positions that become the reference set, ascending; ``size`` of each class where these are named."""
     if not size >= 0 or (size > 1 and size != int(size)):
         raise UsageError(
             f"reference.size={size:g} is neither a fraction nor a count: type a number below 1, or a whole number"
         )
     if size == 0:
         return np.empty(0, np.int64)
-    return stratified(labels, reference_count(size, len(labels)), generator(seed, "reference"))
+    if per_class is not None:
+        return _of_each(labels, size, rng, per_class)
+    return stratified(labels, reference_count(size, len(labels)), rng)
 
 
 def reference_count(size: float, n: int) -> int:
@@ -223,6 +267,17 @@ def reference_count(size: float, n: int) -> int:
             f"reference.size={size:g} takes {count} of {n} samples: type a size that leaves 1 or more on both sides"
         )
     return count
+
+
+def _of_each(labels: np.ndarray, size: float, rng: np.random.Generator, classes: tuple[str, ...]) -> np.ndarray:
+    members = np.bincount(labels, minlength=len(classes))
+    if size < 1 or members.min() <= size:
+        raise UsageError(
+            f"reference.size={size:g} of each class does not fit class {classes[members.argmin()]}, of which "
+            f"{members.min()} samples are there: type a whole number from 1 to {max(members.min() - 1, 1)}"
+        )
+    chosen = [rng.choice(np.flatnonzero(labels == c), int(size), replace=False) for c in range(len(classes))]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
 def _statistics(train: Split, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from ..runs import read_json, summaries
 from ..suites import Suite, suite_of
 
 PUBLISHED = ("config.yaml", "summary.json", "metrics.jsonl", "dynamics.parquet", "environment.json")
+FOLDERS = ("paths.data", "paths.results", "dataset.root", "dataset.imagenet_root")
 OF_THE_MACHINE = ("host", "slurm_job_id")  # keys of environment.json that are never published
 
 
@@ -84,8 +85,7 @@ def compact(folder: Path) -> dict[str, bytes]:
 def scrubbed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's config without what is of the machine or the person: paths and tracking."""
     dataset, noise = dict(config["dataset"]), dict(config["noise"])
-    if "root" in dataset:
-        dataset["root"] = None
+    dataset |= {key: None for key in ("root", "imagenet_root") if key in dataset}
     noise["file"] = None
     paths = dict.fromkeys(config["paths"])
     return {**config, "dataset": dataset, "noise": noise, "paths": paths, "tracking": {"name": "none"}}
@@ -107,7 +107,7 @@ def scrubbed_command(command: str) -> str:
     for part in shlex.split(command):
         key, equals, value = part.partition("=")
         of_a_person = key.lstrip("+").startswith("tracking.")
-        if equals and (key.lstrip("+") in ("paths.data", "paths.results", "dataset.root") or _is_path(value)):
+        if equals and (key.lstrip("+") in FOLDERS or _is_path(value)):
             part = f"{key}={'FILE' if key == 'noise.file' else 'DIR'}"
         elif not equals and _is_path(part):
             part = "PATH"

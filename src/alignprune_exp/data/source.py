@@ -1,0 +1,201 @@
+"""What a data set is made of: splits with their labels, and a way to decode the images of any rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from PIL import Image
+
+from alignprune_exp.errors import UsageError
+from alignprune_exp.pruning.reference import class_shares
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Pixels(Protocol):
+    """Decodes single images."""
+
+    def read(self, row: int) -> np.ndarray:
+        """Return the image at ``row``, uint8 (C, H, W); raise UsageError where it cannot be decoded."""
+
+
+@runtime_checkable
+class Views(Pixels, Protocol):
+    """Decodes photographs of any size: ``read`` as they are evaluated, ``view`` as they are trained on."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of what both return."""
+
+    def view(self, row: int, draws: np.ndarray) -> np.ndarray:
+        """Return a random view of the image at ``row``, uint8 (C, H, W), a function of ``draws`` alone.
+
+        ``draws`` are uniform in [0, 1), float64 (K, 4); see ``photographs.resized_crop``.
+        """
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split of a data set, as shipped.
+
+    Attributes:
+        labels: int64 (n,).
+        store: decodes single images.
+        paths: str or encoded (n,), relative to the root, where each image has one.
+    """
+
+    labels: np.ndarray
+    store: Pixels
+    paths: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of every image, taken from the first."""
+        return self.store.shape if isinstance(self.store, Views) else self.store.read(0).shape
+
+    @property
+    def cuts(self) -> bool:
+        """Whether an image is trained on in random cuts, made as it is decoded."""
+        return isinstance(self.store, Views)
+
+    def pixels(self, rows: np.ndarray, draws: np.ndarray | None = None) -> torch.Tensor:
+        """Decode the images at ``rows``, int (k,), into uint8 (k, C, H, W), in memory channels last.
+
+        With ``draws``, float64 (k, K, 4), they are cut into random views; see ``Views``.
+
+        Raises UsageError, naming file and row, for a corrupt image or one of another size than the first's.
+        """
+        channels, height, width = self.shape
+        batch = np.empty((len(rows), height, width, channels), np.uint8).transpose(0, 3, 1, 2)
+
+        def decoded(place: int) -> np.ndarray:
+            if draws is None:
+                return self.store.read(int(rows[place]))
+            assert isinstance(self.store, Views)
+            return self.store.view(int(rows[place]), draws[place])
+
+        def fill(places: range) -> None:
+            for place in places:
+                image = decoded(place)
+                if image.shape != self.shape:
+                    raise UsageError(
+                        f"{self._name(rows[place])} is {_size(image.shape)} pixels where {self._name(0)} is "
+                        f"{_size(self.shape)}: give all images one size with dataset.image_size="
+                        f"{min(self.shape[1:])}"
+                    )
+                batch[place] = image
+
+        parts = [range(start, min(start + 8, len(rows))) for start in range(0, len(rows), 8)]
+        # Decoding a small image is mostly Python, which threads only slow down.
+        threads = min(torch.get_num_threads(), len(parts)) if np.prod(self.shape) >= 1 << 16 else 1
+        if threads > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                for _ in pool.map(fill, parts):
+                    pass
+        else:
+            for part in parts:
+                fill(part)
+        return torch.from_numpy(batch)
+
+    def _name(self, row: int) -> str:
+        return f"image {row}" if self.paths is None else f"{self.paths[row]} (row {row})"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as shipped.
+
+    Attributes:
+        name: as in ``dataset=``.
+        classes: class names by number, C of them.
+        superclass: the superclass number of each class, int64 (C,), -1 where unknown.
+        train: the training split.
+        test: the evaluation split.
+        fingerprint: sha256 of the content, as hex.
+        official_order: whether the order of the images is known, by checksum, to be that of the original
+            publication, so that labels published apart from the images belong to these very images.
+        asymmetric: the data set's own map of asymmetric label noise, from class to class.
+        labels_clean: whether the labels as shipped count as clean when no noise is injected.
+        as_shipped: whether ``noise=real`` means the labels as shipped.
+        reference: where the reference set is drawn from, if not held out of ``train``; where that is ``test``, what
+            is drawn is not evaluated on.
+        evaluations: further splits to evaluate on, by name.
+        statistics: mean and standard deviation by channel, (C,) each, that pixels are normalised by; computed from
+            the training images where None.
+        skipped: what was left out of the data set since it could not be read, one line each.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    superclass: np.ndarray | None
+    train: Images
+    test: Images
+    fingerprint: str
+    official_order: bool
+    asymmetric: dict[int, int] | None
+    labels_clean: bool
+    as_shipped: bool = False
+    reference: Images | None = None
+    evaluations: Mapping[str, Images] = field(default_factory=dict)
+    statistics: tuple[np.ndarray, np.ndarray] | None = None
+    skipped: tuple[str, ...] = ()
+
+
+def stratified(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw ``size`` of the positions 0..n-1 so that every class keeps its share.
+
+    Shares are by largest remainder; ``rng`` orders equal remainders. Returns int64 (size,), ascending.
+    """
+    shares = zip(*class_shares(labels, size, rng), strict=True)
+    chosen = [rng.choice(np.flatnonzero(labels == c), share, replace=False) for c, share in shares]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def decode(file: Path | BytesIO, name: str, remedy: str, work: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """Open an image, let ``work`` turn it into RGB, and return that as uint8 (3, H, W).
+
+    Raises UsageError, with ``name`` and ``remedy`` in it, where the image cannot be decoded.
+    """
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as opened:
+            return np.asarray(work(opened)).transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{name} cannot be read as an image ({brief(error)}): {remedy}") from error
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode in 8-bit RGB; grey of 16 bits keeps its upper eight, which PIL would clip."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[2]}x{shape[1]}"
+
+
+def brief(error: Exception) -> str:
+    """Return the first line of an error, shortened, for a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:120].rstrip(".")
+
+
+def existing(name: str, root: Path | None, holds: str) -> Path:
+    """Return the folder of the data set ``name``, or raise UsageError that says what it ``holds``."""
+    if root is None:
+        raise UsageError(f"dataset={name} needs its folder: type dataset.root=FOLDER, where FOLDER has {holds}")
+    if not root.is_dir():
+        raise UsageError(f"dataset.root={root} is not a folder: type the folder that has {holds}")
+    return root
