@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from alignprune_exp.data.batches import Augmentation, Batches
-from alignprune_exp.data.datasets import Images, Pixels, load
+from alignprune_exp.data.datasets import load
+from alignprune_exp.data.source import Images, Pixels
 from alignprune_exp.data.split import Split
 from benchmarking import THREADS, Report, best, measured, memory_bandwidth, parser, peak_mb, reset_peak
 

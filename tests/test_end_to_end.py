@@ -168,12 +168,16 @@ def test_cifar_with_human_labels_from_parquet_to_record(cli, tmp_path):
 # --- every option, and what people add
 
 
+PHOTOGRAPHS = ("webvision", "clothing1m", "imagenet", "tiny_imagenet", "parquet")  # test_photographs.py runs them
+NEEDS_FILES = ("cifar10", "cifar100", "image_folder", "real", "resnet50_pretrained", *PHOTOGRAPHS)
+
+
 def _bare_options():
     for group in GROUPS:
         for file in sorted((CONF / group).glob("*.yaml")):
-            if file.stem in ("cifar10", "cifar100", "image_folder", "real") or re.fullmatch(r"a?sym0\.\d", file.stem):
-                continue  # needs files; is a rate of an option that stays
-            slow = file.stem in ("paper", "wandb", "resnet50")
+            if file.stem in NEEDS_FILES or re.fullmatch(r"a?sym0\.\d", file.stem):
+                continue  # the latter are rates of options that stay
+            slow = file.stem in ("paper", "wandb", "resnet50", "resnet50_large")
             yield pytest.param(group, file.stem, marks=pytest.mark.slow if slow else ())
 
 
@@ -183,9 +187,9 @@ def test_every_option_runs_on_digits(cli, group, option, monkeypatch):
     size = [*TINY[:-1], "epochs=6"] if group == "reference" else TINY  # with its own size, longer than its warm-up
     without_reference = ["score=loss"] if (group, option) == ("reference", "none") else []
     # In bf16 oneDNN makes NaN of the gradients of ResNet-50's strided convolutions on 1x1 maps, as 8x8 images give.
-    exact = ["precision=fp32"] if option == "resnet50" else []
-    shorter = ["learner.warmup=2"] if option == "dividemix" else []
-    status, out, err = cli(*size, *without_reference, *exact, *shorter, f"{group}={option}")
+    exact = ["precision=fp32"] if option.startswith("resnet50") else []
+    special = {"dividemix": ["learner.warmup=2"], "resnet50_large": ["optimizer.lr=0.01"]}.get(option, [])
+    status, out, err = cli(*size, *without_reference, *exact, *special, f"{group}={option}")
     assert (status, err) == (0, "")
     assert [summary["status"] for summary in _summaries()] == ["finished"]
     assert "test accuracy" in out

@@ -509,16 +509,16 @@ def test_stopped_in_the_last_step_a_run_finishes(tmp_path, undisturbed, monkeypa
 def test_a_signal_in_the_middle_of_an_epoch_leaves_a_checkpoint_there(
     tmp_path, undisturbed, monkeypatch, capsys, number
 ):
-    losses = Experiment._losses
+    logits = Experiment._training_logits
 
-    def interrupted(self, step):
+    def interrupted(self, images):
         if (self.pruning.epoch, self.step) == (5, 1):
             os.kill(os.getpid(), number)
-        return losses(self, step)
+        return logits(self, images)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Experiment, "_losses", interrupted)
+        patch.setattr(Experiment, "_training_logits", interrupted)
         with pytest.raises(SystemExit) as ended:
             launch(tmp_path)
     assert ended.value.code == 130
@@ -724,14 +724,14 @@ def test_a_failed_run_says_why_and_force_tries_again(tmp_path, capsys, monkeypat
 def test_a_loss_that_turns_bad_later_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     config = config_of(tmp_path)
     one = Experiment(config)
-    losses = one._losses
+    losses = one.model.losses
 
-    def broken(step):
-        plain, smoothed, predicted = losses(step)
+    def broken(step, forward):
+        plain, smoothed, predicted = losses(step, forward)
         bad = one.pruning.epoch == 4 and one.step >= 2
         return (plain * math.nan, smoothed * math.nan, predicted) if bad else (plain, smoothed, predicted)
 
-    one._losses = broken
+    one.model.losses = broken
     monkeypatch.setattr(experiment_module, "Experiment", lambda config, processes: one)
     with pytest.raises(experiment_module.Failed, match="epoch 4, step 2"):
         experiment_module.run(config, "test")

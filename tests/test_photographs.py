@@ -481,7 +481,7 @@ def test_nothing_grows_with_the_set_but_arrays(miniatures):
 def test_crops_have_the_distribution_of_torchvisions(size, area):
     width, height = size
     n = 3000
-    draws = Augmentation(3, flip=False, crop=0, views=True).uniforms(torch.arange(n), 2)
+    draws = Augmentation(3, flip=False, crop=0, cuts=True).uniforms(torch.arange(n), 2)
     ours = np.array([resized_crop(width, height, each, area, 0.75) for each in draws], float)
     torch.manual_seed(5)
     image = torch.empty(1, height, width)
@@ -503,7 +503,7 @@ def test_a_crop_that_fits_nowhere_is_torchvisions_central_one(width, height):
 
 
 def test_draws_are_uniform_and_independent():
-    draws = Augmentation(1, flip=True, crop=0, views=True).uniforms(torch.arange(2000), 0)
+    draws = Augmentation(1, flip=True, crop=0, cuts=True).uniforms(torch.arange(2000), 0)
     assert draws.shape == (2000, ATTEMPTS, 4)
     assert stats.kstest(draws.ravel(), "uniform").pvalue > CHANCE
     correlations = np.corrcoef(draws.reshape(2000, -1).T) - np.eye(4 * ATTEMPTS)
@@ -515,7 +515,7 @@ def test_draws_are_uniform_and_independent():
 def test_a_view_is_what_torchvision_cuts_there():
     cut = Cut(**CUT)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
-    for draws in Augmentation(0, flip=False, crop=0, views=True).uniforms(torch.arange(20), 0):
+    for draws in Augmentation(0, flip=False, crop=0, cuts=True).uniforms(torch.arange(20), 0):
         left, top, w, h = resized_crop(90, 60, draws, 0.08, 0.75)
         theirs = F.resized_crop(image, top, left, h, w, [24, 24], antialias=True)
         np.testing.assert_array_equal(np.asarray(cut.view(image, draws)), np.asarray(theirs))
@@ -526,7 +526,7 @@ def test_a_large_jpeg_is_decoded_at_less_than_its_size_and_looks_the_same():
     smooth = 127 + 120 * np.stack([np.sin(5 * x), np.cos(7 * y), np.sin(4 * x * y)], -1)
     buffer = io.BytesIO()
     Image.fromarray(smooth.astype(np.uint8)).save(buffer, "JPEG", quality=95)
-    whole = Augmentation(0, flip=False, crop=0, views=True).uniforms(torch.arange(30), 0)
+    whole = Augmentation(0, flip=False, crop=0, cuts=True).uniforms(torch.arange(30), 0)
     decoded = set()
     for draws in whole:
         opened = Image.open(buffer)
