@@ -414,12 +414,13 @@ def test_cross_entropy_is_the_default_and_no_part_of_a_runs_identity():
 
 @pytest.mark.parametrize("learner", LEARNERS[1:])
 def test_every_setting_of_a_learner_changes_the_id(learner):
-    config = config_of(f"learner={learner}")
-    for key, value in config.learner.model_dump().items():
-        if key == "name":
-            continue
+    values = config_of(f"learner={learner}").model_dump()
+    settings = values["learner"]
+    for key in settings.keys() - {"name"}:
+        value = settings[key]
         other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2
-        assert _id(f"learner={learner}", f"learner.{key}={str(other).lower()}") != _id(f"learner={learner}")
+        changed = validate(values | {"learner": settings | {key: other}})
+        assert run_id(identity(changed, "0" * 64)) != _id(f"learner={learner}"), key
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
