@@ -242,6 +242,16 @@ def test_losses_far_apart_are_divided_and_equal_ones_are_all_clean():
     assert clean_probability(np.array([0.1, 2.0]), 0).round(3).tolist() == [1.0, 0.0]
 
 
+def test_dividing_leaves_the_number_of_threads_alone():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        clean_probability(np.random.default_rng(0).gamma(2.0, 1.0, 3000), 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 class Selected:
     """Some samples in batches, as an epoch begins with them."""
 
@@ -294,6 +304,7 @@ def test_sharpening_raises_to_a_power_and_normalises():
     torch.testing.assert_close(sharpen(p, 0.4), torch.tensor(expected, dtype=torch.float64))
     torch.testing.assert_close(sharpen(p, 1.0), p)
     assert sharpen(p, 0.01)[0, 0] > 1 - 1e-9
+    assert sharpen(torch.full((1, 1000), 1e-3), 0.01).sum().item() == pytest.approx(1)  # 1e-300 is no float32
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])

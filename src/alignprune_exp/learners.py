@@ -134,7 +134,7 @@ class SOP(Learner):
     code, moves the network and u; the squared distance of label and (one-hot prediction + u² − v²) moves v. Both are
     moved by plain gradient descent, at rates of their own, in the rows of the batch alone.
 
-    One of the authors' later versions lets the squared distance move u as well; this is the paper's rule.
+    In one version of the authors' code the squared distance moves u as well; this is the paper's rule.
     """
 
     def __init__(self, networks: Sequence[nn.Module], config: schema.Sop, n: int, classes: int, seed: int) -> None:
@@ -142,8 +142,8 @@ class SOP(Learner):
         self.lr_u, self.lr_v = config.lr_u, config.lr_v
         self.u_N: Tensor
         self.v_NC: Tensor
-        drawn = generator(seed, "over-parameterisation").standard_normal((n, 1 + classes), np.float32) * config.std
-        start = torch.from_numpy(drawn.astype(np.float32))
+        drawn = generator(seed, "over-parameterisation").standard_normal((n, 1 + classes), np.float32)
+        start = torch.from_numpy(drawn) * config.std
         self.register_buffer("u_N", start[:, 0].contiguous())
         self.register_buffer("v_NC", start[:, 1:].contiguous())
 
@@ -289,8 +289,7 @@ def clean_probability(losses: NDArray[np.floating], seed: int) -> NDArray[np.flo
     mixture = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=seed)
     with threadpool_limits(1), warnings.catch_warnings():  # several threads would add up in any order
         warnings.simplefilter("ignore")  # ten iterations are what the authors stop at
-        mixture.fit(scaled)
-    return mixture.predict_proba(scaled)[:, mixture.means_.argmin()]
+        return mixture.fit(scaled).predict_proba(scaled)[:, mixture.means_.argmin()]
 
 
 def targets(
@@ -320,8 +319,7 @@ def one_hot(classes_B: Tensor, like_BC: Tensor) -> Tensor:
 
 def sharpen(p_BC: Tensor, temperature: float) -> Tensor:
     """Return p^(1/T), normalised."""
-    powers_BC = p_BC ** (1 / temperature)
-    return powers_BC / powers_BC.sum(1, keepdim=True)
+    return (p_BC.log() / temperature).softmax(1)
 
 
 def mix(images: Tensor, target: Tensor, share: float, partner: Tensor) -> tuple[Tensor, Tensor]:
