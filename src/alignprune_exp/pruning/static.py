@@ -476,19 +476,23 @@ def proportional(members: list[int], size: int) -> list[int]:
     return shares
 
 
+@dataclass(frozen=True)
 class Neighbours:
     """The pairs of samples whose cosine exceeds a threshold, as rows of a sparse matrix; none with itself.
 
     Attributes:
         starts: (n + 1,) where each sample's entries begin.
-        index: int32, the neighbours.
+        index: int32, the neighbours that are kept.
         cosine: float32, likewise.
+        found: how many there are, those that were cut off included.
+        mass: the sum of their cosines.
     """
 
-    def __init__(self, n: int) -> None:
-        self.starts = np.zeros(n + 1, np.int64)
-        self.index, self.cosine = np.empty(0, np.int32), np.empty(0, np.float32)
-        self.found, self.mass = 0, 0.0
+    starts: Ints
+    index: NDArray[np.int32]
+    cosine: NDArray[np.float32]
+    found: int
+    mass: float
 
     @classmethod
     def of(cls, embeddings: Floats, tau: float, most: int, pairs: int = PAIRS) -> Neighbours:
@@ -499,10 +503,11 @@ class Neighbours:
         import torch
 
         n = len(embeddings)
-        graph, cut, end = cls(n), False, 0
         counts = np.zeros(n, np.int64)
         # One place for all that is kept: among many small ones, memory would be torn by what comes and goes.
-        index, cosine = (np.empty(min(pairs, n * (n - 1)), dtype) for dtype in (np.int32, np.float32))
+        index: Any = np.empty(min(pairs, n * (n - 1)), np.int32)
+        cosine: Any = np.empty(len(index), np.float32)
+        found, mass, end, cut = 0, 0.0, 0, False
         unit = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(embeddings, np.float32)), dim=1)
         height = max(1, TILE // n)
         for begin in range(0, n, height):
@@ -511,22 +516,19 @@ class Neighbours:
             rows = torch.arange(len(cosines))
             cosines[rows, rows + begin] = -1
             row, column = (cosines > tau).nonzero().unbind(1)
-            found: tuple[Any, Any, Any] = (
-                torch.bincount(row, minlength=len(cosines)).numpy(),
-                column.numpy(),
-                cosines[row, column].numpy(),
-            )
-            graph.found += len(column)
-            graph.mass += float(found[2].sum(dtype=np.float64))
-            if graph.found > pairs and not cut:
+            part = torch.bincount(row, minlength=len(cosines)), column, cosines[row, column]
+            own, near, close = (values.numpy() for values in part)
+            found += len(near)
+            mass += float(close.sum(dtype=np.float64))
+            if found > pairs and not cut:
                 counts, index, cosine = _nearest(counts, index[:end], cosine[:end], most, room=n * most)
                 cut, end = True, int(counts.sum())
-            counts[here], *entries = _nearest(*found, most) if cut else found
-            start, end = end, end + len(entries[0])
-            index[start:end], cosine[start:end] = entries
-        graph.starts[1:] = np.cumsum(counts)
-        graph.index, graph.cosine = index[:end], cosine[:end]
-        return graph
+            if cut:
+                own, near, close = _nearest(own, near, close, most)
+            counts[here] = own
+            index[end : end + len(near)], cosine[end : end + len(near)] = near, close
+            end += len(near)
+        return cls(np.r_[0, np.cumsum(counts)], index[:end], cosine[:end], found, mass)
 
     def facts(self) -> dict[str, float]:
         """Return a sample's neighbours, on average, and which share of them, and of their cosines, was cut off."""
@@ -542,8 +544,8 @@ class Neighbours:
 def _nearest(counts: Ints, index: Any, cosine: Any, most: int, room: int = 0) -> tuple[Any, Any, Any]:
     """Keep the ``most`` largest cosines of each row, in arrays with room for so many entries at least."""
     left = np.minimum(counts, most)
-    total = int(left.sum())
-    shorter = [np.empty(max(room, total), each.dtype) for each in (index, cosine)]
+    total = max(room, int(left.sum()))
+    near, close = np.empty(total, index.dtype), np.empty(total, cosine.dtype)
     read, write = np.r_[0, np.cumsum(counts)], np.r_[0, np.cumsum(left)]
     for first in range(0, len(counts), 1024):
         last = min(first + 1024, len(counts))
@@ -552,9 +554,9 @@ def _nearest(counts: Ints, index: Any, cosine: Any, most: int, room: int = 0) ->
         ranked = np.argsort(2.0 * row - cosine[entries])  # cosines lie in [-1, 1], so that rows stay apart
         place = np.arange(len(row)) - (read[first:last] - read[first])[row]
         kept = np.sort(ranked[place < most])
-        for whole, short in zip((index, cosine), shorter, strict=True):
-            short[write[first] : write[last]] = whole[entries][kept]
-    return left, *shorter
+        near[write[first] : write[last]] = index[entries][kept]
+        close[write[first] : write[last]] = cosine[entries][kept]
+    return left, near, close
 
 
 def reliable(graph: Neighbours, confidence: NDArray[np.float64], members: list[int], size: int, eta: float) -> Ints:
