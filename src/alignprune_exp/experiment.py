@@ -422,6 +422,8 @@ class Experiment:
         self.loss_sum.zero_()
         self.loss_sum_before.zero_()
         static = isinstance(pruning.pruner, Static)
+        if static and epoch == pruning.warmup:
+            clock.laps["seconds_select"] += self.seconds_choice
         row = {
             "epoch": epoch,
             "phase": ("warmup" if epoch < pruning.warmup else "train") if static else None,
