@@ -18,7 +18,7 @@ import bench_selection
 import bench_step
 import benchmarking
 from alignprune_exp.data.batches import Batches
-from alignprune_exp.data.datasets import Images
+from alignprune_exp.data.source import Images
 from alignprune_exp.data.split import Split
 from alignprune_exp.experiment import Experiment
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Selection

@@ -25,7 +25,7 @@ class _Store:
 
 
 def _split(n=23, resident=True):
-    from alignprune_exp.data.datasets import Images
+    from alignprune_exp.data.source import Images
 
     source = Images(np.arange(2 * n) % 5, _Store())
     rows = np.arange(2 * n)[::-2].copy()

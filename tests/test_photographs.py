@@ -36,6 +36,7 @@ from alignprune_exp.errors import UsageError
 from alignprune_exp.models import build
 from alignprune_exp.report.figures import save_all
 from alignprune_exp.report.html import page
+from alignprune_exp.report.publish import scrubbed_command, scrubbed_config
 from alignprune_exp.report.tables import make_table, markdown, read_records
 from alignprune_exp.suites import load_suite
 from alignprune_exp.suspects import report_sheet
@@ -622,10 +623,17 @@ def test_the_command_line_wins_over_what_a_data_set_chooses(name):
 def test_paths_and_what_to_do_with_mistakes_are_not_of_the_id():
     base = ["dataset=webvision", "dataset.root=/d"]
     plain = identity(_composed(*base), "0")
-    for change in ("dataset.imagenet_root=/i", "dataset.on_error=skip", "dataset.root=/e"):
+    for change in ("dataset.imagenet_root=/i", "dataset.on_error=skip", "dataset.root=/e", "noise=clean"):
         assert identity(_composed(*base, change), "0") == plain
     for change in ("dataset.classes=3", "dataset.area=0.1", "reference.per_class=false", "model.weights=imagenet"):
         assert identity(_composed(*base, change), "0") != plain
+
+
+def test_a_published_record_says_nothing_of_either_folder():
+    config = _composed("dataset=webvision", "dataset.root=/home/me/w", "dataset.imagenet_root=/home/me/i").model_dump()
+    assert "/home" not in json.dumps(scrubbed_config(config))
+    command = scrubbed_command("python -m alignprune_exp.train dataset.root=here dataset.imagenet_root=there seed=1")
+    assert command.endswith("dataset.root=DIR dataset.imagenet_root=DIR seed=1")
 
 
 # ---- torchvision's weights -------------------------------------------------------------------------------
@@ -780,10 +788,12 @@ def test_a_run_on_the_others(tmp_path, miniatures, name):
 
 def test_a_run_trains_on_and_lists_what_was_skipped(tmp_path, capsys):
     root = _miniature("parquet", tmp_path / "set", "--broken", "truncated")
-    dataset = ["dataset=parquet", f"dataset.root={root}", "dataset.subset=30", "reference=none", "method=infobatch"]
-    assert _train(tmp_path, *dataset, "epochs=2") == 2
-    assert "cannot be read as an image" in capsys.readouterr().err or not (tmp_path / "results").exists()
-    assert _train(tmp_path, *dataset, "score.window=3", "epochs=5", "dataset.on_error=skip") == 0
+    dataset = ["dataset=parquet", f"dataset.root={root}", "dataset.subset=null", "reference=none", "method=infobatch"]
+    assert _train(tmp_path, *dataset) == 2
+    sentence = capsys.readouterr().err
+    assert re.search(FIRST["parquet"] + r" cannot be read as an image \(.*\): replace it, or type", sentence)
+    assert sentence.count("\n") == 1
+    assert _train(tmp_path, *dataset, "dataset.on_error=skip") == 0
     said = capsys.readouterr().out
     folder = next(path.parent for path in (tmp_path / "results/runs").glob("*/skipped.txt"))
     assert re.search(rf"skipped 1 images or lines that could not be read, as listed in {folder}/skipped.txt", said)

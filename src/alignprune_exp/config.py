@@ -359,6 +359,8 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
     if config.learner.name == "ce":
         del values["learner"]
     noise = values["noise"]
+    if noise["name"] == "clean" and isinstance(config.dataset, Photographs):
+        noise["name"] = "real"  # both mean the labels as they come
     if noise["name"] not in ("sym", "asym"):
         del noise["rate"]
     if noise["name"] != "real" or config.dataset.name != "cifar10":

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .runs import read_json, write_atomically, write_text
+from .files import write_atomically
+from .runs import read_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .data.datasets import Source
+    from .data.source import Source
 
 SHEET_WIDTH = 16  # images beside each other
 TILE = 64  # pixels, the side of an image on the sheet

@@ -128,14 +128,16 @@ class Photographs:
     def problem(self, row: int) -> str | None:
         """Return what is wrong with an image, if anything; all of it is read, at the lowest resolution it has."""
         try:
-            self._decoded(row, _glance)
+            self._decoded(row, _glance, "")
         except UsageError as error:
-            return str(error).split(": replace")[0]
+            return str(error).removesuffix(": ")
         return None
 
-    def _decoded(self, row: int, work: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    def _decoded(
+        self, row: int, work: Callable[[Image.Image], Image.Image], remedy: str = f"replace it, {_SKIP}"
+    ) -> np.ndarray:
         file, name = self._file(row)
-        return decode(file, name, f"replace it, {_SKIP}", work)
+        return decode(file, name, remedy, work)
 
     def _file(self, row: int) -> tuple[Path | BytesIO, str]:
         path = self.root / os.fsdecode(self.paths[row])

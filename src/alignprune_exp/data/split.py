@@ -134,7 +134,7 @@ def prepare(
     _check_fraction("reference.noise", reference_noise)
 
     rows = _subset_rows(official, subset, n_classes, seed)
-    pool = source.reference or source.train
+    pool = source.train if source.reference is None else source.reference
     candidates = rows if source.reference is None else np.arange(len(pool))
     chosen = _reference_rows(
         pool.labels[candidates],
