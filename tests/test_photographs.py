@@ -786,6 +786,17 @@ def test_a_run_on_the_others(tmp_path, miniatures, name):
     assert summary["noise_rate"] == {"clothing1m": None, "imagenet": 0.5, "tiny_imagenet": 0.0}[name]
 
 
+def test_a_run_is_the_same_bits_with_any_number_of_workers(tmp_path, miniatures):
+    rows = []
+    for workers in (0, 2):
+        dataset = ["dataset=imagenet", f"paths.data={miniatures}", "dataset.subset=30", "reference=per_class"]
+        assert _train(tmp_path / str(workers), *dataset, "reference.size=2", f"workers={workers}") == 0
+        rows.append(
+            [{k: v for k, v in row.items() if "seconds" not in k} for row in _record(tmp_path / str(workers))[2]]
+        )
+    assert rows[0] == rows[1]
+
+
 def test_a_run_trains_on_and_lists_what_was_skipped(tmp_path, capsys):
     root = _miniature("parquet", tmp_path / "set", "--broken", "truncated")
     dataset = ["dataset=parquet", f"dataset.root={root}", "dataset.subset=null", "reference=none", "method=infobatch"]
