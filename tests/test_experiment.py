@@ -636,6 +636,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, half_done, undisturbed
     assert len(error.strip().splitlines()) == 1
 
 
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, half_done, capsys):
+    for path in checkpoints(half_done):
+        state = torch.load(path, weights_only=True)
+        state["model"] = {key.removeprefix("networks.0."): value for key, value in state["model"].items()}
+        torch.save(state, path)
+    before = {path.name: path.read_bytes() for path in half_done.iterdir() if path.is_file()}
+    assert launch(tmp_path) == 2
+    assert "another version" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in half_done.iterdir() if path.is_file()} == before
+
+
 def test_resuming_in_another_precision_is_refused(tmp_path, half_done, monkeypatch, capsys):
     was = json.loads((half_done / "environment.json").read_text())["precision"]
     here = "fp32" if was == "bf16" else "bf16"

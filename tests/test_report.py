@@ -393,6 +393,24 @@ def test_purity_tells_how_noisy_the_reference_set_was_where_records_know(tmp_pat
     assert {row: cells["reference"].text for row, cells in purity.items()} == {"pseudo": "0.01", "population": "0"}
 
 
+def test_what_only_some_runs_have_is_shown_where_they_have_it(tmp_path):
+    table = _suite_records(
+        tmp_path, "reference_free", ["reference=pseudo,population", "seed=0"], lambda axes: (40.0, 0.25)
+    )
+    assert "Other evaluation sets" not in [block.title for block in blocks(table)]
+    assert "warm-up" not in _block(table, "Efficiency")["pseudo"]
+    (folder,) = (table.folders[id] for id in table.runs("pseudo", "sym0.5")["id"])
+    summary = json.loads((folder / "summary.json").read_text())
+    more = {"test_accuracy_imagenet_final": 31.25, "test_accuracy_imagenet_best": 33.0, "seconds_warmup": 12.0}
+    (folder / "summary.json").write_text(json.dumps(summary | more))
+    for best, accuracy in ((False, "31.2"), (True, "33.0")):
+        table = make_table(table.suite, "smoke", read_records([tmp_path]), best=best)
+        shown = {row: cells["imagenet"].text for row, cells in _block(table, "Other evaluation sets").items()}
+        assert shown == {"pseudo": accuracy, "population": "–"}
+    warm_up = {row: cells["warm-up"].text for row, cells in _block(table, "Efficiency").items()}
+    assert warm_up == {"pseudo": "12", "population": "–"}
+
+
 def test_a_suite_without_such_an_axis_has_no_such_figure(results, suite):
     assert "main_smoke_against" not in draw(make_table(suite, "smoke", read_records([results])))
 

@@ -38,6 +38,16 @@ def test_every_suite_of_the_paper_composes_at_every_scale(name, scale):
     assert {cell.config.scale for cell in load_suite(name, [f"scale={scale}"]).cells} == {scale}
 
 
+@pytest.mark.suites
+@pytest.mark.parametrize("name", ["static", "learners", "reference_free"])
+def test_a_suite_runs_at_smoke_scale_and_fills_its_table(name, tmp_path):
+    line = [f"suite={name}", "scale=smoke", "dataset=digits", "noise=sym0.5", "seed=0", "dataset.subset=600"]
+    line += ["epochs=14", "eval_every=7", f"paths.results={tmp_path}"]
+    assert main(line) == 0
+    table = make_table(load_suite(name, line[1:-1]), "smoke", read_records([tmp_path]))
+    assert not any(table.runs(row, column).empty for row in table.rows for column in table.columns)
+
+
 def test_cells_are_the_configs_that_the_sweep_would_run():
     from hydra import compose, initialize_config_dir
 

@@ -606,16 +606,13 @@ class Experiment:
                         f"run {self.id} was begun with {key} {state[key]} and {key}={getattr(self.config, key)} means "
                         f"{here} here; go on where it is {state[key]}, or start again with force=true"
                     )
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.pruning.load_state_dict(state["pruning"])
-            self.step, self.elapsed = state["step"], state["elapsed"]
-            self.loss_sum.copy_(state["loss_sum"])
-            self.predicted.copy_(state["predicted"])
-            self.reference = state.get("reference", self.reference)
-            if state.get("warm_up"):
-                self.warm_up.load_state_dict(state["warm_up"])
-            self.seconds_choice = state.get("seconds_choice", 0.0)
+            try:
+                self._restore(state)
+            except (KeyError, RuntimeError, ValueError):
+                raise UsageError(
+                    f"the checkpoint in {folder.path} was left by another version of this program and cannot be gone "
+                    "on from; start again with force=true"
+                ) from None
             epochs = state["epoch"]
         self.loss_sum_before = self.loss_sum.clone()
         if not self.processes.same(epochs * 2**32 + self.step):
@@ -627,6 +624,18 @@ class Experiment:
             raise UsageError(f"{folder.path}/metrics.jsonl is damaged; force=true starts again and keeps this folder")
         drawn = _read_parquet(folder.path / "dynamics.parquet") if epochs else []
         return rows, [row for row in drawn if row["epoch"] < epochs]
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.pruning.load_state_dict(state["pruning"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.predicted.copy_(state["predicted"])
+        self.reference = state["reference"]
+        if state["warm_up"] is not None:
+            self.warm_up.load_state_dict(state["warm_up"])
+        self.seconds_choice = state["seconds_choice"]
 
     def _summary(self, rows: list[dict[str, Any]], status: str, error: str | None = None) -> dict[str, Any]:
         config, pruning = self.config, self.pruning

@@ -298,7 +298,7 @@ def blocks(table: Table) -> list[Block]:
         parts.append(_differences(table))
     if table.suite.paper:
         parts.append(_paper(table))
-    return [*parts, _efficiency(table), _purity(table), _runs(table)]
+    return [*parts, *_elsewhere(table, word), _efficiency(table), _purity(table), _runs(table)]
 
 
 def _axes(table: Table) -> tuple[str, str]:
@@ -416,6 +416,23 @@ def _paper(table: Table) -> Block:
     )
 
 
+def _elsewhere(table: Table, word: str) -> list[Block]:
+    """Return the accuracy on what runs evaluate beside the test set, where there is such a thing."""
+    begin, end = "test_accuracy_", table.accuracy.removeprefix("test_accuracy")
+    keys = [key for key in table.long.columns if key.startswith(begin) and key.endswith(end) and key != table.accuracy]
+    if not keys:
+        return []
+    columns = {key.removeprefix(begin).removesuffix(end): (key, ".1f") for key in keys}
+    return [
+        Block(
+            "Other evaluation sets",
+            f"{word} accuracy in % on further evaluation sets, mean over the seeds.",
+            [*_axes(table), *columns],
+            _by_cell(table, columns),
+        )
+    ]
+
+
 def _by_cell(table: Table, columns: Mapping[str, tuple[str, str]]) -> list[list[Cell]]:
     """Return a row of cells for every cell with runs: the mean of each key, formatted."""
     body = []
@@ -433,9 +450,11 @@ def _by_cell(table: Table, columns: Mapping[str, tuple[str, str]]) -> list[list[
 
 
 def _efficiency(table: Table) -> Block:
+    warmed_up = "seconds_warmup" in table.long.columns
     columns = {
         "saved": ("saved", ".1%"),
         "seconds": ("seconds_total", ".0f"),
+        **({"warm-up": ("seconds_warmup", ".0f")} if warmed_up else {}),
         "images/s": ("samples_per_second", ".0f"),
         "overhead": ("overhead", ".2%"),
         **{part: (f"share_{part}", ".2%") for part in OVERHEAD},
@@ -444,7 +463,7 @@ def _efficiency(table: Table) -> Block:
         "Efficiency",
         "saved: share of the training that pruning avoided; images/s: trained images a second of training steps; "
         "overhead: share of selection, scoring, reference evaluation and refreshing in the time without testing, "
-        "and each of the four.",
+        "and each of the four" + ("; warm-up: the seconds of it, before a static choice." if warmed_up else "."),
         [*_axes(table), *columns],
         _by_cell(table, columns),
     )
