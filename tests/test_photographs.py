@@ -814,16 +814,27 @@ def test_a_run_trains_on_and_lists_what_was_skipped(tmp_path, capsys):
 
 @pytest.mark.suites
 @pytest.mark.parametrize("suite", ["webvision", "clothing1m", "imagenet"])
-def test_every_suite_runs_at_smoke_scale(tmp_path, published, suite):
-    _, cached, _ = published("resnet50")
+def test_every_suite_runs_at_smoke_scale_with_a_narrow_network_and_fills_its_table(tmp_path, suite):
     assert make_miniature.main([suite, str(tmp_path / "data" / suite)]) == 0
-    line = [f"suite={suite}", "scale=smoke", f"paths.data={tmp_path / 'data'}", f"paths.results={tmp_path / 'results'}"]
+    line = [f"suite={suite}", "scale=smoke", "model=resnet8", "optimizer=sgd", f"paths.data={tmp_path / 'data'}"]
     line += ["noise=sym0.5"] if suite == "imagenet" else []
-    assert main([*line, "eval_every=13"]) == 0
-    assert cached.exists() == (suite == "clothing1m")
-    summaries = [json.loads(file.read_text()) for file in (tmp_path / "results/runs").glob("*/summary.json")]
-    assert len(summaries) == 5
-    assert {summary["status"] for summary in summaries} == {"finished"}
+    assert main([*line, f"paths.results={tmp_path}"]) == 0
+    table = make_table(load_suite(suite, line[1:]), "smoke", read_records([tmp_path]))
+    assert len(table.rows) == 5
+    assert not any(table.runs(row, column).empty for row in table.rows for column in table.columns)
+
+
+@pytest.mark.suites
+def test_a_run_of_clothing1m_as_its_recipe_has_it_from_weights_to_record(tmp_path, published):
+    _, cached, _ = published("resnet50")
+    assert make_miniature.main(["clothing1m", str(tmp_path / "data" / "clothing1m")]) == 0
+    line = ["dataset=clothing1m", "scale=smoke", "method=infobatch_das", f"paths.data={tmp_path / 'data'}"]
+    assert main([*line, "threads=2", f"paths.results={tmp_path / 'results'}"]) == 0
+    assert cached.exists()
+    _, summary, rows = _record(tmp_path)
+    assert summary["status"] == "finished"
+    assert len(rows) == 13
+    assert {row["ranked_by"] for row in rows} >= {"loss", "das"}
 
 
 @pytest.mark.slow
