@@ -26,8 +26,8 @@ lint: $(READY)  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(READY)  ## time selection, data and steps beside plain baselines, in minutes
-	@set -e; for part in selection data step; do $(BIN)/python scripts/bench_$$part.py; echo; done
+bench: $(READY)  ## time selection, data, steps and Prune4ReL beside plain baselines, in minutes
+	@set -e; for part in selection data step prune4rel; do $(BIN)/python scripts/bench_$$part.py; echo; done
 
 tables: $(READY)  ## tables, figures and report from the runs' records, in seconds
 	@if [ -n "$$(ls results/runs/*/summary.json results/records/runs/*/summary.json 2>/dev/null | head -n 1)" ]; then $(BIN)/python scripts/make_tables.py; \

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import bench_data
+import bench_prune4rel
 import bench_selection
 import bench_step
 import benchmarking
@@ -22,6 +23,7 @@ from alignprune_exp.data.source import Images
 from alignprune_exp.data.split import Split
 from alignprune_exp.experiment import Experiment
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Selection
+from alignprune_exp.pruning.static import Prune4ReL
 
 KEYS = ["step", "samples", "seconds", "baseline", "baseline_seconds", "ratio", "peak_mb"]
 
@@ -30,7 +32,7 @@ KEYS = ["step", "samples", "seconds", "baseline", "baseline_seconds", "ratio", "
 def small(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(benchmarking, "memory_bandwidth", lambda: 1e10)
-    for bench in (bench_selection, bench_data, bench_step):
+    for bench in (bench_selection, bench_data, bench_step, bench_prune4rel):
         monkeypatch.setattr(bench, "THREADS", 1)
     for bench in (bench_selection, bench_data):
         monkeypatch.setattr(bench, "memory_bandwidth", lambda: 1e10)
@@ -108,6 +110,16 @@ def test_data_compares_memory_and_disk(tmp_path):
     status, rows = rows_of(bench_data, tmp_path, "--images", "300", "--jpegs", "20")
     assert status == 0
     assert [row["step"] for row in rows] == ["in memory", "in memory", "from disk"]
+
+
+def test_prune4rel_is_compared_with_its_rule(tmp_path, monkeypatch, capsys):
+    small = ("--samples", "300", "--classes", "4")
+    status, rows = rows_of(bench_prune4rel, tmp_path, *small)
+    assert status == 0
+    assert [(row["step"], row["samples"]) for row in rows] == [("prune4rel", 300)]
+    assert "300 samples: " in capsys.readouterr().out
+    monkeypatch.setattr(bench_prune4rel, "Prune4ReL", lambda **settings: Prune4ReL(**settings | {"balanced": False}))
+    assert rows_of(bench_prune4rel, tmp_path, *small)[0] == 1
 
 
 def test_other_batches_than_the_plain_ones_are_wrong(monkeypatch, tmp_path, capsys):
