@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 UNSEEN = ("carry", "mask", "refresh")
-BLOCK = 32_000  # samples: rows of it stay in a core's cache, and torch leaves fewer than 2 ** 15 numbers to one thread
+BLOCK = 1 << 17  # samples: rows of it stay in the processor's cache, and are long enough for torch's threads to share
 BLOCK_ELSEWHERE = 1 << 20  # the same on other devices, which want fewer and larger pieces of work
 
 
@@ -43,34 +42,22 @@ class History:
     def map(self, score: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply ``score``, (W, B) float32 losses, oldest first, to (B,) scores, to all samples in blocks.
 
-        Where there are many, torch's threads share the blocks, which changes no bit. Returns (N,) float32; NaN for
-        samples never seen, whatever ``score`` makes of them.
+        Returns (N,) float32; NaN for samples never seen, whatever ``score`` makes of them.
         """
         scores_N = torch.full_like(self.last_N, torch.nan)
         if not self.rows:
             return scores_N
-        on_cpu = scores_N.device.type == "cpu"
-        size = BLOCK if on_cpu else BLOCK_ELSEWHERE
-        starts = range(0, len(scores_N), size)
-        threads = max(1, min(torch.get_num_threads(), len(starts) // 8)) if on_cpu else 1
-
-        def walk(starts: range) -> None:
-            block_WB = scores_N.new_empty(len(self.rows), min(size, len(scores_N)))
-            for start in starts:
-                here = slice(start, start + size)
-                losses_WB = block_WB[:, : len(scores_N) - start]
-                for loss_B, row in zip(losses_WB, self.rows, strict=True):
-                    loss_B.copy_(row[here])
-                scores_N[here] = score(losses_WB)
-                last_B = self.last_N[here]
-                if not on_cpu or last_B.sum().isnan():  # a sum is cheaper than a mask
-                    scores_N[here].masked_fill_(last_B.isnan(), torch.nan)
-
-        if threads == 1:
-            walk(starts)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(walk, (starts[thread::threads] for thread in range(threads))))
+        size = BLOCK if scores_N.device.type == "cpu" else BLOCK_ELSEWHERE
+        block_WB = scores_N.new_empty(len(self.rows), min(size, len(scores_N)))
+        for start in range(0, len(scores_N), size):
+            here = slice(start, start + size)
+            losses_WB = block_WB[:, : len(scores_N) - start]
+            for loss_B, row in zip(losses_WB, self.rows, strict=True):
+                loss_B.copy_(row[here])
+            scores_N[here] = score(losses_WB)
+            last_B = self.last_N[here]
+            if last_B.device.type != "cpu" or last_B.sum().isnan():  # a sum is cheaper than a mask
+                scores_N[here].masked_fill_(last_B.isnan(), torch.nan)
         return scores_N
 
 
