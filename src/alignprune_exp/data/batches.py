@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from alignprune_exp.data.split import Split
 from alignprune_exp.errors import UsageError
@@ -204,13 +204,25 @@ class Augmentation:
             padded[:, -1 - y] = padded[:, y - 1 - 2 * p]
         return padded
 
+    def cut(self, image: Tensor, top: int, left: int, flip: int) -> Tensor:
+        """Crop one image, uint8 (H, W, C), out of its reflect-padded self, as `apply` does, and mirror it."""
+        if (top, left) != (self.crop, self.crop):
+            shifted = torch.empty_like(image)
+            to_y, from_y = _overlap(top - self.crop, image.shape[0])
+            to_x, from_x = _overlap(left - self.crop, image.shape[1])
+            shifted[to_y, to_x] = image[from_y, from_x]
+            _mirror_edges(shifted, to_y)
+            _mirror_edges(shifted.transpose(0, 1), to_x)
+            image = shifted
+        return image.flip(1) if flip else image
+
     def plan(
         self, rows: Tensor, sample: Tensor, epoch: int | None, padded: tuple[int, ...], views: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Say where each image begins and whether it is mirrored.
 
         Args:
-            rows: place of each image among the padded ones, int64 (B,), or (views, B).
+            rows: place of each image among the padded ones, int64 (B,).
             sample: what it is augmented as, int64 (B,).
             epoch: likewise; without one nothing is augmented.
             padded: shape (n, H + 2·crop, W + 2·crop, C) of the padded images.
@@ -248,6 +260,20 @@ class Augmentation:
             mirrored = images.index_select(0, flipped).view(-1, h, w, channels).flip(2).view(len(flipped), -1)
             images = torch.cat([images, mirrored]).index_select(0, place)
         return images.view(-1, h, w, channels)
+
+
+def _overlap(by: int, size: int) -> tuple[slice, slice]:
+    """Return which places a shift by ``by`` fills, and from which."""
+    return slice(max(0, -by), size - max(0, by)), slice(max(0, by), size + min(0, by))
+
+
+def _mirror_edges(image: Tensor, filled: slice) -> None:
+    """Fill the rows before and after the ``filled`` ones with their reflections."""
+    first, end = filled.start, filled.stop
+    for y in range(first):
+        image[y] = image[2 * first - y]
+    for y in range(end, len(image)):
+        image[y] = image[2 * (end - 1) - y]
 
 
 def rand_augment(images: Tensor, sample: Tensor, seed: int, epoch: int) -> Tensor:
@@ -334,14 +360,18 @@ class _Decoded(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int | None, Tensor, int]) -> Tensor | str:
         epoch, sample, views = key
-        rows, place, draws = self.rows[sample.numpy()], torch.arange(len(sample)), None
-        if self.augmentation.cuts and epoch is not None:  # each view is decoded for itself
-            draws = np.concatenate([self.augmentation.uniforms(sample, epoch, view) for view in range(views)])
-            rows, place = np.tile(rows, views), torch.arange(views * len(sample)).view(views, -1)
+        rows, draws = self.rows[sample.numpy()], None
+        if epoch is not None:
+            rows = np.tile(rows, views)
+            if self.augmentation.cuts:
+                draws = np.concatenate([self.augmentation.uniforms(sample, epoch, view) for view in range(views)])
         try:
-            images = self.source.pixels(rows, draws)
+            images = self.source.decoded(rows, draws)
         except UsageError as error:
             return str(error)
-        images = self.augmentation.pad(images)
-        begin, flip = self.augmentation.plan(place, sample, epoch, images.shape, views)
-        return self.augmentation.apply(images, begin.flatten(), flip.flatten())
+        tensors = [torch.from_numpy(image if image.flags.writeable else image.copy()) for image in images]
+        if epoch is not None:
+            drawn = [torch.stack(self.augmentation.draw(sample, epoch, view), 1) for view in range(views)]
+            places = torch.cat(drawn).tolist()
+            tensors = [self.augmentation.cut(image, *place) for image, place in zip(tensors, places, strict=True)]
+        return default_collate(tensors)  # in a worker, into shared memory

@@ -70,44 +70,46 @@ class Images:
         """Whether an image is trained on in random cuts, made as it is decoded."""
         return isinstance(self.store, Views)
 
-    def pixels(self, rows: np.ndarray, draws: np.ndarray | None = None) -> torch.Tensor:
+    def pixels(self, rows: np.ndarray) -> torch.Tensor:
         """Decode the images at ``rows``, int (k,), into uint8 (k, C, H, W), in memory channels last.
+
+        Raises UsageError as ``decoded`` does.
+        """
+        channels, height, width = self.shape
+        batch = np.empty((len(rows), height, width, channels), np.uint8)
+        for start in range(0, len(rows), 1024):
+            for image, place in zip(self.decoded(rows[start : start + 1024]), batch[start:], strict=False):
+                place[:] = image
+        return torch.from_numpy(batch.transpose(0, 3, 1, 2))
+
+    def decoded(self, rows: np.ndarray, draws: np.ndarray | None = None) -> list[np.ndarray]:
+        """Decode the images at ``rows``, int (k,); return uint8 (H, W, C) for each.
 
         With ``draws``, float64 (k, K, 4), they are cut into random views; see ``Views``.
 
         Raises UsageError, naming file and row, for a corrupt image or one of another size than the first's.
         """
-        channels, height, width = self.shape
-        batch = np.empty((len(rows), height, width, channels), np.uint8).transpose(0, 3, 1, 2)
 
-        def decoded(place: int) -> np.ndarray:
+        def one(place: int) -> np.ndarray:
+            row = int(rows[place])
             if draws is None:
-                return self.store.read(int(rows[place]))
-            assert isinstance(self.store, Views)
-            return self.store.view(int(rows[place]), draws[place])
+                image = self.store.read(row)
+            else:
+                assert isinstance(self.store, Views)
+                image = self.store.view(row, draws[place])
+            if image.shape != self.shape:
+                raise UsageError(
+                    f"{self._name(row)} is {_size(image.shape)} pixels where {self._name(0)} is "
+                    f"{_size(self.shape)}: give all images one size with dataset.image_size={min(self.shape[1:])}"
+                )
+            return image.transpose(1, 2, 0)
 
-        def fill(places: range) -> None:
-            for place in places:
-                image = decoded(place)
-                if image.shape != self.shape:
-                    raise UsageError(
-                        f"{self._name(rows[place])} is {_size(image.shape)} pixels where {self._name(0)} is "
-                        f"{_size(self.shape)}: give all images one size with dataset.image_size="
-                        f"{min(self.shape[1:])}"
-                    )
-                batch[place] = image
-
-        parts = [range(start, min(start + 8, len(rows))) for start in range(0, len(rows), 8)]
         # Decoding a small image is mostly Python, which threads only slow down.
-        threads = min(torch.get_num_threads(), len(parts)) if np.prod(self.shape) >= 1 << 16 else 1
+        threads = min(torch.get_num_threads(), len(rows)) if np.prod(self.shape) >= 1 << 16 else 1
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(fill, parts):
-                    pass
-        else:
-            for part in parts:
-                fill(part)
-        return torch.from_numpy(batch)
+                return list(pool.map(one, range(len(rows))))
+        return [one(place) for place in range(len(rows))]
 
     def _name(self, row: int) -> str:
         return f"image {row}" if self.paths is None else f"{self.paths[row]} (row {row})"
@@ -177,6 +179,8 @@ def decode(file: Path | BytesIO, name: str, remedy: str, work: Callable[[Image.I
 
 def rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode in 8-bit RGB; grey of 16 bits keeps its upper eight, which PIL would clip."""
+    if image.mode == "RGB":
+        return image  # PIL would copy it
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
