@@ -46,7 +46,7 @@ sys.exit(main(sys.argv[1:]))
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = parser(__doc__.splitlines()[0])
-    command.add_argument("--batch", type=int, default=64, help="of the step; default: %(default)s")
+    command.add_argument("--batch", type=int, default=128, help="of the step, the recipe's; default: %(default)s")
     command.add_argument("--images", type=int, default=4000, help="of the epochs; default: %(default)s")
     command.add_argument("--epochs", type=int, default=15, help="default: %(default)s")
     command.add_argument("--model", default="resnet18", choices=("resnet18", "resnet8"), help="of the step")
