@@ -49,7 +49,7 @@ def epoch_line(row: Mapping[str, Any], epochs: int, seconds_left: float) -> str:
         f"epoch {row['epoch'] + 1:>{width}}/{epochs}",
         f"ranked by {row['ranked_by'] or '–':<10}",
         f"kept {row['kept_fraction']:.2f}",
-        f"noise in it {_share(row['kept_noise'])}",
+        f"noise in it {_number(row['kept_noise'], '.3f')}",
         f"loss {row['train_loss']:.3f}",
         f"test {'    –' if row['test_accuracy'] is None else format(row['test_accuracy'], '5.1f')} %",
         f"{row['seconds']:.1f} s",
@@ -70,7 +70,7 @@ def closing(summary: Mapping[str, Any], record: str, commands: Sequence[tuple[st
     columns = {
         "test accuracy": _number(summary["test_accuracy_final"], ".2f", " %"),
         "saved": _number(summary["saved"], ".1%"),
-        "kept noise": f"{_share(summary['kept_noise_mean'])} of {_share(summary['noise_rate'])}",
+        "kept noise": _number(summary["kept_noise_mean"], ".3f", f" of {_number(summary['noise_rate'], '.3f')}"),
         "detection AUROC": _number(summary["detection_auroc_last"], ".3f"),
         "seconds": _number(summary["seconds_total"], ".1f"),
     }
@@ -88,10 +88,6 @@ def closing(summary: Mapping[str, Any], record: str, commands: Sequence[tuple[st
     for number, (command, meaning) in enumerate(commands):
         lines.append(f"{'next' if number == 0 else '':<6}  {command:<{wide}}  # {meaning}")
     return "\n".join(lines)
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
