@@ -19,7 +19,7 @@ run: $(READY)  ## set up .venv, then train the main job on scikit-learn's digits
 	@$(BIN)/python -m alignprune_exp.train
 
 test: $(READY)  ## the default tests, in minutes
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
