@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch import multiprocessing
 
 from alignprune_exp.distributed import Processes
 from alignprune_exp.pruning import DynamicPruning
+from benchmarking import best
 
 IMAGES, PARAMETERS = 1_281_167, 25_557_032  # ImageNet-1K's training set, ResNet-50
 BATCH, KEPT = 64, 0.7  # images of a rank in a step, kept fraction of an epoch
@@ -136,16 +136,6 @@ def image_seconds() -> float:
 
     step()
     return best(step, 2) / len(images)
-
-
-def best(work: Callable[[], Any], times: int) -> float:
-    """Return the seconds of the fastest of several calls."""
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def between_two() -> tuple[float, float, float]:

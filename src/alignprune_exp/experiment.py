@@ -281,7 +281,7 @@ class Experiment:
             own = self._outputs(batches)
             probabilities, embeddings = (self.processes.gather(values).cpu().numpy() for values in own)
             evidence = replace(evidence, probabilities=probabilities, embeddings=embeddings)
-        if "reference" in pruner.needs and self.data.reference is not None and self.reference_batches is not None:
+        if "reference" in pruner.needs and self.data.reference is not None:
             outputs = self._outputs(self.reference_batches.evaluation())
             probabilities, embeddings = (values.cpu().numpy() for values in outputs)
             evidence = replace(evidence, reference=Evidence(self.data.reference.labels, probabilities, embeddings))
@@ -405,7 +405,7 @@ class Experiment:
             f"auroc_{name}": None
             if self.noisy is None or name not in scores
             else detection_auroc(scores[name], self.noisy)
-            for name in (*FROM_THE_BANK, *([self._ranking_name] if self._ranking_name else []))
+            for name in self._logged_names
         }
         more = dynamics(
             epoch,
@@ -455,16 +455,18 @@ class Experiment:
     def _ranking_name(self) -> str | None:
         return self.pruning.score.name if self.pruning.pruner.uses_scores else None
 
+    @property
+    def _logged_names(self) -> list[str]:
+        """The scores that the run logs: those of every run, and the one that ranks."""
+        return list(dict.fromkeys(filter(None, (*FROM_THE_BANK, self._ranking_name))))
+
     def bank_scores(self) -> dict[str, np.ndarray]:
         """Return every score (n,) that the bank can give after the last finished epoch, by name.
 
         A score that compares with the reference is there once its window is full.
         """
         pruning = self.pruning
-        names = [*FROM_THE_BANK]
-        if self._ranking_name and self._ranking_name not in names:
-            names.append(self._ranking_name)
-        scores = {name: pruning.score if name == self._ranking_name else SCORES[name]() for name in names}
+        scores = {name: pruning.score if name == self._ranking_name else SCORES[name]() for name in self._logged_names}
         if pruning.epoch < self.config.score.window or not self.config.reference.aligns:
             scores = {name: score for name, score in scores.items() if not score.aligned}
         return dict(zip(scores, pruning.several_scores(list(scores.values())), strict=True))

@@ -16,7 +16,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from alignprune_exp.data.photographs import clothing1m, imagenet, parquet, tiny_imagenet, webvision
-from alignprune_exp.data.source import IMAGE_SUFFIXES, Images, Source, brief, decode, existing, rgb, stratified
+from alignprune_exp.data.source import (
+    IMAGE_SUFFIXES,
+    Images,
+    Source,
+    brief,
+    decode,
+    existing,
+    hub_names,
+    rgb,
+    stratified,
+)
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning.seeding import generator
 
@@ -272,7 +282,7 @@ def _parquet_split(name: str, files: list[Path]) -> tuple[Images, tuple[str, ...
             raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from error
     table = pa.concat_tables(tables)
     origin = str(files[0]) if len(files) == 1 else f"{files[0].parent}/{files[0].name.split('-')[0]}-*.parquet"
-    classes = _hub_names(tables[0].schema, facts.label) or tuple(facts.classes.split())
+    classes = hub_names(tables[0].schema, facts.label) or tuple(facts.classes.split())
 
     def labels(column: str, n_classes: int) -> np.ndarray:
         values = table.column(column).to_numpy()
@@ -289,15 +299,6 @@ def _parquet_split(name: str, files: list[Path]) -> tuple[Images, tuple[str, ...
     encoded = pc.struct_field(table.column(image), "bytes")
     superclass = _superclass(fine, coarse, len(classes), origin)
     return Images(fine, _Encoded(encoded, origin)), classes, superclass
-
-
-def _hub_names(schema: Any, column: str) -> tuple[str, ...] | None:
-    """Return the class names that the hub's ``datasets`` library writes into a Parquet schema, if any."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(features[column]["names"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _superclass(fine: np.ndarray, coarse: np.ndarray | None, n_classes: int, origin: Path | str) -> np.ndarray | None:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from alignprune_exp.console import Progress
-from alignprune_exp.data.source import IMAGE_SUFFIXES, Images, Source, brief, decode, existing, rgb
+from alignprune_exp.data.source import IMAGE_SUFFIXES, Images, Source, brief, decode, existing, hub_names, rgb
 from alignprune_exp.errors import UsageError
 from alignprune_exp.files import cache_folder, write_atomically
 
@@ -728,11 +728,9 @@ def _read_parquet(file: Path, image: str, label: str) -> Any:
 
 def _parquet_classes(tables: list[Any], column: str) -> list[str]:
     """Return the class names that the hub writes into the schema; else those that occur in training."""
-    try:
-        features = json.loads((tables[0].schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features[column]["names"]]
-    except (KeyError, TypeError, ValueError):
-        values = {value for table in tables for value in table.column(column).unique().to_pylist()} - {None}
+    if (names := hub_names(tables[0].schema, column)) is not None:
+        return list(names)
+    values = {value for table in tables for value in table.column(column).unique().to_pylist()} - {None}
     if all(isinstance(value, str) for value in values):
         return sorted(values)
     return [str(c) for c in range(max(values, default=-1) + 1)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -194,6 +195,15 @@ def brief(error: Exception) -> str:
     """Return the first line of an error, shortened, for a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:120].rstrip(".")
+
+
+def hub_names(schema: Any, column: str) -> tuple[str, ...] | None:
+    """Return the class names that the hub's ``datasets`` library writes into a Parquet schema, if any."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(str(name) for name in features[column]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def existing(name: str, root: Path | None, holds: str) -> Path:

@@ -423,18 +423,12 @@ def _elsewhere(table: Table, word: str) -> list[Block]:
     if not keys:
         return []
     columns = {key.removeprefix(begin).removesuffix(end): (key, ".1f") for key in keys}
-    return [
-        Block(
-            "Other evaluation sets",
-            f"{word} accuracy in % on further evaluation sets, mean over the seeds.",
-            [*_axes(table), *columns],
-            _by_cell(table, columns),
-        )
-    ]
+    words = f"{word} accuracy in % on further evaluation sets, mean over the seeds."
+    return [_by_cell(table, "Other evaluation sets", words, columns)]
 
 
-def _by_cell(table: Table, columns: Mapping[str, tuple[str, str]]) -> list[list[Cell]]:
-    """Return a row of cells for every cell with runs: the mean of each key, formatted."""
+def _by_cell(table: Table, title: str, words: str, columns: Mapping[str, tuple[str, str]]) -> Block:
+    """Return a block with a row for every cell with runs: the mean of each key, formatted."""
     body = []
     for row in table.rows:
         for column in table.columns:
@@ -446,7 +440,7 @@ def _by_cell(table: Table, columns: Mapping[str, tuple[str, str]]) -> list[list[
                 values = pd.to_numeric(runs[key]).dropna() if key in runs else pd.Series(dtype=float)
                 cells.append(Cell(format(values.mean(), form), runs=_ids(runs)) if len(values) else Cell(MISSING))
             body.append(cells)
-    return body
+    return Block(title, words, [*_axes(table), *columns], body)
 
 
 def _efficiency(table: Table) -> Block:
@@ -459,13 +453,13 @@ def _efficiency(table: Table) -> Block:
         "overhead": ("overhead", ".2%"),
         **{part: (f"share_{part}", ".2%") for part in OVERHEAD},
     }
-    return Block(
+    return _by_cell(
+        table,
         "Efficiency",
         "saved: share of the training that pruning avoided; images/s: trained images a second of training steps; "
         "overhead: share of selection, scoring, reference evaluation and refreshing in the time without testing, "
         "and each of the four" + ("; warm-up: the seconds of it, before a static choice." if warmed_up else "."),
-        [*_axes(table), *columns],
-        _by_cell(table, columns),
+        columns,
     )
 
 
@@ -480,14 +474,14 @@ def _purity(table: Table) -> Block:
         **({"reference noise": ("reference_noise", ".3f")} if "reference_noise" in table.long.columns else {}),
         **{f"AUROC {key.removeprefix('auroc_')}": (key, ".3f") for key in scores},
     }
-    return Block(
+    return _by_cell(
+        table,
         "Purity",
         "kept noise: noisy share of what the pruning epochs trained on; weighted: the same by gradient weight; AUROC: "
         "how well each score, at the end, ranks noisy samples below clean ones (½ is chance); reference: the size of "
         "the reference set, a share of the samples below 1, else their number"
         + ("; reference noise: its noisy share, mean over the epochs." if "reference_noise" in table.long else "."),
-        [*_axes(table), *columns],
-        _by_cell(table, columns),
+        columns,
     )
 
 
