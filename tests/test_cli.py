@@ -115,6 +115,9 @@ MISTAKES = [
     ("recipe=cifar10_cpu", "recipe dataset scale"),
     ("recipe=null", "recipe dataset scale"),
     ("method=seta pruner=full", "method pruner"),
+    ("saved=0.5 pruner.budget=0.4", "saved pruner.budget"),
+    ("saved=0.5 pruner=static_el2n pruner.fraction=0.4", "saved pruner.fraction"),
+    ("pruner=static_el2n epochs=20 saved=0.6", "saved=0.6 static_el2n 10 20 below 0.5"),
     # options that are no names
     ("pruner=null", "pruner full infobatch random seta topk"),
     ("noise=3", "noise clean sym asym real"),
@@ -329,6 +332,7 @@ def test_a_missing_cifar_n_file_says_where_it_is_published(place, mistaken_cifar
         "pruner=seta score=das score.window=20 seed=1",
         "noise=sym noise.rate=0.35",
         "pruner.budget=0.7",
+        "pruner=seta saved=0.6",
         "epochs=20 score.window=16",
         "pruner=topk score=small_loss pruner.warmup=2",
         "reference=none score=loss",
@@ -351,6 +355,7 @@ def test_what_people_type_is_accepted(trained, place, arguments):
         ("pruner=full score.window=5", "score.window"),
         ("pruner=random score=loss", "score"),
         ("noise=clean noise.rate=0.3", "noise.rate"),
+        ("pruner=full saved=0.5", "saved"),
         ("noise.file=/nowhere", "noise.file"),
     ],
 )

@@ -195,6 +195,7 @@ OTHER = {
     "dataset.subset": 500,
     "dataset.test_subset": 100,
     "pruner.budget": 0.7,
+    "saved": 0.4,
 }
 # By the specification: what cannot change the result, or has no effect under sym noise on digits.
 INERT = {"paths.results", "paths.data", "tracking.name", "force", "keep_checkpoints", "workers"}
@@ -254,6 +255,19 @@ def test_keys_that_a_choice_leaves_without_effect_do_not_change_the_id(base, cha
     assert len(set(ids)) == 1
 
 
+@pytest.mark.parametrize(
+    ("saved", "explicit"),
+    [
+        ("saved=0.5 epochs=40", "pruner.budget=0.42857142857142855 epochs=40"),
+        ("pruner=static_el2n saved=0.5 epochs=40", "pruner=static_el2n pruner.fraction=0.25 epochs=40"),
+        ("pruner=topk saved=0.6 epochs=20", "pruner=topk pruner.ratio=0.8 epochs=20"),
+        ("pruner=full saved=0.5", "pruner=full"),
+    ],
+)
+def test_a_run_told_what_to_save_is_the_run_told_what_to_keep(saved, explicit):
+    assert len(set(_ids(saved, explicit))) == 1
+
+
 def test_every_key_of_a_pseudo_reference_changes_the_id():
     pseudo = "reference=pseudo"
     changes = ["reference.method=cleanlab", "reference.size=0.02", "reference.warmup=6", "reference.every=11"]
@@ -308,6 +322,9 @@ def test_values_at_the_edge_are_accepted(overrides):
         "pruner.delta=1.1",
         "pruner.budget=0",
         "pruner.budget=1.5",
+        "saved=1",
+        "saved=0",
+        "saved=0.95",
         "pruner=seta pruner.groups=0",
         "pruner=seta pruner.alpha=0",
         "pruner=seta pruner.alpha=1.5",

@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from alignprune_exp.pruning import PRUNERS, DynamicPruning, Selection, pruners
+from alignprune_exp.pruning import PRUNERS, DynamicPruning, Evidence, Pruner, Selection, pruners
 from alignprune_exp.pruning.pruners import cluster
 
 LATE = 10**6  # a run so long that pruning does not end
@@ -453,6 +453,63 @@ def test_budgets_hold_in_every_pruning_epoch_of_a_run(pruner, score):
     sizes = [len(selection.indices) for _, selection, *_ in simulate(pruner=pruner, score=score, budget=0.58)]
     after = {"infobatch": N, "seta": kept_of(0.1, N), "random": share_of(0.58, N)}[pruner]
     assert sizes == [share_of(0.58, N)] * 12 + [after] * 2
+
+
+# ---- a share of the training saved -------------------------------------------------------------------------
+
+
+def trained_epochs(pruner, epochs, n):
+    """What a run trains on, all its epochs together, in multiples of n."""
+    pruning, rng = DynamicPruning(range(n), epochs, pruner, "loss"), torch.Generator().manual_seed(0)
+    for _ in range(pruning.epochs):
+        if pruning.must_choose:
+            pruning.choose(Evidence(labels=np.arange(n) % 3, **dict.fromkeys(pruner.needs & PER_SAMPLE, np.arange(n))))
+        index = torch.from_numpy(pruning.order())
+        pruning.update(index, torch.rand(len(index), generator=rng))
+        pruning.end_epoch()
+    return pruning.times_selected.sum() / n
+
+
+PER_SAMPLE = {"losses", "forgotten"}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PRUNERS if name != "full" and getattr(PRUNERS[name], "needs", set()) <= PER_SAMPLE]
+)
+@pytest.mark.parametrize(("epochs", "saved"), [(40, 0.5), (40, 0.7), (29, 0.4)])
+def test_a_run_saves_the_share_that_is_asked_for(name, epochs, saved):
+    n = 300
+    pruner = PRUNERS[name]().saving(saved, epochs)
+    assert trained_epochs(pruner, epochs, n) == pytest.approx((1 - saved) * epochs, abs=epochs / n)
+
+
+@given(st.integers(20, 300), st.integers(1, 99), st.sampled_from(sorted(set(PRUNERS) - {"full"})))
+def test_what_is_saved_is_exact_or_refused_with_what_can_be(epochs, percent, name):
+    saved, refusal = percent / 100, None
+    try:
+        pruner = PRUNERS[name]().saving(saved, epochs)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal is None:
+        pruned, beside = pruner.spared(epochs)
+        keeps = getattr(pruner, pruner.keeps)
+        assert pruned * (1 - keeps if pruner.keeps == "ratio" else keeps) + beside == pytest.approx(
+            (1 - saved) * epochs
+        )
+    else:
+        assert refusal.startswith(f"saved={saved:g} is out of reach of {PRUNERS[name].__name__}")
+        nearest = float(refusal.rpartition(" ")[2])
+        assert PRUNERS[name]().saving(nearest + (0.01 if "at least" in refusal else -0.01), epochs)
+
+
+def test_full_saves_nothing_and_a_rule_of_ones_own_says_that_it_cannot_be_told():
+    assert PRUNERS["full"]().saving(0.5, 40) == PRUNERS["full"]()
+
+    class Mine(Pruner):
+        pass
+
+    with pytest.raises(ValueError, match="Mine has no setting"):
+        Mine().saving(0.5, 40)
 
 
 BLOBS = np.float32(np.repeat([0, 10, 20, 30, 40], 40) + np.random.default_rng(0).normal(0, 0.5, 200))

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from alignprune_exp.config import make_pruner
 from alignprune_exp.errors import UsageError
 from alignprune_exp.report.tables import make_table, markdown, paired_difference, read_records
 from alignprune_exp.status import main as status
@@ -125,6 +126,44 @@ def test_a_scale_may_change_the_grid_and_the_command_line_wins(own):
         (["scale=cpu", "seed=3"], {3}),
     ):
         assert {cell.config.seed for cell in load_suite("mine", line, own).cells} == seeds
+
+
+EXCLUDING = OWN.replace("baseline: loss", "baseline: loss, exclude: [{score: das, seed: 1}]")
+
+
+@pytest.mark.parametrize(
+    ("line", "left_out"), [([], True), (["epochs=20"], True), (["seed=0,1"], False), (["score=das,loss"], False)]
+)
+def test_a_suite_leaves_cells_out_unless_the_command_line_chooses_their_axes(own, line, left_out):
+    (own / "suite" / "mine.yaml").write_text(EXCLUDING)
+    cells = {(cell.axes["score"], cell.axes["seed"]) for cell in load_suite("mine", line, own).cells}
+    assert len(cells) == 4 - left_out
+    assert (("das", "1") not in cells) == left_out
+
+
+def test_a_sweep_leaves_out_the_same_cells(own, tmp_path, capsys):
+    (own / "suite" / "mine.yaml").write_text(EXCLUDING)
+    line = [f"--config-dir={own}", "suite=mine", "epochs=6", "score.window=3", "dataset.subset=100"]
+    line += ["dataset.test_subset=50", f"paths.results={tmp_path / 'results'}"]
+    assert main(line) == 0
+    assert "3 runs to do" in capsys.readouterr().out
+    assert status(line) == 0
+    assert "3 done of 3 runs" in capsys.readouterr().out
+
+
+def test_a_suite_that_excludes_by_what_is_no_axis_is_refused(own):
+    (own / "suite" / "mine.yaml").write_text(EXCLUDING.replace("{score: das", "{scoer: das"))
+    with pytest.raises(UsageError, match="excludes by scoer"):
+        load_suite("mine", [], own)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu"])
+def test_methods_of_the_static_suite_save_what_their_column_says(scale):
+    cells = load_suite("static", [f"scale={scale}"]).cells
+    assert len({cell.config_id for cell in cells}) == len(cells) - 6  # full is one run in both columns
+    for cell in cells:
+        pruner, saved = make_pruner(cell.config.pruner), float(cell.axes["saved"])
+        assert pruner == pruner.saving(saved, cell.config.epochs)
 
 
 def test_a_sweep_goes_by_what_the_scale_changes_too(own, tmp_path, capsys):

@@ -101,6 +101,8 @@ def refuse_clashes(overrides: Sequence[str]) -> None:
         raise UsageError("recipe follows from dataset and scale; choose those")
     if "method" in given and (twice := given & {"pruner", "score"}):
         raise UsageError(f"method chooses the pruner and the score; leave out method or {' and '.join(sorted(twice))}")
+    if "saved" in given and (twice := given & {"pruner.budget", "pruner.fraction", "pruner.ratio"}):
+        raise UsageError(f"saved says how much the pruner keeps; leave out saved or {' and '.join(sorted(twice))}")
 
 
 @contextmanager
@@ -160,6 +162,8 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     scores = [key for key in given if key.partition(".")[0] == "score"]
     if scores and not make_pruner(config.pruner).uses_scores:
         notes.append(f"{', '.join(scores)} has no effect under pruner={pruner}, which ranks nothing")
+    if "saved" in given and make_pruner(config.pruner).keeps is None:
+        notes.append(f"saved has no effect under pruner={pruner}, which saves nothing")
     smoothing = [key for key in given if key in ("label_smoothing", "recorded")]
     if smoothing and config.learner.name != "ce":
         notes.append(f"{', '.join(smoothing)} has no effect under learner={config.learner.name}, which does not smooth")

@@ -217,7 +217,10 @@ class Paths(Node):
 
 
 class Config(Node):
-    """One run. ``pruner`` holds its name and settings, which the pruner's own class checks."""
+    """One run. ``pruner`` holds its name and settings, which the pruner's own class checks.
+
+    ``saved`` is a wish: `validate` turns it into the pruner's settings, and leaves None in its place.
+    """
 
     dataset: Annotated[
         Digits | Cifar | ImageFolder | WebVision | Clothing1M | ImageNet | Parquet, Field(discriminator="name")
@@ -225,6 +228,7 @@ class Config(Node):
     noise: Noise
     reference: Reference
     pruner: dict[str, Any]
+    saved: Annotated[float, Field(gt=0, lt=1)] | None
     score: Score
     learner: Annotated[CrossEntropy | Elr | Sop | DivideMix, Field(discriminator="name")]
     model: Annotated[Narrow | ResNet, Field(discriminator="name")]
@@ -281,7 +285,15 @@ def validate(values: Mapping[str, Any]) -> Config:
             f"reference.warmup={reference.warmup} leaves none of {config.epochs} epochs with a reference set; "
             f"use at most {config.epochs - 1}, or reference=population"
         )
-    if not make_pruner(config.pruner).uses_scores:
+    pruner = make_pruner(config.pruner)
+    if config.saved is not None:
+        try:
+            pruner = pruner.saving(config.saved, config.epochs)
+        except ValueError as error:
+            raise UsageError(f"pruner={config.pruner['name']}: {error}") from None
+        chosen = {name: getattr(pruner, name) for name in settings(type(pruner))}
+        config = config.model_copy(update={"pruner": {"name": config.pruner["name"], **chosen}, "saved": None})
+    if not pruner.uses_scores:
         config = config.model_copy(update={"score": UNRANKED})
     if config.learner.name != "ce":  # smoothing is a way to make cross-entropy; a scale may have set it
         config = config.model_copy(update={"label_smoothing": 0.0, "recorded": "plain"})
@@ -353,6 +365,7 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
     A key that is added later must be left out here while it has the value that reproduces the old behaviour.
     """
     values = config.model_dump()
+    del values["saved"]  # what it asks for is in the pruner's settings
     for node, keys in NOT_IDENTITY.items():
         for key in keys:
             (values[node] if node else values).pop(key, None)

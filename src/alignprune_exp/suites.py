@@ -88,7 +88,8 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
         master = compose("train", [*search, f"suite={name}"], return_hydra_config=True)
         grid = grid_of(master, overrides)
         parsed = OverridesParser.create().parse_overrides([*grid, *overrides])
-        (jobs,) = BasicSweeper.split_arguments(parsed, None)
+        (grid_of_jobs,) = BasicSweeper.split_arguments(parsed, None)
+        jobs = less_excluded(grid_of_jobs, master, overrides)
         groups = set(master.hydra.runtime.choices)
         composed: dict[tuple[str, ...], DictConfig] = {}
         cells = []
@@ -142,6 +143,26 @@ def grid_of(master: DictConfig, overrides: Sequence[str]) -> list[str]:
     if "suite" in master:
         axes |= (master.suite.get("at") or {}).get(scale) or {}
     return [f"{axis}={values}" for axis, values in axes.items()]
+
+
+def less_excluded(jobs: Sequence[Sequence[str]], master: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
+    """Return the jobs of a grid without those that have all the values of an entry of ``suite.exclude``.
+
+    An entry has no say once the command line chooses one of its axes: who types ``noise=sym0.5`` gets all of that.
+
+    Raises UsageError for an entry with an axis that the grid does not have.
+    """
+    given = {line.partition("=")[0] for line in overrides}
+    axes = {part.partition("=")[0] for job in jobs for part in job}
+    excluded = []
+    for entry in (master.suite.get("exclude") or []) if "suite" in master else []:
+        if strange := set(entry) - axes:
+            raise UsageError(f"suite={master.suite.name} excludes by {strange.pop()}, which is no axis of its grid")
+        if not given & set(entry):
+            excluded.append(
+                {f"{axis}={str(value).lower() if isinstance(value, bool) else value}" for axis, value in entry.items()}
+            )
+    return [list(job) for job in jobs if not any(entry <= set(job) for entry in excluded)]
 
 
 def suite_names(own: Path | None = None) -> list[str]:

@@ -24,7 +24,7 @@ class CheckedSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the grid. Raises UsageError for the first job that is a mistake, and Failed if any job failed."""
         from alignprune_exp.errors import Failed, UsageError
-        from alignprune_exp.suites import grid_of
+        from alignprune_exp.suites import grid_of, less_excluded
         from alignprune_exp.sweep import failures, jobs_of
 
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -40,7 +40,8 @@ class CheckedSweeper(BasicSweeper):
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(
             [*grid_of(master, arguments), *arguments]
         )
-        (grid,) = self.split_arguments(overrides, None)
+        (whole,) = self.split_arguments(overrides, None)
+        grid = less_excluded(whole, master, arguments)
         if not grid:
             raise UsageError("the grid is empty; give every axis at least one value")
         jobs = jobs_of(grid, lambda job: loader.load_sweep_config(master, job))

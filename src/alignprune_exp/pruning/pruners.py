@@ -41,6 +41,10 @@ class Full(Pruner):
 
     uses_scores: ClassVar[bool] = False
 
+    def saving(self, saved: float, epochs: int) -> Full:
+        """Return this pruner, which saves nothing whatever is asked of it, and so stands beside any budget."""
+        return self
+
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         return everything(len(scores))
 
@@ -51,6 +55,7 @@ class RandomSubset(Pruner):
 
     ratio: float = 0.3
     budget: float | None = None
+    keeps: ClassVar[str] = "budget"
     uses_scores: ClassVar[bool] = False
 
     def inert(self) -> tuple[str, ...]:
@@ -103,6 +108,7 @@ class InfoBatch(Pruner):
     delta: float = 0.875
     rescale: bool = True
     budget: float | None = None
+    keeps: ClassVar[str] = "budget"
 
     def inert(self) -> tuple[str, ...]:
         return () if self.budget is None else ("ratio",)
@@ -150,6 +156,7 @@ class SeTa(Pruner):
     alpha: float = 0.9
     delta: float = 0.875
     budget: float | None = None
+    keeps: ClassVar[str] = "budget"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +167,10 @@ class SeTa(Pruner):
                 f"SeTa: alpha={self.alpha} of {self.groups} groups keeps no cluster or too many; "
                 "use a number up to 1 with round(groups * alpha) >= 1"
             )
+
+    def spared(self, epochs: int) -> tuple[int, float]:
+        pruned, annealed = super().spared(epochs)
+        return pruned, (1 - self.ratio) * annealed
 
     @property
     def width(self) -> int:
@@ -209,20 +220,30 @@ class TopK(Pruner):
     ratio: float = 0.3
     warmup: int = 5
     delta: float = 1.0
+    keeps: ClassVar[str] = "ratio"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup < 0:
-            raise ValueError(f"TopK: warmup={self.warmup} is out of range; use 0 or more")
+            raise ValueError(f"{type(self).__name__}: warmup={self.warmup} is out of range; use 0 or more")
+
+    def spared(self, epochs: int) -> tuple[int, float]:
+        pruned = max(self.pruning_epochs(epochs) - self.warmup, 0)
+        return pruned, epochs - pruned
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
+        n = len(scores)
         if epoch < self.warmup or epoch >= self.pruning_epochs(epochs):
-            return everything(len(scores))
-        return unweighted(np.flatnonzero(best(scores, kept(len(scores), self.ratio), rng)), ranked=True)
+            return everything(n)
+        return unweighted(np.flatnonzero(self.choose(scores, kept(n, self.ratio), rng)), ranked=True)
+
+    def choose(self, scores: Floats, size: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """Return the mask (N,) of ``size`` samples."""
+        return best(scores, size, rng)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Averaging(Pruner):
+class Averaging(TopK):
     """What the two rules of Raju et al. (2021), "Accelerating deep learning with dynamic data pruning", share.
 
     Each sample's score is averaged exponentially over the epochs that saw it, and so is its squared distance from
@@ -235,19 +256,16 @@ class Averaging(Pruner):
         alpha: weight of the new score in the average.
     """
 
-    ratio: float = 0.3
     alpha: float = 0.8
     warmup: int = 1
-    delta: float = 1.0
     memory: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__
         if not 0 < self.alpha <= 1:
-            raise ValueError(f"{name}: alpha={self.alpha} is out of range; use a number above 0, up to 1")
-        if self.warmup < 0:
-            raise ValueError(f"{name}: warmup={self.warmup} is out of range; use 0 or more")
+            raise ValueError(
+                f"{type(self).__name__}: alpha={self.alpha} is out of range; use a number above 0, up to 1"
+            )
 
     def rank(self, mean: Floats, variance: Floats) -> Floats:
         """Return what to rank by (N,), from the averages (N,)."""
@@ -262,16 +280,6 @@ class Averaging(Pruner):
         variance[later] += self.alpha * (away**2 - variance[later])
         mean[later] += self.alpha * away
         return self.rank(mean, variance)
-
-    def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
-        n = len(scores)
-        if epoch < self.warmup or epoch >= self.pruning_epochs(epochs):
-            return everything(n)
-        return unweighted(np.flatnonzero(self.choose(scores, kept(n, self.ratio), rng)), ranked=True)
-
-    def choose(self, scores: Floats, size: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """Return the mask (N,) of ``size`` samples."""
-        return best(scores, size, rng)
 
 
 @dataclass(frozen=True, kw_only=True)

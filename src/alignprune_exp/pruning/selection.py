@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +39,13 @@ class Pruner:
     A subclass's fields are its settings. Where it has them, ``ratio`` is the share to prune (of what is each
     pruner's own), ``delta`` the share of the run that is pruned, before annealing, and ``budget`` the share of
     all samples to keep exactly.
+
+    Attributes:
+        keeps: the setting that says which share of all samples an epoch keeps, or ``ratio`` for that which it prunes;
+            None where there is none.
     """
 
+    keeps: ClassVar[str | None] = None
     uses_scores: ClassVar[bool] = True
     memory: ClassVar[int] = 0  # numbers a sample that it carries from epoch to epoch, for ``digest``
 
@@ -65,6 +70,39 @@ class Pruner:
     def pruning_epochs(self, epochs: int) -> int:
         """Return the number of pruning epochs: those with epoch + 1 <= delta * epochs."""
         return floor(self._delta * epochs)
+
+    def spared(self, epochs: int) -> tuple[int, float]:
+        """Return the epochs that ``keeps`` shortens, and the training beside them, in epochs on everything."""
+        pruned = self.pruning_epochs(epochs)
+        return pruned, epochs - pruned
+
+    def saving(self, saved: float, epochs: int) -> Pruner:
+        """Return this pruner with what it keeps set so that a run of ``epochs`` epochs saves exactly ``saved``.
+
+        That is 1 - (samples trained over all epochs, those of a warm-up included) / (n * epochs), up to the rounding
+        of a selection to whole samples. So methods are compared at one cost, whatever they anneal or warm up.
+
+        Raises ValueError for a pruner that cannot be told how much to keep, or cannot save that much.
+        """
+        name = type(self).__name__
+        if self.keeps is None:
+            raise ValueError(f"{name} has no setting for how much it keeps, and saves what it saves; leave out saved")
+        if not 0 < saved < 1:
+            raise ValueError(f"saved={saved} is out of range; use a number above 0 and below 1")
+        pruned, beside = self.spared(epochs)
+        least = 1 - MAX_RATIO if self.keeps == "ratio" else 0.0
+        left = epochs - saved * epochs - beside
+        if not (left > 0 and least * pruned <= left <= pruned):
+            nearest = f"of at least {1 - (beside + pruned) / epochs:.3g}"
+            if left < pruned:
+                nearest = f"below {1 - (beside + least * pruned) / epochs:.3g}"
+            raise ValueError(
+                f"saved={saved:g} is out of reach of {name}, which trains on as much as {beside:g} of {epochs} full "
+                f"epochs beside what it selects; use a number {nearest}"
+            )
+        keeps = left / pruned
+        setting: dict[str, Any] = {self.keeps: 1 - keeps if self.keeps == "ratio" else keeps}
+        return replace(self, **setting)
 
     def warmup_epochs(self, epochs: int) -> int:
         """Return the epochs on everything that come before the ``epochs`` of training, which start from scratch."""

@@ -119,6 +119,7 @@ class Static(Pruner):
 
     warmup: int | float = 10
     fraction: float = 0.5
+    keeps: ClassVar[str] = "fraction"
     uses_scores: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()  # fields of the Evidence
     strong: ClassVar[bool] = False  # whether its probabilities and embeddings are of strongly augmented images
@@ -134,6 +135,9 @@ class Static(Pruner):
             raise ValueError(f"{name}: warmup=0 leaves no losses to choose by; use 1 or more")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"{name}: fraction={self.fraction} is out of range; use a number above 0, up to 1")
+
+    def spared(self, epochs: int) -> tuple[int, float]:
+        return epochs, self.warmup_epochs(epochs)
 
     def warmup_epochs(self, epochs: int) -> int:
         return int(self.warmup) if self.warmup >= 1 or self.warmup == 0 else max(1, round(self.warmup * epochs))
