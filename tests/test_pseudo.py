@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cleanlab import count, rank
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,7 +120,6 @@ def test_label_quality_is_the_formula_of_confident_learning(seed, empty):
 
 
 def test_label_quality_is_cleanlabs_but_for_samples_where_it_departs_from_the_paper():
-    rank, count = pytest.importorskip("cleanlab.rank"), pytest.importorskip("cleanlab.count")
     p, labels = confident(n=2000)
     score, thresholds = quality(p, labels)
     assert thresholds == pytest.approx(count.get_confident_thresholds(labels, p))
