@@ -1,10 +1,11 @@
 """Write every suite's tables and figures, and the report, from run records.
 
-python scripts/make_tables.py [RESULTS ...] [--best]      (default: results and results/records)
+python scripts/make_tables.py [RESULTS ...] [--best] [--into README.md]      (default: results and results/records)
 
 For each suite and scale that has finished runs: <out>/tables/<suite>_<scale>.md, .csv (a line a cell), _long.csv (a
-line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html with all of them. The
-same records give the same bytes.
+line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html with all of them. A
+Markdown file gets the accuracies alone wherever it says <!-- table <suite>_<scale> --> … <!-- end -->. The same records
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from alignprune_exp.errors import UsageError
 from alignprune_exp.report.figures import save_all
 from alignprune_exp.report.html import page
 from alignprune_exp.report.mirrored import download
-from alignprune_exp.report.tables import Table, latex, long_csv, make_table, markdown, read_records, wide_csv
+from alignprune_exp.report.tables import Table, filled, latex, long_csv, make_table, markdown, read_records, wide_csv
 from alignprune_exp.runs import write_text
 from alignprune_exp.suites import load_suite, suite_names
 from alignprune_exp.suspects import Sheet, report_sheet
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="where tables/, figures/ and report.html go")
     parser.add_argument("--best", action="store_true", help="best accuracy instead of final, in files of its own")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="a Markdown file with places for tables, to be filled"
+    )
     parser.add_argument("--config-dir", type=Path, help="a folder with suites of one's own, in suite/")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="finished runs of a Weights & Biases project as well")
     parser.add_argument("--data", type=Path, help="the folder of the data sets: the report then shows suspects' images")
@@ -63,6 +67,8 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> int:
     if not (tables := [table for table in tables if not table.long.empty]):
         print("no finished run belongs to a suite; run one with suite=NAME", file=sys.stderr)
         return 2
+    if arguments.into is not None:
+        write_text(arguments.into, filled(arguments.into.read_text(), tables))
     folder, drawings = arguments.out / "tables", arguments.out / "figures"
     for place in (folder, drawings):
         place.mkdir(parents=True, exist_ok=True)

@@ -473,7 +473,7 @@ def test_a_mistake_is_one_sentence(overrides, words):
 
 @pytest.mark.parametrize("learner", LEARNERS[1:])
 def test_several_processes_are_refused_before_anything_is_read(learner, monkeypatch):
-    monkeypatch.setattr("alignprune_exp.experiment._load", None)
+    monkeypatch.setattr("alignprune_exp.experiment.load_data", None)
     with pytest.raises(UsageError, match=f"learner={learner} .* use learner=ce, or one process"):
         Experiment(config_of(f"learner={learner}"), SimpleNamespace(size=2, rank=0, local=0))
 

@@ -1,12 +1,14 @@
 """Networks: output shapes on small images, and the depth of the narrow ResNet."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from alignprune_exp.config import Narrow, ResNet
-from alignprune_exp.models import build
+from alignprune_exp.models import Quarters, build
 
 CONFIGS = [
     Narrow(name="small_cnn", width=8, norm="batch"),
@@ -31,6 +33,25 @@ def test_one_finite_logit_a_class_and_a_gradient_for_every_parameter(config, cha
     assert logits.isfinite().all()
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_no_layers_gradient_is_one_that_cuda_refuses_to_compute_deterministically():
+    refused = set(
+        re.findall(
+            r"torch\.nn\.(\w+)` when attempting to differentiate", str(torch.use_deterministic_algorithms.__doc__)
+        )
+    )
+    assert "AdaptiveAvgPool2d" in refused
+    for config in CONFIGS:
+        for module in build(config, 3, classes=7).modules():
+            to_one = getattr(module, "output_size", None) in (1, (1, 1))  # which torch computes as a mean
+            assert type(module).__name__ not in refused or to_one
+
+
+@pytest.mark.parametrize("size", [(4, 4), (16, 16), (7, 5), (2, 3)])
+def test_quarters_are_those_of_adaptive_pooling(size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    assert torch.allclose(Quarters()(x), nn.AdaptiveAvgPool2d(2)(x))
 
 
 def test_resnet8_has_eight_weight_layers_on_its_main_path_and_torchvisions_blocks():

@@ -7,6 +7,8 @@ import math
 import os
 import pickle
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -405,6 +407,40 @@ def test_an_index_is_made_once_and_again_when_the_folder_has_changed(tmp_path, k
     assert len(changed.train) + len(changed.test) != len(first.train) + len(first.test)
 
 
+def test_a_folder_that_comes_later_is_noticed(tmp_path, kept):
+    root = _miniature("clothing1m", tmp_path / "set")
+    folder = next((root / "images").iterdir())
+    folder.rename(tmp_path / "not yet there")
+    _aged(root)
+    before = _load("clothing1m", root, "skip")
+    assert before.skipped
+    (tmp_path / "not yet there").rename(folder)
+    after = _load("clothing1m", root, "skip")
+    assert after.skipped == ()
+    assert len(after.train) > len(before.train)
+
+
+def test_synsets_that_come_later_are_noticed(tmp_path, kept):
+    root = _miniature("webvision", tmp_path / "set")
+    synsets = root / "info/synsets.txt"
+    synsets.unlink(missing_ok=True)
+    _aged(root)
+    assert _load("webvision", root).classes[0] == "class 0"
+    synsets.write_text("n00000009 heron\nn00000002 tench\nn3 a\nn4 b\n")
+    assert _load("webvision", root).classes[0] == "heron"
+
+
+def test_parquet_is_in_memory_before_there_are_other_processes(tmp_path, kept, monkeypatch):
+    root = _miniature("parquet", tmp_path / "set")
+    _aged(root)
+    for _ in range(2):  # the second time from the index
+        source = _load("parquet", root)
+        monkeypatch.setattr(photographs, "_read_parquet", None)  # whoever reads again fails
+        assert source.train.store.read(0).ndim == 3
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def test_an_image_that_goes_is_noticed(tmp_path, kept):
     root = _miniature("webvision", tmp_path / "set")
     _aged(root)
@@ -795,6 +831,24 @@ def test_a_run_is_the_same_bits_with_any_number_of_workers(tmp_path, miniatures)
             [{k: v for k, v in row.items() if "seconds" not in k} for row in _record(tmp_path / str(workers))[2]]
         )
     assert rows[0] == rows[1]
+
+
+def test_a_signal_to_all_processes_of_a_run_leaves_a_checkpoint_and_one_sentence(tmp_path, miniatures):
+    arguments = ["dataset=webvision", f"dataset.root={miniatures / 'webvision'}", "model=small_cnn", "workers=2"]
+    arguments += ["dataset.image_size=24", "epochs=2000", "eval_every=2000", f"paths.results={tmp_path}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "alignprune_exp.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert any(line.startswith("epoch ") for line in process.stdout)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert len(err.splitlines()) == 1
+    assert "left a checkpoint" in err
 
 
 def test_a_run_trains_on_and_lists_what_was_skipped(tmp_path, capsys):

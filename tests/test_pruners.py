@@ -1,6 +1,7 @@
 """Every pruner against its rule written a second way: loops, exact fractions, SciPy, scikit-learn."""
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -491,15 +492,30 @@ def test_what_is_saved_is_exact_or_refused_with_what_can_be(epochs, percent, nam
     except ValueError as error:
         refusal = str(error)
     if refusal is None:
-        pruned, beside = pruner.spared(epochs)
+        pruned, beside = len(pruner.pruned(epochs)), pruner.beside(epochs)
         keeps = getattr(pruner, pruner.keeps)
         assert pruned * (1 - keeps if pruner.keeps == "ratio" else keeps) + beside == pytest.approx(
             (1 - saved) * epochs
         )
     else:
-        assert refusal.startswith(f"saved={saved:g} is out of reach of {PRUNERS[name].__name__}")
-        nearest = float(refusal.rpartition(" ")[2])
+        assert refusal.startswith(f"saved={saved:g} is out of reach: with")
+        nearest = float(re.search(r"use saved (?:below|of at least) (0\.\d+)", refusal)[1])
         assert PRUNERS[name]().saving(nearest + (0.01 if "at least" in refusal else -0.01), epochs)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "epochs", "saved", "words"),
+    [
+        ("static_el2n", {"warmup": 40}, 36, 0.3, "warmup=40 as much as 40 of 36 .*; use another warmup$"),
+        ("static_el2n", {}, 20, 0.6, "warmup=10 as much as 10 of 20 .*; use saved below 0.5, or another warmup$"),
+        ("topk", {}, 4, 0.5, "warmup=5 and delta=1.0 as much as 4 of 4 .*; use another warmup or delta$"),
+        ("infobatch", {"delta": 0.01}, 20, 0.1, "delta=0.01 as much as 20 of 20 .*; use another delta$"),
+        ("seta", {}, 40, 0.01, "delta=0.875 as much as 4.5 of 40 .*; use saved of at least 0.0125, or another delta$"),
+    ],
+)
+def test_what_stands_in_the_way_of_saving_is_named(name, settings, epochs, saved, words):
+    with pytest.raises(ValueError, match=words):
+        PRUNERS[name](**settings).saving(saved, epochs)
 
 
 def test_full_saves_nothing_and_a_rule_of_ones_own_says_that_it_cannot_be_told():

@@ -132,7 +132,8 @@ EXCLUDING = OWN.replace("baseline: loss", "baseline: loss, exclude: [{score: das
 
 
 @pytest.mark.parametrize(
-    ("line", "left_out"), [([], True), (["epochs=20"], True), (["seed=0,1"], False), (["score=das,loss"], False)]
+    ("line", "left_out"),
+    [([], True), (["epochs=20"], True), (["seed=0,1"], True), (["score=das,loss", "seed=1,0"], False)],
 )
 def test_a_suite_leaves_cells_out_unless_the_command_line_chooses_their_axes(own, line, left_out):
     (own / "suite" / "mine.yaml").write_text(EXCLUDING)
@@ -151,10 +152,40 @@ def test_a_sweep_leaves_out_the_same_cells(own, tmp_path, capsys):
     assert "3 done of 3 runs" in capsys.readouterr().out
 
 
-def test_a_suite_that_excludes_by_what_is_no_axis_is_refused(own):
-    (own / "suite" / "mine.yaml").write_text(EXCLUDING.replace("{score: das", "{scoer: das"))
-    with pytest.raises(UsageError, match="excludes by scoer"):
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("{scoer: das, seed: 1}", "excludes by scoer"),
+        ("{score: dsa, seed: 1}", "excludes score=dsa"),
+        ("{score: null}", "excludes score=null"),
+        ("score", "no mapping"),
+    ],
+)
+def test_a_suite_that_excludes_what_its_grid_does_not_have_is_refused(own, entry, words):
+    (own / "suite" / "mine.yaml").write_text(EXCLUDING.replace("{score: das, seed: 1}", entry))
+    with pytest.raises(UsageError, match=words):
         load_suite("mine", [], own)
+
+
+def test_narrowing_a_suite_keeps_what_it_leaves_out():
+    assert len(load_suite("static", ["scale=cpu", "dataset=cifar10"]).cells) == 84
+    assert len(load_suite("reference_free", ["dataset=cifar100"]).cells) == 12
+
+
+def test_a_sweep_without_its_data_is_one_sentence_before_the_first_run(tmp_path, capsys):
+    line = [
+        "suite=controls",
+        "scale=smoke",
+        "seed=0",
+        f"paths.data={tmp_path}",
+        f"paths.results={tmp_path / 'results'}",
+    ]
+    assert main(line) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert f"{tmp_path}/cifar10 is not a folder" in captured.err
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("scale", ["smoke", "cpu"])

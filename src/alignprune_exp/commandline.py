@@ -24,7 +24,6 @@ from .errors import UsageError
 
 PROGRAM = "python -m alignprune_exp.train"
 NOT_OF_A_RUN = ("hydra", "suite", "method")  # keys of a composed job that are not part of a run's config
-MAY_BE_NULL = ("suite", "method")
 
 
 def config_dir() -> Path:
@@ -79,18 +78,21 @@ def _check_override(override: Override, sweeping: bool) -> None:
         raise UsageError(f"{line} is a grid; add -m to run each of its values, or give one")
     group, _, name = key.partition(".")
     options = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-    if not options or override.is_delete():
+    if not options or (override.is_delete() and name):
         return
+    if override.is_delete():
+        raise UsageError(f"{line}: {group} always has a choice; choose one with {group}=…")
     if name == "name" and override.value() in options:
         raise UsageError(f"{line} does not change the rest of {group}; choose it with {group}={override.value()}")
     if name:
         return
     if override.is_add():
         raise UsageError(f"{line}: {group} always has a choice; leave out the +")
+    if group == "suite" and override.is_sweep_override():
+        raise UsageError(f"{line}: a suite is a whole grid; give one, and type a line for each")
     values: list[Any] = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
     for value in values:
-        null = value is None or value == "null"
-        if not (isinstance(value, str) or null) or (null and group not in MAY_BE_NULL):
+        if not isinstance(value, str):
             raise UsageError(f"{line} does not name an option of {group}; use one of {', '.join(options)}")
 
 
@@ -137,6 +139,7 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
         except (HydraException, OmegaConfBaseException, ValueError):
             node = compose("train")
     *parents, last = key.split(".")
+    whole = set(node)
     if parents[:1] == ["hydra"]:
         return f"unknown key {key}; {PROGRAM} --cfg hydra shows what hydra has"
     for depth, parent in enumerate(parents):
@@ -146,7 +149,9 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
         node = node[parent] if not OmegaConf.is_missing(node, parent) else None
     if not isinstance(node, DictConfig):
         return f"unknown key {key}; {'.'.join(parents)} holds no keys"
-    known = [str(name) for name in node if name != "name"]
+    if parents and last in whole:
+        return f"unknown key {key}; {last} is a key of the whole run: {last}=…"
+    known = [str(name) for name in node if name != "name"] + ([] if parents else ["suite", "method"])
     where = "=".join(filter(None, [".".join(parents), node.get("name")])) or "the config"
     files = sorted((config_dir() / parents[0]).glob("*.yaml")) if parents else []
     having = [file.stem for file in files if f"\n{last}:" in f"\n{file.read_text()}"]
@@ -191,7 +196,7 @@ def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, s
             override
             for override in overrides
             if (key := override.split("=")[0].lstrip("+~")) not in changed
-            and (same or not key.startswith("pruner."))
+            and (same or not (key.startswith("pruner.") or key == "saved"))
             and (score is not None or not key.startswith("score."))
         ]
         choice = [f"pruner={pruner}", *([f"score={score}"] if score else [])]

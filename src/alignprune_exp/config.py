@@ -428,7 +428,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any], at: str = "", ch
         return f"unknown key {key}{suggest(keys[-1], known)}; {where} has {', '.join(known) or 'none'}"
     if kind == "missing":
         return f"{key} is missing; set {key}=…"
-    given = f"{key}={_show(first['input'])}"
+    given = f"{key}={shown(first['input'])}"
     if kind in _RANGES:
         return f"{given} is out of range: use a value {_RANGES[kind]} {next(iter(context.values()))}"
     if kind in ("literal_error", "union_tag_invalid"):
@@ -436,7 +436,9 @@ def _explain(error: ValidationError, values: Mapping[str, Any], at: str = "", ch
         return f"{given} is unknown: use {expected}".replace("'", "").replace("True", "true").replace("False", "false")
     if kind == "string_pattern_mismatch":
         return f"{given} is unknown: use auto, cpu, cuda or cuda:K"
-    if isinstance(first["input"], str) and re.fullmatch(r"[-+.\deE]+|true|false|null", first["input"]):
+    if isinstance(first["input"], str) and re.fullmatch(
+        r"[-+]?(\d+\.?|\d*\.\d+)(e[-+]?\d+)?|true|false|null", first["input"], re.I
+    ):
         return f"{key}='{first['input']}' is a text; leave out the quotes"
     return f"{given} has the wrong type: {first['msg'][0].lower()}{first['msg'][1:]}"
 
@@ -462,7 +464,8 @@ def _name(values: Mapping[str, Any], node: str) -> str:
     return str(cast(Mapping[str, Any], values[node]).get("name", "…"))
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as the command line writes it."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

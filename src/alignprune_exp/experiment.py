@@ -135,7 +135,7 @@ class Experiment:
         torch.backends.cudnn.benchmark = not config.deterministic
         torch.set_num_threads(config.threads)
 
-        self.data = _load(config)
+        self.data = load_data(config)
         self.id = run_id(identity(config, self.data.fingerprint, self.processes.size))
         self.config_id = run_id(identity(config, fingerprint=""))
         train, reference = self.data.train, self.data.reference
@@ -294,6 +294,12 @@ class Experiment:
         self.seconds_choice = clock.total()
         self.elapsed += self.seconds_choice
 
+    def _looked_at(self) -> int:
+        """Return how many samples a static pruner's choice has passed through the network."""
+        needs = cast(Static, self.pruning.pruner).needs
+        reference = len(self.reference) if "reference" in needs else 0
+        return reference + (self.pruning.n if needs & {"probabilities", "embeddings"} else 0)
+
     @torch.no_grad()
     def _outputs(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """Return the first network's probabilities (n, C) and embeddings (n, d) of samples, in eval mode."""
@@ -422,8 +428,10 @@ class Experiment:
         self.loss_sum.zero_()
         self.loss_sum_before.zero_()
         static = isinstance(pruning.pruner, Static)
+        looked_at = 0
         if static and epoch == pruning.warmup:
             clock.laps["seconds_select"] += self.seconds_choice
+            looked_at = self._looked_at()
         row = {
             "epoch": epoch,
             "phase": ("warmup" if epoch < pruning.warmup else "train") if static else None,
@@ -444,7 +452,7 @@ class Experiment:
             "samples_seen": int(pruning.times_selected.sum()),
             "samples_refreshed": refreshed,
             "samples_reference": forwarded,
-            "samples_forwarded": self.model.passes(epoch - began) * len(order) + refreshed + forwarded,
+            "samples_forwarded": self.model.passes(epoch - began) * len(order) + refreshed + forwarded + looked_at,
             "seconds": self.elapsed + clock.total(),
             **clock.laps,
         }
@@ -641,7 +649,8 @@ class Experiment:
 
     def _summary(self, rows: list[dict[str, Any]], status: str, error: str | None = None) -> dict[str, Any]:
         config, pruning = self.config, self.pruning
-        pruned = rows[pruning.warmup : pruning.pruner.pruning_epochs(pruning.epochs)]
+        epochs = pruning.pruner.pruned(config.epochs)
+        pruned = [row for row in rows if row["epoch"] in epochs]
         tested = [row["test_accuracy"] for row in rows[pruning.warmup :] if row["test_accuracy"] is not None]
         trained = int(pruning.times_selected.sum())
         seconds_steps = sum(row["seconds_train"] for row in rows)
@@ -664,7 +673,7 @@ class Experiment:
             "samples": pruning.n,
             "test_accuracy_final": rows[-1]["test_accuracy"] if rows else None,
             "test_accuracy_best": max(tested, default=None),
-            **self._elsewhere(rows),
+            **self._elsewhere(rows[pruning.warmup :]),
             **({"skipped": len(self.data.skipped)} if self.data.skipped else {}),
             "saved": 1 - trained / (pruning.n * config.epochs),
             "kept_noise_mean": _mean(row["kept_noise"] for row in pruned),
@@ -769,12 +778,18 @@ def make_pruning(
 ) -> DynamicPruning:
     """Return the pruning of a run over ``dataset``; raise UsageError for settings that do not go together."""
     score = config.score.name
+    ranking: str | Score = score
+    if score not in SCORES:
+        try:
+            ranking = import_class(score, Score, "score", SCORES)()
+        except TypeError as error:
+            raise UsageError(f"score.name={score} is made without arguments, and says {error}") from None
     try:
         pruning = DynamicPruning(
             dataset,
             config.epochs,
             make_pruner(config.pruner),
-            score if score in SCORES else import_class(score, Score, "score", SCORES)(),
+            ranking,
             window=config.score.window,
             unseen=config.score.unseen,
             seed=config.seed,
@@ -782,6 +797,7 @@ def make_pruning(
             device=device,
             bank_dtype=getattr(torch, config.score.bank),
         )
+        pruning.scores(ranking)  # one of somebody's own says here what is wrong with it, whenever it comes to rank
     except ValueError as error:
         raise UsageError(f"pruner={config.pruner['name']} score={score}: {error}") from None
     if pruning.score.aligned and pruning.pruner.uses_scores and not config.reference.aligns:
@@ -823,7 +839,8 @@ def resolve_precision(asked: str, device: torch.device) -> str:
     return "bf16" if torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def _load(config: Config) -> TrainingData:
+def load_data(config: Config) -> TrainingData:
+    """Return what a run trains and is evaluated on; raise UsageError where the files cannot give it."""
     dataset, noise = config.dataset, config.noise
     reference = config.reference if isinstance(config.reference, Trusted) else NOTHING_HELD_OUT
     place = getattr(dataset, "root", None)

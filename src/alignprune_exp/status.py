@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -78,10 +79,12 @@ def main(arguments: Sequence[str]) -> int:
     """Print the overview; return 0 with runs missing, 2 for a mistake."""
     try:
         suite = suite_of(arguments)
-        print(overview(suite, Path(suite.cells[0].config.paths.results)))
+        print(overview(suite, Path(suite.cells[0].config.paths.results)), flush=True)
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has read enough
     return 0
 
 

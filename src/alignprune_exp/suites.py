@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from .commandline import checked, config_dir, explained, refuse_clashes
-from .config import Config, identity, validate
+from .config import Config, identity, shown, validate
 from .errors import UsageError
 from .files import cache_folder
 from .runs import run_id, write_text
@@ -148,21 +148,26 @@ def grid_of(master: DictConfig, overrides: Sequence[str]) -> list[str]:
 def less_excluded(jobs: Sequence[Sequence[str]], master: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
     """Return the jobs of a grid without those that have all the values of an entry of ``suite.exclude``.
 
-    An entry has no say once the command line chooses one of its axes: who types ``noise=sym0.5`` gets all of that.
+    An entry has no say once the command line chooses all of its axes.
 
-    Raises UsageError for an entry with an axis that the grid does not have.
+    Raises UsageError for an entry that is no mapping, or has an axis or a value that the suite's grid does not have.
     """
     given = {line.partition("=")[0] for line in overrides}
-    axes = {part.partition("=")[0] for job in jobs for part in job}
-    excluded = []
+    kept = [list(job) for job in jobs]
     for entry in (master.suite.get("exclude") or []) if "suite" in master else []:
-        if strange := set(entry) - axes:
-            raise UsageError(f"suite={master.suite.name} excludes by {strange.pop()}, which is no axis of its grid")
-        if not given & set(entry):
-            excluded.append(
-                {f"{axis}={str(value).lower() if isinstance(value, bool) else value}" for axis, value in entry.items()}
-            )
-    return [list(job) for job in jobs if not any(entry <= set(job) for entry in excluded)]
+        name = f"suite={master.suite.name}"
+        if not isinstance(entry, DictConfig):
+            raise UsageError(f"{name} excludes {entry}, which is no mapping of axes to values; write {{axis: value}}")
+        cells = {f"{axis!s}={shown(value)}" for axis, value in entry.items()}
+        if strange := {str(axis) for axis in entry} - {part.partition("=")[0] for job in jobs for part in job}:
+            raise UsageError(f"{name} excludes by {min(strange)}, which is no axis of its grid")
+        if unknown := {cell for cell in cells if cell.partition("=")[0] not in given} - {
+            p for job in jobs for p in job
+        }:
+            raise UsageError(f"{name} excludes {min(unknown)}, which is nowhere in its grid")
+        if not given >= set(entry):
+            kept = [job for job in kept if not cells <= set(job)]
+    return kept
 
 
 def suite_names(own: Path | None = None) -> list[str]:
@@ -178,6 +183,10 @@ def suite_of(arguments: Iterable[str]) -> Suite:
     chosen, overrides, own = [], [], None
     words = iter(arguments)
     for word in words:
+        if word in ("-m", "--multirun"):
+            continue
+        if word in ("-h", "--help"):
+            raise UsageError(f"give suite=NAME and what differs, as scale=cpu; suites: {', '.join(suite_names(own))}")
         if word.partition("=")[0] in ("--config-dir", "-cd"):
             own = Path(word.partition("=")[2] or next(words, ""))
         elif word.startswith("suite="):

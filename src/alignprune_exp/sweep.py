@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from .config import Config, identity
-from .console import say
+from .console import Progress, say
 from .errors import Elsewhere, UsageError
 from .runs import finished_configs, run_id
 
@@ -38,34 +39,41 @@ class Job:
         return run_id(identity(self.config, ""))
 
 
-def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictConfig]) -> list[Job]:
+def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictConfig], here: bool) -> list[Job]:
     """Compose and check every job; return those that are runs of their own and not yet finished, in order.
+
+    Where they run ``here``, on this machine, their data is opened as well, once for each data set and noise.
 
     Raises UsageError with the job's overrides for the first one that is a mistake.
     """
     from .commandline import checked, explained, group_of, refuse_clashes
-    from .experiment import make_pruning
+    from .experiment import load_data, make_pruning
 
     seen: dict[str, Job] = {}
     finished = 0
     done: dict[str, frozenset[str]] = {}
-    for overrides in grid:
-        try:
+    opened = set()
+    progress = Progress()
+    for number, overrides in enumerate(grid):
+        progress.show(f"checking runs: {number}/{len(grid)}")
+        with _named(overrides):
             refuse_clashes(overrides)
             with explained(overrides):
                 composed = compose(list(overrides))
                 config = checked(composed)
                 make_pruning(config, range(1), clean=np.ones(1, bool))
-        except UsageError as error:
-            raise UsageError(f"{error} (in the job {' '.join(overrides)})") from None
         id = run_id(identity(config, ""))
         results = config.paths.results
         if results not in done:
             done[results] = finished_configs(Path(results))
         if id in done[results] and not config.force:
             finished += 1
-        else:
-            seen.setdefault(id, Job(len(seen) + 1, tuple(overrides), config, group_of(composed)))
+            continue
+        if here and (data := (config.dataset, config.noise.name)) not in opened:
+            opened.add(data)
+            with _named(overrides):
+                load_data(config)
+        seen.setdefault(id, Job(len(seen) + 1, tuple(overrides), config, group_of(composed)))
     same = len(grid) - finished - len(seen)
     say(
         f"{len(seen)} runs to do"
@@ -73,6 +81,15 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
         + (f", {same} more are the same run as one of these" if same else "")
     )
     return list(seen.values())
+
+
+@contextmanager
+def _named(overrides: Sequence[str]) -> Iterator[None]:
+    """Name the job in a mistake that is found in it."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{error} (in the job {' '.join(overrides)})") from None
 
 
 def failures(jobs: Sequence[Job], returns: Sequence[JobReturn]) -> str:

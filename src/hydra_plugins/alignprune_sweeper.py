@@ -44,7 +44,8 @@ class CheckedSweeper(BasicSweeper):
         grid = less_excluded(whole, master, arguments)
         if not grid:
             raise UsageError("the grid is empty; give every axis at least one value")
-        jobs = jobs_of(grid, lambda job: loader.load_sweep_config(master, job))
+        here = master.hydra.runtime.choices["hydra/launcher"] != "slurm"
+        jobs = jobs_of(grid, lambda job: loader.load_sweep_config(master, job), here)
         if not jobs:
             return []
         self.task.jobs = {job.overrides: job for job in jobs}

@@ -5,6 +5,7 @@ Shape legend: B samples of a batch, C channels, H and W pixels.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -338,6 +339,7 @@ class _OnDisk:
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=device.type == "cuda",
         )
 
@@ -347,6 +349,12 @@ class _OnDisk:
             if isinstance(images, str):
                 raise UsageError(images)
             yield images.to(self.device, non_blocking=True)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A scheduler signals every process of a job; the run takes its checkpoint, and ends its workers after that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Decoded(Dataset[Any]):

@@ -312,8 +312,9 @@ class Survey:
         folder = os.path.dirname(place)
         if folder not in self._folders:
             self._folders.add(folder)
-            if os.path.isdir(folder):
-                self.stamp(Path(os.fsdecode(folder)))
+            while not os.path.isdir(folder):  # the nearest one that is there changes when this one comes
+                folder = os.path.dirname(folder)
+            self.stamp(Path(os.fsdecode(folder)))
         try:
             return os.stat(place).st_size
         except OSError as error:
@@ -422,6 +423,7 @@ def webvision(
 
     def read(survey: Survey) -> Index:
         synsets = root / "info" / "synsets.txt"
+        survey.stamp(synsets.parent)
         lines = [line.decode() for _, line in survey.lines(synsets)] if synsets.is_file() else []
         names = [line.partition(" ")[2].split(",")[0] or line for line in lines[:classes]]
         names += [f"class {c}" for c in range(len(names), classes)]
@@ -615,10 +617,15 @@ def parquet(
         survey.nonempty(splits["test"], names, f"{{}} in {root / shards['test'][0]} and its like")
         return Index(splits, tuple(names), tuple(survey.skipped))
 
+    def store(split: str, listing: Listing) -> Photographs:
+        for shard in shards[split]:
+            column(shard)  # before there are other processes, which then share it
+        return Shards(root, listing.paths, Cut(**cut), column)
+
     return _source(
         [name, root.resolve(), shards, image_column, label_column, on_error],
         read,
-        lambda split, listing: Shards(root, listing.paths, Cut(**cut), column),
+        store,
         labels_clean=True,
     )
 

@@ -90,6 +90,7 @@ class DynamicPruning(Indexed):
         window: epochs N of a trajectory; 3 or more, and for scores that compare with the reference
             N + 1 <= delta * T.
         unseen: what becomes of a trajectory where its sample was pruned; see `Trajectories`.
+        saved: share of the training that the whole run is to save, by `Pruner.saving`.
         seed: seed of every random choice.
         clean: mask (n,), true where the label is clean; needed by ``score="oracle"`` alone.
         device: where losses, trajectories and weights lie; best the model's.
@@ -110,6 +111,7 @@ class DynamicPruning(Indexed):
         *,
         window: int = 10,
         unseen: str = "carry",
+        saved: float | None = None,
         seed: int = 0,
         clean: Sequence[bool] | np.ndarray | Tensor | None = None,
         device: torch.device | str = "cpu",
@@ -129,6 +131,8 @@ class DynamicPruning(Indexed):
             raise ValueError(f"epochs={epochs} is out of range; use 1 or more")
         self.seed = seed
         self.pruner = make_pruner(pruner, **pruner_settings)
+        if saved is not None:
+            self.pruner = self.pruner.saving(saved, epochs)
         self.warmup = self.pruner.warmup_epochs(epochs)
         self.epochs = self.warmup + epochs
         self.score = make_score(score)
@@ -320,7 +324,14 @@ class DynamicPruning(Indexed):
     def several_scores(self, scores: Sequence[str | Score]) -> np.ndarray:
         """Return K scores (K, n) as `scores` does, in one copy from the device."""
         history = self.trajectories.history(self.clean, self.seed)
-        return torch.stack([make_score(score)(history) for score in scores]).cpu().numpy()
+        found = []
+        for score in map(make_score, scores):
+            values = score(history)
+            if not isinstance(values, Tensor) or values.shape != (self.n,):
+                what = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"{type(score).__name__} returned {what}; a score returns a tensor ({self.n},)")
+            found.append(values)
+        return torch.stack(found).cpu().numpy()
 
     def report(self) -> pd.DataFrame:
         """Return one row a sample, in data set order.
@@ -413,7 +424,11 @@ class EpochSampler(Sampler[int]):
 def make_score(score: str | Score) -> Score:
     """Return the score of that name. Raises ValueError for an unknown one."""
     if isinstance(score, Score):
+        if type(score).__call__ is Score.__call__:
+            raise ValueError(f"{type(score).__name__} has no __call__(self, history), which returns the scores (n,)")
         return score
+    if isinstance(score, type):
+        raise ValueError(f"score={score.__name__} is a class; pass an instance: score={score.__name__}()")
     if score not in SCORES:
         raise ValueError(f"score={score!r} is unknown; use one of {', '.join(SCORES)}, or a Score")
     return SCORES[score]()

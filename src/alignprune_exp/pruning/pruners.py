@@ -168,9 +168,8 @@ class SeTa(Pruner):
                 "use a number up to 1 with round(groups * alpha) >= 1"
             )
 
-    def spared(self, epochs: int) -> tuple[int, float]:
-        pruned, annealed = super().spared(epochs)
-        return pruned, (1 - self.ratio) * annealed
+    def beside(self, epochs: int) -> float:
+        return (1 - self.ratio) * super().beside(epochs)
 
     @property
     def width(self) -> int:
@@ -227,9 +226,8 @@ class TopK(Pruner):
         if self.warmup < 0:
             raise ValueError(f"{type(self).__name__}: warmup={self.warmup} is out of range; use 0 or more")
 
-    def spared(self, epochs: int) -> tuple[int, float]:
-        pruned = max(self.pruning_epochs(epochs) - self.warmup, 0)
-        return pruned, epochs - pruned
+    def pruned(self, epochs: int) -> range:
+        return range(self.warmup, self.pruning_epochs(epochs))
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         n = len(scores)

@@ -71,10 +71,13 @@ class Pruner:
         """Return the number of pruning epochs: those with epoch + 1 <= delta * epochs."""
         return floor(self._delta * epochs)
 
-    def spared(self, epochs: int) -> tuple[int, float]:
-        """Return the epochs that ``keeps`` shortens, and the training beside them, in epochs on everything."""
-        pruned = self.pruning_epochs(epochs)
-        return pruned, epochs - pruned
+    def pruned(self, epochs: int) -> range:
+        """Return the epochs of a run, a static warm-up counted, that what it ``keeps`` makes shorter."""
+        return range(self.pruning_epochs(epochs))
+
+    def beside(self, epochs: int) -> float:
+        """Return the training that no selection saves, in epochs on everything."""
+        return epochs - len(self.pruned(epochs))
 
     def saving(self, saved: float, epochs: int) -> Pruner:
         """Return this pruner with what it keeps set so that a run of ``epochs`` epochs saves exactly ``saved``.
@@ -89,16 +92,21 @@ class Pruner:
             raise ValueError(f"{name} has no setting for how much it keeps, and saves what it saves; leave out saved")
         if not 0 < saved < 1:
             raise ValueError(f"saved={saved} is out of range; use a number above 0 and below 1")
-        pruned, beside = self.spared(epochs)
+        pruned, beside = len(self.pruned(epochs)), self.beside(epochs)
         least = 1 - MAX_RATIO if self.keeps == "ratio" else 0.0
         left = epochs - saved * epochs - beside
         if not (left > 0 and least * pruned <= left <= pruned):
-            nearest = f"of at least {1 - (beside + pruned) / epochs:.3g}"
-            if left < pruned:
-                nearest = f"below {1 - (beside + least * pruned) / epochs:.3g}"
+            causes = [key for key in ("warmup", "delta") if hasattr(self, key)]
+            settings = " and ".join(f"{key}={getattr(self, key)}" for key in causes)
+            most, fewest = 1 - (beside + least * pruned) / epochs, 1 - (beside + pruned) / epochs
+            remedies = [f"another {' or '.join(causes)}"]
+            if left > pruned:
+                remedies.insert(0, f"saved of at least {fewest:.3g}")
+            elif most > 0:
+                remedies.insert(0, f"saved below {most:.3g}")
             raise ValueError(
-                f"saved={saved:g} is out of reach of {name}, which trains on as much as {beside:g} of {epochs} full "
-                f"epochs beside what it selects; use a number {nearest}"
+                f"saved={saved:g} is out of reach: with {settings} as much as {beside:g} of {epochs} epochs is never "
+                f"pruned; use {', or '.join(remedies)}"
             )
         keeps = left / pruned
         setting: dict[str, Any] = {self.keeps: 1 - keeps if self.keeps == "ratio" else keeps}

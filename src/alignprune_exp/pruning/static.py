@@ -136,8 +136,12 @@ class Static(Pruner):
         if not 0 < self.fraction <= 1:
             raise ValueError(f"{name}: fraction={self.fraction} is out of range; use a number above 0, up to 1")
 
-    def spared(self, epochs: int) -> tuple[int, float]:
-        return epochs, self.warmup_epochs(epochs)
+    def pruned(self, epochs: int) -> range:
+        warmup = self.warmup_epochs(epochs)
+        return range(warmup, warmup + epochs)
+
+    def beside(self, epochs: int) -> float:
+        return self.warmup_epochs(epochs)
 
     def warmup_epochs(self, epochs: int) -> int:
         return int(self.warmup) if self.warmup >= 1 or self.warmup == 0 else max(1, round(self.warmup * epochs))

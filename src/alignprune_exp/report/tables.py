@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from ..config import Config, make_pruner
 from ..errors import UsageError
 from ..runs import RunFolder, read_json, run_folders
 from ..suites import Suite
@@ -175,7 +177,7 @@ def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bo
                 "row": label(cell.axes, suite.rows),
                 "column": label(cell.axes, suite.columns),
                 **{key: value for key, value in record.summary.items() if key != "finished_at"},
-                **_beside(record),
+                **_beside(record, cell.config),
                 "reference_size": cell.config.reference.size,
                 "seed": int(cell.axes.get("seed", 0)),
             }
@@ -189,9 +191,18 @@ def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bo
     return table
 
 
-def _beside(record: Record) -> dict[str, Any]:
-    """Return what a record's environment and metrics add to its summary."""
+def _beside(record: Record, config: Config) -> dict[str, Any]:
+    """Return what a record's environment and metrics add to its summary.
+
+    What was kept is averaged here, so that it means the same in records of every version: over the epochs that the
+    pruner makes shorter.
+    """
+    pruned = make_pruner(config.pruner).pruned(config.epochs)
     environment, rows = record.environment, record.metrics()
+    kept = {
+        key: [row[key] for row in rows if row["epoch"] in pruned and row.get(key) is not None]
+        for key in ("kept_noise", "kept_noise_weighted")
+    }
     total = sum(row["seconds"] - row["seconds_test"] for row in rows)
     spent = {part: sum(row.get(f"seconds_{part}") or 0.0 for row in rows) for part in OVERHEAD}
     last = rows[-1] if rows else {}
@@ -202,6 +213,7 @@ def _beside(record: Record) -> dict[str, Any]:
         "overhead": sum(spent.values()) / total if total else None,
         **{f"share_{part}": seconds / total if total else None for part, seconds in spent.items()},
         **({"reference_noise": float(np.mean(noise))} if noise else {}),
+        **{f"{key}_mean": float(np.mean(known)) for key, known in kept.items() if known},
         **{key: value for key, value in last.items() if key.startswith("auroc_")},
     }
 
@@ -213,6 +225,10 @@ def label(axes: Mapping[str, str], names: Sequence[str]) -> str:
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and sample standard deviation (NaN for one value)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def _spread(mean: float, std: float) -> str:
+    return f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}")
 
 
 def paired_difference(ours: pd.Series, baseline: pd.Series) -> tuple[float, float, float] | None:
@@ -323,10 +339,9 @@ def _accuracy(table: Table, word: str) -> Block:
             if runs.empty:
                 cells.append(Cell(MISSING))
                 continue
-            mean, std = mean_and_std(runs[table.accuracy].tolist())
-            spread = "" if math.isnan(std) else f" ± {std:.1f}"
+            spread = _spread(*mean_and_std(runs[table.accuracy].tolist()))
             short = f" (n={len(runs)})" if len(runs) < table.seeds else ""
-            text = f"{mean:.1f}{spread}{short}, {100 * runs['saved'].mean():.0f} % saved"
+            text = f"{spread}{short}, {100 * runs['saved'].mean():.0f} % saved"
             cells.append(Cell(text, row in bold[column], tuple(runs["id"])))
         body.append([*cells, _mean_difference(table, row)])
     baseline = table.suite.baseline
@@ -531,6 +546,33 @@ def markdown(table: Table) -> str:
         parts += [f"## {block.title}", block.caption]
         parts.append("\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines))
     return "\n\n".join([*parts, *table.notes]) + "\n"
+
+
+def digest(table: Table) -> str:
+    """Return the accuracies alone as Markdown: mean ± std, a star where the pairing of labels is unverified."""
+    unverified = set(table.long.loc[table.long["pairing"] == "unverified", "column"])
+    lines = [[_corner(table), *(f"{column}*" if column in unverified else column for column in table.columns)]]
+    lines.append(["---"] * len(lines[0]))
+    for row in table.rows:
+        cells = (table.runs(row, column)[table.accuracy].tolist() for column in table.columns)
+        spreads = [mean_and_std(values) if values else None for values in cells]
+        lines.append([row, *(MISSING if spread is None else _spread(*spread) for spread in spreads)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def filled(text: str, tables: Iterable[Table]) -> str:
+    """Return Markdown with every `digest` that it has a place for: ``<!-- table NAME -->`` … ``<!-- end -->``.
+
+    Raises UsageError for a place whose table there is none of.
+    """
+    by_name = {table.name: table for table in tables}
+
+    def fill(place: re.Match[str]) -> str:
+        if (name := place[1]) not in by_name:
+            raise UsageError(f"there is a place for table {name} and no such table; it could be {', '.join(by_name)}")
+        return f"<!-- table {name} -->\n{digest(by_name[name])}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 _LATEX = str.maketrans(
