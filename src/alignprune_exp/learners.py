@@ -175,7 +175,8 @@ class DivideMix(Learner):
     Warm-up: both networks learn from the given labels, by cross-entropy, each from its own view of a batch; the loss
     recorded is the first one's. Then, before an epoch, both networks look at every selected sample once, without
     augmentation: a mixture of two Gaussians on the losses of one gives the probability that a label is clean, by which
-    the *other* one splits a batch. These plain losses of the first network are the ones recorded.
+    the *other* one splits a batch. These plain losses of the first network are the ones recorded: those of an epoch's
+    beginning, where a reference loss, and with ``score.unseen=refresh`` a pruned sample's, is that of its end.
 
     A step refines the labels that count as clean, guesses the others (both networks, both views), sharpens and mixes
     all of them (MixMatch), and sums over the networks

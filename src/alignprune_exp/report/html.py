@@ -81,7 +81,8 @@ def page(tables: Sequence[Table], figures: Mapping[str, bytes], sheets: Mapping[
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<link rel="icon" href="data:,">\n<title>Results</title>\n<style>{_STYLE}</style>\n</head>',
             "<body>\n<h1>Results</h1>",
-            "<p>Every number leads to its runs and the commands that made them; a click on a column's head sorts.</p>",
+            "<p>Every number leads to its runs and the commands that made them, as they were at the runs' commits; a "
+            "click on a column's head sorts.</p>",
             f"<nav>{contents}</nav>",
             *sections,
             "<h2>Numbers of several runs</h2>\n<ul>",
