@@ -65,7 +65,8 @@ def overview(suite: Suite, results: Path) -> str:
     counts = Counter(found["state"] for _, found in runs.values())
     lines.append("")
     lines.append(
-        ", ".join(f"{counts[name]} {name}" for name in reversed(order) if counts[name]) + f" of {len(runs)} runs"
+        ", ".join(f"{counts[name]} {name}" for name in reversed(order) if counts[name])
+        + f" of {len(runs)} runs at scale={suite.cells[0].config.scale}"
     )
     taken = [found["seconds"] for _, found in runs.values() if found.get("seconds")]
     if taken and counts["done"] < len(runs):
