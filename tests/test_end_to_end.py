@@ -294,12 +294,13 @@ def test_sweep_runs_the_others_when_one_fails_and_lists_it(cli, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
-def test_sweep_goes_on_past_a_job_whose_data_are_missing(cli):
-    status, _, err = cli("-m", *TINY, "dataset=cifar10,digits", "paths.data=nowhere")
-    assert status == 1
-    assert "dataset=cifar10" in err[err.index("1 of 2") :]
-    assert "Traceback" not in err
-    assert [summary["dataset"] for summary in _summaries()] == ["digits"]
+def test_sweep_with_a_job_whose_data_are_missing_is_refused_before_the_first(cli):
+    status, out, err = cli("-m", *TINY, "dataset=digits,cifar10", "paths.data=nowhere")
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "in the job" in err
+    assert "dataset=cifar10" in err
+    assert not Path("results").exists()
 
 
 # --- the README

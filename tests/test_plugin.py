@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from alignprune_exp.pruning import DynamicPruning, NonFiniteLossError, Pruner, Score, Selection
+from alignprune_exp.pruning import PRUNERS, DynamicPruning, NonFiniteLossError, Pruner, Score, Selection
 
 N, T, WINDOW, BATCH = 30, 8, 3, 8  # samples, epochs, window, batch size
 LOSSES = torch.from_numpy(np.random.default_rng(0).gamma(1.0, 1.0, (T, N)).astype(np.float32))
@@ -700,3 +700,36 @@ def test_a_pruner_of_ones_own_is_used_as_it_is():
 def test_settings_beside_a_pruner_of_ones_own_are_refused():
     with pytest.raises(ValueError, match=r"ratio.*on the pruner"):
         make(EveryOther(), "loss", ratio=0.5)
+
+
+class Wrong(Score):
+    def __init__(self, returned):
+        self.returned = returned
+
+    def __call__(self, history):
+        return self.returned
+
+
+class Without(Score):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [
+        (Wrong(torch.zeros(3)), r"Wrong returned shape \(3,\); a score returns a tensor \(20,\)"),
+        (Wrong(np.zeros(20)), r"Wrong returned ndarray; a score returns a tensor \(20,\)"),
+        (Without(), r"Without has no __call__"),
+        (Without, r"Without is a class; pass an instance: score=Without\(\)"),
+    ],
+)
+def test_a_score_of_ones_own_that_cannot_rank_says_why(score, words):
+    with pytest.raises(ValueError, match=words):
+        DynamicPruning(range(20), 10, "topk", score)
+
+
+def test_a_plug_in_told_what_to_save_saves_it():
+    pruning = DynamicPruning(range(200), 20, "infobatch", "loss", saved=0.5)
+    assert pruning.pruner == PRUNERS["infobatch"]().saving(0.5, 20)
+    with pytest.raises(ValueError, match="out of reach"):
+        DynamicPruning(range(200), 20, "infobatch", "loss", saved=0.95)

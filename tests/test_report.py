@@ -376,12 +376,12 @@ def test_purity_names_the_size_of_the_reference_set(tmp_path):
 
 
 def test_purity_tells_how_noisy_the_reference_set_was_where_records_know(tmp_path):
-    grid = ["reference=pseudo,population", "seed=0"]
+    grid = ["reference=pseudo,population", "seed=0", "dataset=cifar10", "noise=sym0.5"]
     table = _suite_records(tmp_path, "reference_free", grid, lambda axes: (40.0, 0.25))
     assert "reference noise" not in _block(table, "Purity")["pseudo"]
     assert "reference_noise" not in table.long
     for row, shares in (("pseudo", (None, 0.125, 0.375)), ("population", (None, None, None))):
-        (folder,) = (table.folders[id] for id in table.runs(row, "sym0.5")["id"])
+        (folder,) = (table.folders[id] for id in table.runs(row, "cifar10 sym0.5")["id"])
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(lines[0]) | {"epoch": epoch, "reference_noise": share} for epoch, share in enumerate(shares)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -394,12 +394,11 @@ def test_purity_tells_how_noisy_the_reference_set_was_where_records_know(tmp_pat
 
 
 def test_what_only_some_runs_have_is_shown_where_they_have_it(tmp_path):
-    table = _suite_records(
-        tmp_path, "reference_free", ["reference=pseudo,population", "seed=0"], lambda axes: (40.0, 0.25)
-    )
+    grid = ["reference=pseudo,population", "seed=0", "dataset=cifar10", "noise=sym0.5"]
+    table = _suite_records(tmp_path, "reference_free", grid, lambda axes: (40.0, 0.25))
     assert "Other evaluation sets" not in [block.title for block in blocks(table)]
     assert "warm-up" not in _block(table, "Efficiency")["pseudo"]
-    (folder,) = (table.folders[id] for id in table.runs("pseudo", "sym0.5")["id"])
+    (folder,) = (table.folders[id] for id in table.runs("pseudo", "cifar10 sym0.5")["id"])
     summary = json.loads((folder / "summary.json").read_text())
     more = {"test_accuracy_imagenet_final": 31.25, "test_accuracy_imagenet_best": 33.0, "seconds_warmup": 12.0}
     (folder / "summary.json").write_text(json.dumps(summary | more))
@@ -567,3 +566,20 @@ def test_tables_need_neither_torch_nor_data():
     code = "import sys; sys.path.insert(0, 'scripts'); import make_tables, alignprune_exp.report.publish; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tables):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table main_smoke -->\nold\n<!-- end -->\nafter\n")
+    arguments = [str(results), "--out", str(tmp_path / "out"), "--into", str(readme)]
+    assert make_tables.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- table main_smoke -->\n| method / noise | ")
+    assert text.endswith(" |\n<!-- end -->\nafter\n")
+    assert "old" not in text
+    assert "| infobatch_das | 72.0 ± 1.0 | 60.5 ± 0.7 |" in text
+    assert make_tables.main(arguments) == 0
+    assert readme.read_text() == text
+    readme.write_text("<!-- table mian_smoke -->\n<!-- end -->\n")
+    with pytest.raises(UsageError, match="place for table mian_smoke and no such table; it could be main_smoke"):
+        make_tables.main(arguments)

@@ -139,7 +139,7 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
         except (HydraException, OmegaConfBaseException, ValueError):
             node = compose("train")
     *parents, last = key.split(".")
-    whole = set(node)
+    whole = {str(name) for name, value in node.items() if not isinstance(value, DictConfig)}
     if parents[:1] == ["hydra"]:
         return f"unknown key {key}; {PROGRAM} --cfg hydra shows what hydra has"
     for depth, parent in enumerate(parents):
