@@ -153,17 +153,17 @@ def less_excluded(jobs: Sequence[Sequence[str]], master: DictConfig, overrides: 
     Raises UsageError for an entry that is no mapping, or has an axis or a value that the suite's grid does not have.
     """
     given = {line.partition("=")[0] for line in overrides}
+    there = {part for job in jobs for part in job}
+    axes = {part.partition("=")[0] for part in there}
     kept = [list(job) for job in jobs]
     for entry in (master.suite.get("exclude") or []) if "suite" in master else []:
         name = f"suite={master.suite.name}"
         if not isinstance(entry, DictConfig):
             raise UsageError(f"{name} excludes {entry}, which is no mapping of axes to values; write {{axis: value}}")
-        cells = {f"{axis!s}={shown(value)}" for axis, value in entry.items()}
-        if strange := {str(axis) for axis in entry} - {part.partition("=")[0] for job in jobs for part in job}:
+        if strange := {str(axis) for axis in entry} - axes:
             raise UsageError(f"{name} excludes by {min(strange)}, which is no axis of its grid")
-        if unknown := {cell for cell in cells if cell.partition("=")[0] not in given} - {
-            p for job in jobs for p in job
-        }:
+        cells = {f"{axis!s}={shown(value)}" for axis, value in entry.items()}
+        if unknown := {cell for cell in cells - there if cell.partition("=")[0] not in given}:
             raise UsageError(f"{name} excludes {min(unknown)}, which is nowhere in its grid")
         if not given >= set(entry):
             kept = [job for job in kept if not cells <= set(job)]
