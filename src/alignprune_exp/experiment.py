@@ -41,7 +41,7 @@ from .runs import RunFolder, owner_alive, run_id, write_atomically, write_json, 
 from .tracking import Tracker
 
 STEPS_BETWEEN_QUESTIONS = 10  # after which several processes ask each other whether to stop
-FROM_THE_BANK = ("loss", "das", "spearman", "cosine", "small_loss")  # scores that every run can log
+FROM_THE_BANK = ("loss", "das", "spearman", "cosine", "small_loss", "settled")  # scores that every run can log
 Result = TypeVar("Result")
 
 

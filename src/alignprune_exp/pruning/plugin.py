@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from .cleaning import within_class
 from .pruners import PRUNERS
-from .scores import SCORES, Loss, Score
+from .scores import SCORES, Loss, Score, settled
 from .seeding import generator
 from .selection import Pruner, Selection, settings, unweighted
 from .static import Choice, Evidence, Static
@@ -58,6 +59,7 @@ class DynamicPruning(Indexed):
     ...         loss = pruning.update(index, F.cross_entropy(model(x), y, reduction="none"))
     ...         optimizer.zero_grad(); loss.backward(); optimizer.step()
     ...     pruning.end_epoch(reference_loss)
+    >>> pruning.report(labels).sort_values("score")                                     # doctest: +SKIP
 
     Without trusted labels the reference may be the training set's own mean loss, and from some epoch on those of its
     samples that seem cleanest, chosen anew every few epochs; ``evaluate`` is your mean loss in eval mode:
@@ -333,19 +335,32 @@ class DynamicPruning(Indexed):
             found.append(values)
         return torch.stack(found).cpu().numpy()
 
-    def report(self) -> pd.DataFrame:
-        """Return one row a sample, in data set order.
+    def report(self, labels: Sequence[Any] | np.ndarray | Tensor | None = None) -> pd.DataFrame:
+        """Return one row a sample, in data set order; ``.sort_values("score")`` puts first what to look at first.
 
-        Columns: ``loss``, the last recorded one; ``score``, as of the latest ``end_epoch``; both NaN if the
-        sample was never seen; ``times_selected``, in finished epochs.
+        Columns:
+            score: the cleaning score, lowest where a label seems wrong: ``settled``, standardised `within_class` where
+                the given ``labels`` (n,) are passed. It is the same whatever score ranks: the lowest losses are the
+                cleanest samples', and once a network memorises, alignment finds wrong labels little better than chance.
+            loss: the last recorded one.
+            ranking: the score that the running epoch's selection was ranked by.
+            times_selected: in finished epochs.
+
+        NaN where a sample was never seen; ``score`` and ``ranking`` are as of the latest ``end_epoch``.
+        Raises ValueError for another number of labels.
         """
         import pandas as pd
 
-        loss = self.trajectories.last_N.cpu().numpy().copy()
+        bank = self.trajectories
+        loss = bank.last_N.cpu().numpy().copy()
+        score = settled(bank.sum_N, bank.count_N).cpu().numpy()
+        if labels is not None:
+            score = within_class(score, np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels))
         return pd.DataFrame(
             {
+                "score": score,
                 "loss": loss,
-                "score": np.where(np.isnan(loss), np.nan, self._scores),
+                "ranking": np.where(np.isnan(loss), np.nan, self._scores),
                 "times_selected": self.times_selected.copy(),
             }
         )
@@ -367,15 +382,15 @@ class DynamicPruning(Indexed):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a run with the same arguments.
 
-        Raises ValueError if it is of another number of samples or window.
+        Raises ValueError if it is of another number of samples, window, or version of this package.
         """
         self.trajectories.load_state_dict(state["trajectories"])
         self._scores = state["scores"].numpy().copy()
         self.times_selected = state["times_selected"].numpy().copy()
         self._step = state["step"]
         self.bad_step.copy_(state["bad_step"])
-        self._memory = state["memory"].numpy().copy() if "memory" in state else self._memory
-        choice = state.get("choice")
+        self._memory = state["memory"].numpy().copy()
+        choice = state["choice"]
         self.choice = None if choice is None else Choice(choice["indices"].numpy().copy(), choice["facts"])
         self._selection = self._weights = None
 
