@@ -796,6 +796,7 @@ def make_pruning(
             clean=clean,
             device=device,
             bank_dtype=getattr(torch, config.score.bank),
+            divided_by_caller=True,
         )
         pruning.scores(ranking)  # one of somebody's own says here what is wrong with it, whenever it comes to rank
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from .cleaning import within_class
@@ -97,6 +98,8 @@ class DynamicPruning(Indexed):
         clean: mask (n,), true where the label is clean; needed by ``score="oracle"`` alone.
         device: where losses, trajectories and weights lie; best the model's.
         bank_dtype: of the trajectories; ``torch.float16`` halves their memory.
+        divided_by_caller: say so where several processes train, and you divide `order` among them (or mean them all
+            to train on all of it) and ``record`` in each what the others observed. The sampler does neither.
         **pruner_settings: of the pruner named, such as ``ratio`` and ``delta``.
 
     Raises:
@@ -118,6 +121,7 @@ class DynamicPruning(Indexed):
         clean: Sequence[bool] | np.ndarray | Tensor | None = None,
         device: torch.device | str = "cpu",
         bank_dtype: torch.dtype = torch.float32,
+        divided_by_caller: bool = False,
         **pruner_settings: Any,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, f"__{a}__") for a in ("len", "getitem")):
@@ -131,7 +135,7 @@ class DynamicPruning(Indexed):
             raise ValueError("the data set is empty")
         if epochs < 1:
             raise ValueError(f"epochs={epochs} is out of range; use 1 or more")
-        self.seed = seed
+        self.seed, self.divided_by_caller = seed, divided_by_caller
         self.pruner = make_pruner(pruner, **pruner_settings)
         if saved is not None:
             self.pruner = self.pruner.saving(saved, epochs)
@@ -232,9 +236,17 @@ class DynamicPruning(Indexed):
             The weighted sum of ``loss`` divided by B, a scalar.
 
         Raises:
-            ValueError: a reduced loss, a sample observed twice or not selected in this epoch.
+            ValueError: a reduced loss, a sample observed twice or not selected in this epoch, or several processes
+                that nobody divides the samples among.
             IndexError: an index out of range.
         """
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if processes > 1 and not self.divided_by_caller:
+            raise ValueError(
+                f"each of {processes} processes would train on all of the epoch's samples, and not on a share of them; "
+                "train in one process, or divide order() among them, record() what the others observe, and pass "
+                "divided_by_caller=True"
+            )
         index = torch.as_tensor(index)
         if loss.shape != index.shape or loss.dim() != 1:
             raise ValueError(
