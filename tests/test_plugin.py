@@ -724,6 +724,8 @@ def test_past_the_last_epoch_every_way_on_is_an_error():
         with pytest.raises(ValueError, match=f"all {T} epochs are done"):
             way_on()
     assert pruning.report()["times_selected"].max() == T
+    loader = DataLoader(pruning, batch_size=BATCH, sampler=pruning.sampler)
+    assert len(loader) == len(pruning.sampler) == 0  # what others ask for when they clean up
 
 
 def test_scores_within_an_epoch_are_an_error():

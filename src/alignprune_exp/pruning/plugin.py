@@ -436,13 +436,14 @@ class DynamicPruning(Indexed):
 
 
 class EpochSampler(Sampler[int]):
-    """Yields the running epoch's samples, shuffled; its length is the running epoch's."""
+    """Yields the running epoch's samples, shuffled; its length is the running epoch's, and 0 after the last one."""
 
     def __init__(self, pruning: DynamicPruning) -> None:
         self._pruning = pruning
 
     def __len__(self) -> int:
-        return len(self._pruning.selection.indices)
+        over = self._pruning.epoch >= self._pruning.epochs
+        return 0 if over else len(self._pruning.selection.indices)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._pruning.order().tolist())
