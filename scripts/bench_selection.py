@@ -35,7 +35,7 @@ Floats = NDArray[np.floating]
 def main(arguments: Sequence[str] | None = None) -> int:
     command = parser(__doc__.splitlines()[0])
     command.add_argument("--samples", type=int, default=IMAGENET, help="of the comparison; default: %(default)s")
-    command.add_argument("--large", action="store_true", help="also 100,000,000 samples, in at most 6 GB")
+    command.add_argument("--large", action="store_true", help="also 100,000,000 samples, in at most 7 GB")
     options = command.parse_args(arguments)
     torch.set_num_threads(THREADS)
     report = Report("selection, scoring and recording")

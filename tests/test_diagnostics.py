@@ -71,6 +71,7 @@ def _rows(noisy_known=True, n=200, classes=4):
     scores = {
         "loss": losses,
         "small_loss": -losses,
+        "settled": -losses,
         "das": rng.uniform(-1, 1, n).astype(np.float32),
         "oracle": (~noisy).astype(np.float32),
     }

@@ -35,7 +35,7 @@ LONG = ("threads=1", "epochs=6", f"score.window={WINDOW}", "batch_size=8")  # lo
 METRICS = (
     "epoch ranked_by train_loss test_accuracy test_loss lr kept_fraction kept_noise kept_noise_weighted "
     "reference_loss score_mean low_fraction seconds seconds_select seconds_score seconds_reference seconds_test "
-    "samples_seen auroc_loss auroc_das auroc_spearman auroc_cosine auroc_small_loss"
+    "samples_seen auroc_loss auroc_das auroc_spearman auroc_cosine auroc_small_loss auroc_settled"
 )
 SUMMARY = (
     "id status dataset noise noise_rate pairing pruner score window seed scale epochs test_accuracy_final "
@@ -44,7 +44,7 @@ SUMMARY = (
 )
 SAMPLES = (
     "index path label clean_label predicted loss score_loss score_das score_spearman score_cosine score_small_loss "
-    "times_selected"
+    "score_settled times_selected"
 )
 
 

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from alignprune_exp.pruning import PRUNERS, DynamicPruning, NonFiniteLossError, Pruner, Score, Selection
+from alignprune_exp.pruning import PRUNERS, DynamicPruning, NonFiniteLossError, Pruner, Score, Selection, within_class
 
 N, T, WINDOW, BATCH = 30, 8, 3, 8  # samples, epochs, window, batch size
 LOSSES = torch.from_numpy(np.random.default_rng(0).gamma(1.0, 1.0, (T, N)).astype(np.float32))
@@ -150,7 +151,7 @@ def test_oracle_ranks_by_the_clean_mask(clean):
         assert ranked_by == "oracle"
 
 
-@pytest.mark.parametrize("name", ["das", "spearman", "cosine", "loss", "random", "small_loss", "oracle"])
+@pytest.mark.parametrize("name", ["das", "spearman", "cosine", "loss", "random", "small_loss", "settled", "oracle"])
 @pytest.mark.parametrize("unseen", ["carry", "mask", "refresh"])
 def test_every_score_runs_with_every_rule_for_unseen_samples(name, unseen):
     pruning = make("random", name, clean=CLEAN, unseen=unseen)
@@ -270,6 +271,7 @@ class LastLoss(Score):
         ("seta", "cosine", {"bank_dtype": torch.float16}),
         ("seta", "loss", {"budget": 0.5}),
         ("topk", "small_loss", {"warmup": 2}),
+        ("topk", "settled", {"warmup": 2}),
         ("random", "das", {"ratio": 0.5}),
         ("full", "loss", {}),
         ("rs2", "loss", {"ratio": 0.6}),
@@ -314,6 +316,16 @@ def test_a_state_of_another_size_is_refused_and_changes_nothing(other):
     assert pruning.epoch == 1
 
 
+def test_a_state_of_an_older_version_is_refused_in_a_sentence_and_changes_nothing():
+    pruning, older = make(), make().state_dict()
+    del older["trajectories"]["sum"], older["trajectories"]["count"]
+    epoch_of(pruning)
+    before = pruning.report()
+    with pytest.raises(ValueError, match="older version of this package and lacks count, sum"):
+        pruning.load_state_dict(older)
+    assert pruning.report().equals(before)
+
+
 def test_the_memory_of_a_bad_step_survives_a_checkpoint():
     pruning = make()
     pruning.update(torch.arange(3), torch.tensor([1.0, math.nan, 1.0]))
@@ -341,40 +353,43 @@ def test_pickling_gives_the_indexed_data_set_and_nothing_else():
 def test_the_report_is_a_frame_with_one_row_a_sample_in_data_set_order():
     pruning = make("random", "loss", ratio=0.5)
     seen = np.zeros(N, int)
-    last = np.full(N, np.nan, np.float32)
+    last, sums = np.full(N, np.nan, np.float32), np.zeros(N)
     for t in range(3):
         frame = pruning.report()
-        assert list(frame.columns) == ["loss", "score", "times_selected"]
+        assert list(frame.columns) == ["score", "loss", "ranking", "times_selected"]
         assert frame.index.tolist() == list(range(N))
-        assert [kind.kind for kind in frame.dtypes] == ["f", "f", "i"]
+        assert [kind.kind for kind in frame.dtypes] == ["f", "f", "f", "i"]
         np.testing.assert_array_equal(frame["loss"], last)
-        np.testing.assert_array_equal(frame["score"], last)
+        np.testing.assert_array_equal(frame["ranking"], last)
+        np.testing.assert_allclose(frame["score"], -sums / np.where(seen, seen, np.nan), rtol=1e-6)
         assert frame["times_selected"].tolist() == seen.tolist()
         index = pruning.selection.indices
         seen[index] += 1
         last[index] = LOSSES[t][index]
+        sums[index] += LOSSES[t].numpy()[index]
         epoch_of(pruning)
     assert np.isnan(last).any()
 
 
-@pytest.mark.parametrize("score", ["das", "spearman", "cosine", "loss", "random", "small_loss", "oracle"])
+@pytest.mark.parametrize("score", ["das", "spearman", "cosine", "loss", "random", "small_loss", "settled", "oracle"])
 def test_a_sample_never_seen_is_nan_in_the_report(score):
     pruning = make("infobatch", score, clean=CLEAN)
-    assert pruning.report()[["loss", "score"]].isna().all(axis=None)
+    assert pruning.report(CLEAN)[["loss", "score", "ranking"]].isna().all(axis=None)
     never = pruning.selection.indices[-1]
     while pruning.epoch < 5:
         index = torch.from_numpy(pruning.order())
         index = index[index != never]
         pruning.update(index, LOSSES[pruning.epoch][index])
         pruning.end_epoch(REFERENCE[pruning.epoch])
-        frame = pruning.report()
-        assert frame.loc[never, ["loss", "score"]].isna().all()
-        assert frame["score"].isna().tolist() == frame["loss"].isna().tolist()
+        for frame in (pruning.report(), pruning.report(CLEAN)):
+            assert frame.loc[never, ["loss", "score", "ranking"]].isna().all()
+            assert frame["score"].isna().tolist() == frame["loss"].isna().tolist()
+            assert frame["ranking"].isna().tolist() == frame["loss"].isna().tolist()
 
 
 @pytest.mark.parametrize("pruner", ["infobatch", "seta", "topk", "random", "full"])
 @pytest.mark.parametrize("score", ["das", "loss"])
-def test_the_reported_score_is_that_of_the_latest_end_epoch_until_the_next(pruner, score):
+def test_the_reported_scores_are_those_of_the_latest_end_epoch_until_the_next(pruner, score):
     pruning = make(pruner, score)
     for _ in range(4):
         epoch_of(pruning)
@@ -382,9 +397,50 @@ def test_the_reported_score_is_that_of_the_latest_end_epoch_until_the_next(prune
     index = torch.from_numpy(pruning.order())
     pruning.update(index, LOSSES[4][index])
     frame = pruning.report()
-    assert frame["score"].equals(before["score"])
+    assert frame[["score", "ranking"]].equals(before[["score", "ranking"]])
     assert frame["times_selected"].equals(before["times_selected"])  # of finished epochs
     assert frame["loss"].to_numpy()[index].tolist() == LOSSES[4][index].tolist()
+
+
+@pytest.fixture(scope="module")
+def noisy_digits():
+    """scikit-learn's digits, the given labels, half of them wrong, and which ones are."""
+    images, labels = load_digits(return_X_y=True)
+    rng = np.random.default_rng(0)
+    wrong = rng.permutation(len(labels)) < len(labels) // 2
+    given = np.where(wrong, (labels + rng.integers(1, 10, len(labels))) % 10, labels)
+    return TensorDataset(torch.from_numpy(images / 16).float(), torch.from_numpy(given)), given, wrong
+
+
+@pytest.mark.parametrize("score", ["das", "loss", "small_loss"])
+def test_what_the_report_puts_first_is_mostly_mislabelled_whatever_ranks(score, noisy_digits):
+    dataset, given, wrong = noisy_digits
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pruning = DynamicPruning(dataset, 16, "infobatch", score, window=5)
+    for _ in range(16):
+        for index in torch.from_numpy(pruning.order()).split(64):
+            x, y = dataset[index]
+            loss = pruning.update(index, torch.nn.functional.cross_entropy(model(x), y, reduction="none"))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        pruning.end_epoch(pruning.trajectories.population_mean())
+    for labels in (None, given, torch.from_numpy(given), given.tolist()):
+        first = pruning.report(labels).sort_values("score").index[:200]
+        assert wrong[first].mean() > 0.9  # half of all are
+    cleanest = pruning.report().sort_values("loss").index[:200]
+    assert wrong[cleanest].mean() < 0.3  # what the loss would put first
+
+
+def test_the_cleaning_score_is_standardised_within_the_classes_given():
+    pruning = make("full", "loss")
+    epoch_of(pruning)
+    labels = np.arange(N) % 4
+    np.testing.assert_array_equal(pruning.report(labels)["score"], within_class(pruning.scores("settled"), labels))
+    with pytest.raises(ValueError, match=rf"labels has shape \(3,\); it must be \({N},\)"):
+        pruning.report([0, 1, 2])
 
 
 def test_a_frame_once_given_does_not_change():
@@ -451,7 +507,7 @@ def test_a_missing_reference_loss_is_refused_where_the_score_compares_with_it():
         with pytest.raises(ValueError, match=f"{score}.*reference"):
             pruning.end_epoch()
         pruning.end_epoch(1.0)  # mended
-    for score in ("loss", "random", "small_loss"):
+    for score in ("loss", "random", "small_loss", "settled"):
         pruning = make(score=score)
         pruning.update(torch.from_numpy(pruning.order()), torch.ones(len(pruning.sampler)))
         pruning.end_epoch()
@@ -508,6 +564,46 @@ def test_a_second_pass_over_the_loader_without_end_epoch_is_an_error():
         pruning.update(torch.arange(N), torch.ones(N))
 
 
+IN_TWO_PROCESSES = """
+import sys, torch
+from torch import distributed as dist
+from alignprune_exp.pruning import DynamicPruning
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+losses = torch.rand(4, 40, generator=torch.Generator().manual_seed(0))
+try:
+    DynamicPruning(range(40), 4, score="loss").update(torch.arange(40), losses[0])
+except ValueError as error:
+    print(error)
+pruning = DynamicPruning(range(40), 4, score="loss", divided_by_caller=True)
+for epoch in range(4):
+    order = torch.from_numpy(pruning.order())
+    parts = order.chunk(2)
+    assert pruning.update(parts[rank], losses[epoch][parts[rank]]).isfinite()
+    others = [None, None]
+    dist.all_gather_object(others, (parts[rank], losses[epoch][parts[rank]]))
+    pruning.record(*others[1 - rank])
+    pruning.end_epoch()
+print(pruning.report().to_csv())
+"""
+
+
+def test_two_processes_that_would_train_on_the_same_samples_are_refused_unless_the_caller_divides_them(tmp_path):
+    command = [sys.executable, "-c", IN_TWO_PROCESSES]
+    started = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert said[0] == said[1]
+    sentence, *rows = said[0].splitlines()
+    assert sentence.startswith("each of 2 processes would train on all of the epoch's samples")
+    assert "divided_by_caller=True" in sentence
+    assert len([row for row in rows if row]) == 41
+
+
 class Stream(IterableDataset):
     def __len__(self):
         return 10
@@ -526,7 +622,7 @@ def test_a_data_set_without_items_by_index_is_refused(dataset):
     ("arguments", "sentence"),
     [
         ({"pruner": "infobach"}, "'infobach'.*full.*random.*infobatch.*seta.*topk"),
-        ({"score": "dass"}, "'dass'.*loss.*das.*spearman.*cosine.*random.*small_loss.*oracle"),
+        ({"score": "dass"}, "'dass'.*loss.*das.*spearman.*cosine.*random.*small_loss.*settled.*oracle"),
         ({"unseen": "drop"}, "'drop'.*carry.*mask.*refresh"),
         ({"rate": 0.5}, "'rate'.*ratio.*delta.*rescale.*budget"),
         ({"pruner": "full", "ratio": 0.5}, "'ratio'"),
@@ -562,7 +658,7 @@ def test_a_window_must_leave_das_an_epoch_to_act_in(epochs, delta, longest):
     for score in ("das", "spearman", "cosine"):
         with pytest.raises(ValueError, match=rf"window of {longest + 1} .*{score}"):
             make(score=score, epochs=epochs, delta=delta, window=longest + 1)
-    for score in ("loss", "small_loss", "random"):
+    for score in ("loss", "small_loss", "settled", "random"):
         make(score=score, epochs=epochs, delta=delta, window=longest + 1)
     for pruner in ("full", "random"):
         make(pruner, epochs=epochs, window=longest + 1)
@@ -628,6 +724,8 @@ def test_past_the_last_epoch_every_way_on_is_an_error():
         with pytest.raises(ValueError, match=f"all {T} epochs are done"):
             way_on()
     assert pruning.report()["times_selected"].max() == T
+    loader = DataLoader(pruning, batch_size=BATCH, sampler=pruning.sampler)
+    assert len(loader) == len(pruning.sampler) == 0  # what others ask for when they clean up
 
 
 def test_scores_within_an_epoch_are_an_error():
@@ -672,7 +770,7 @@ def test_a_score_of_ones_own_ranks_under_any_pruner():
     epoch_of(pruning)
     epoch_of(pruning)
     assert pruning.ranked_by == "fickle"
-    np.testing.assert_array_equal(pruning.report()["score"], pruning.scores(Fickle()))
+    np.testing.assert_array_equal(pruning.report()["ranking"], pruning.scores(Fickle()))
 
 
 def test_an_aligned_score_of_ones_own_falls_back_to_loss_and_needs_the_reference():

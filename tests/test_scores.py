@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import distance
 
-from alignprune_exp.pruning import SCORES, Trajectories
+from alignprune_exp.pruning import SCORES, Trajectories, within_class
 from alignprune_exp.pruning.scores import cosine, pearson, spearman
 from alignprune_exp.pruning.trajectories import BLOCK
 
@@ -212,7 +212,7 @@ def seen_patterns(draw, max_n=10, max_epochs=10):
 def test_a_seen_sample_never_scores_nan_and_an_unseen_one_always_does(rows, unseen, dtype):
     history = filled(rows, [2.0 - 0.1 * t for t in range(len(rows))], unseen, window=5, dtype=dtype)
     seen_N = ~np.isnan(rows).all(0)
-    for name in ("loss", "das", "spearman", "cosine", "small_loss"):
+    for name in ("loss", "das", "spearman", "cosine", "small_loss", "settled"):
         scores_N = SCORES[name]()(history)
         assert scores_N.shape == seen_N.shape
         assert scores_N.dtype == torch.float32
@@ -240,6 +240,22 @@ def test_loss_is_the_last_recorded_one_and_small_loss_minus_the_mean_within_the_
         trajectory = [x for x in simulate_bank(rows, unseen)[i][-window:] if x is not None] or [seen[-1]]
         mean = sum(x / len(trajectory) for x in trajectory)
         assert -small_loss == pytest.approx(mean, rel=1e-5, abs=1e-6) or mean > HUGE / 5  # a sum may overflow
+
+
+@given(
+    seen_patterns(),
+    st.integers(3, 5),
+    st.sampled_from(["carry", "mask"]),
+    st.sampled_from([torch.float32, torch.float16]),
+)
+def test_settled_is_minus_the_mean_of_all_losses_recorded_whatever_the_window_or_the_bank(rows, window, unseen, dtype):
+    scores_N = SCORES["settled"]()(filled(rows, [1.0] * len(rows), unseen, window, dtype))
+    for score, losses in zip(scores_N.tolist(), rows.T.tolist(), strict=True):
+        seen = [x for x in losses if not math.isnan(x)]
+        if seen:
+            assert -score == pytest.approx(sum(x / len(seen) for x in seen), rel=1e-6)
+        else:
+            assert math.isnan(score)
 
 
 def simulate_bank(rows, unseen):
@@ -288,6 +304,8 @@ def test_the_bank_does_what_a_dict_of_lists_does(rows, window, unseen, data):
         np.testing.assert_array_equal(torch.stack(history.rows).T, np.float32(expected))
         last = [[x for x in refreshed[: t + 1, i].tolist() if not math.isnan(x)] for i in range(n)]
         np.testing.assert_array_equal(history.last_N, [seen[-1] if seen else math.nan for seen in last])
+        np.testing.assert_allclose(history.sum_N, [math.fsum(seen) for seen in last], rtol=1e-12)
+        assert history.count_N.tolist() == [len(seen) for seen in last]
         np.testing.assert_array_equal(
             history.reference_W, [math.nan if r is None else r for r in reference[: t + 1][-window:]]
         )
@@ -351,7 +369,7 @@ def test_oracle_without_the_clean_mask_says_what_it_needs():
 
 def test_exactly_the_scores_that_compare_with_the_reference_are_aligned():
     assert {name for name, score in SCORES.items() if score.aligned} == {"das", "spearman", "cosine"}
-    assert set(SCORES) == {"loss", "das", "spearman", "cosine", "random", "small_loss", "oracle"}
+    assert set(SCORES) == {"loss", "das", "spearman", "cosine", "random", "small_loss", "settled", "oracle"}
     assert all(score.name == name for name, score in SCORES.items())
 
 
@@ -369,6 +387,27 @@ def test_columns_that_one_pass_cannot_settle_stand_among_those_that_it_can(name)
     for reference_W in (rng.random(10), np.where(np.arange(10) % 4, rng.random(10), np.nan), np.full(10, 0.3)):
         check_against_scipy(name, losses_WB, reference_W)
         check_against_scipy(name, losses_WB[:, 9:], reference_W)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.one_of(st.floats(-30, 0, width=32), st.just(math.nan)))))
+def test_within_its_class_a_score_is_standardised_as_scipy_does_it(samples):
+    labels, scores = np.array([c for c, _ in samples], int), np.float32([x for _, x in samples])
+    found = within_class(scores, labels)
+    for c in range(4):
+        given, values = found[labels == c], np.float64(scores[labels == c])
+        expected = stats.zscore(values, nan_policy="omit") if len(set(values[~np.isnan(values)])) > 1 else 0 * values
+        np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-30, 1e30, -2.3])
+def test_equal_scores_of_a_class_are_none_below_the_others(value):
+    scores, labels = np.full(1001, value), np.arange(1001) % 3 == 0
+    assert within_class(scores, labels).tolist() == [0.0] * 1001
+
+
+def test_labels_of_another_number_are_refused():
+    with pytest.raises(ValueError, match=r"labels has shape \(3,\); it must be \(4,\)"):
+        within_class(np.zeros(4), np.zeros(3, int))
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])

@@ -77,7 +77,8 @@ def dynamics(
             add("loss_quantile", "loss", group, QUANTILES, np.quantile(values, QUANTILES))
     top = 4 * math.log(max(classes, 2))
     for name, score in scores.items():
-        low, high = {"loss": (0.0, top), "small_loss": (-top, 0.0)}.get(name, (-1.0, 1.0))
+        ranges = {"loss": (0.0, top), "small_loss": (-top, 0.0), "settled": (-top, 0.0)}
+        low, high = ranges.get(name, (-1.0, 1.0))
         for group, mask in groups.items():
             values = np.clip(score[mask & ~np.isnan(score)], low, high)
             counts, edges = np.histogram(values, BINS, (low, high))

@@ -41,7 +41,7 @@ from .runs import RunFolder, owner_alive, run_id, write_atomically, write_json, 
 from .tracking import Tracker
 
 STEPS_BETWEEN_QUESTIONS = 10  # after which several processes ask each other whether to stop
-FROM_THE_BANK = ("loss", "das", "spearman", "cosine", "small_loss")  # scores that every run can log
+FROM_THE_BANK = ("loss", "das", "spearman", "cosine", "small_loss", "settled")  # scores that every run can log
 Result = TypeVar("Result")
 
 
@@ -796,6 +796,7 @@ def make_pruning(
             clean=clean,
             device=device,
             bank_dtype=getattr(torch, config.score.bank),
+            divided_by_caller=True,
         )
         pruning.scores(ranking)  # one of somebody's own says here what is wrong with it, whenever it comes to rank
     except ValueError as error:

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cleaning import within_class
     from .plugin import DynamicPruning, NonFiniteLossError
     from .pruners import PRUNERS
     from .scores import SCORES, Score
@@ -28,6 +29,7 @@ __all__ = [
     "Static",
     "Trajectories",
     "WarmUpLog",
+    "within_class",
 ]
 
 _HOME = {
@@ -37,6 +39,7 @@ _HOME = {
     **dict.fromkeys(("Evidence", "Static", "WarmUpLog"), "static"),
     **dict.fromkeys(("SCORES", "Score"), "scores"),
     **dict.fromkeys(("History", "Trajectories"), "trajectories"),
+    "within_class": "cleaning",
 }
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from .cleaning import within_class
 from .pruners import PRUNERS
-from .scores import SCORES, Loss, Score
+from .scores import SCORES, Loss, Score, settled
 from .seeding import generator
 from .selection import Pruner, Selection, settings, unweighted
 from .static import Choice, Evidence, Static
@@ -58,6 +60,7 @@ class DynamicPruning(Indexed):
     ...         loss = pruning.update(index, F.cross_entropy(model(x), y, reduction="none"))
     ...         optimizer.zero_grad(); loss.backward(); optimizer.step()
     ...     pruning.end_epoch(reference_loss)
+    >>> pruning.report(labels).sort_values("score")                                     # doctest: +SKIP
 
     Without trusted labels the reference may be the training set's own mean loss, and from some epoch on those of its
     samples that seem cleanest, chosen anew every few epochs; ``evaluate`` is your mean loss in eval mode:
@@ -95,6 +98,8 @@ class DynamicPruning(Indexed):
         clean: mask (n,), true where the label is clean; needed by ``score="oracle"`` alone.
         device: where losses, trajectories and weights lie; best the model's.
         bank_dtype: of the trajectories; ``torch.float16`` halves their memory.
+        divided_by_caller: say so where several processes train, and you divide `order` among them (or mean them all
+            to train on all of it) and ``record`` in each what the others observed. The sampler does neither.
         **pruner_settings: of the pruner named, such as ``ratio`` and ``delta``.
 
     Raises:
@@ -116,6 +121,7 @@ class DynamicPruning(Indexed):
         clean: Sequence[bool] | np.ndarray | Tensor | None = None,
         device: torch.device | str = "cpu",
         bank_dtype: torch.dtype = torch.float32,
+        divided_by_caller: bool = False,
         **pruner_settings: Any,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, f"__{a}__") for a in ("len", "getitem")):
@@ -129,7 +135,7 @@ class DynamicPruning(Indexed):
             raise ValueError("the data set is empty")
         if epochs < 1:
             raise ValueError(f"epochs={epochs} is out of range; use 1 or more")
-        self.seed = seed
+        self.seed, self.divided_by_caller = seed, divided_by_caller
         self.pruner = make_pruner(pruner, **pruner_settings)
         if saved is not None:
             self.pruner = self.pruner.saving(saved, epochs)
@@ -230,9 +236,17 @@ class DynamicPruning(Indexed):
             The weighted sum of ``loss`` divided by B, a scalar.
 
         Raises:
-            ValueError: a reduced loss, a sample observed twice or not selected in this epoch.
+            ValueError: a reduced loss, a sample observed twice or not selected in this epoch, or several processes
+                that nobody divides the samples among.
             IndexError: an index out of range.
         """
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if processes > 1 and not self.divided_by_caller:
+            raise ValueError(
+                f"each of {processes} processes would train on all of the epoch's samples, and not on a share of them; "
+                "train in one process, or divide order() among them, record() what the others observe, and pass "
+                "divided_by_caller=True"
+            )
         index = torch.as_tensor(index)
         if loss.shape != index.shape or loss.dim() != 1:
             raise ValueError(
@@ -333,19 +347,32 @@ class DynamicPruning(Indexed):
             found.append(values)
         return torch.stack(found).cpu().numpy()
 
-    def report(self) -> pd.DataFrame:
-        """Return one row a sample, in data set order.
+    def report(self, labels: Sequence[Any] | np.ndarray | Tensor | None = None) -> pd.DataFrame:
+        """Return one row a sample, in data set order; ``.sort_values("score")`` puts first what to look at first.
 
-        Columns: ``loss``, the last recorded one; ``score``, as of the latest ``end_epoch``; both NaN if the
-        sample was never seen; ``times_selected``, in finished epochs.
+        Columns:
+            score: the cleaning score, lowest where a label seems wrong: ``settled``, standardised `within_class` where
+                the given ``labels`` (n,) are passed. It is the same whatever score ranks: the lowest losses are the
+                cleanest samples', and once a network memorises, alignment finds wrong labels little better than chance.
+            loss: the last recorded one.
+            ranking: the score that the running epoch's selection was ranked by.
+            times_selected: in finished epochs.
+
+        NaN where a sample was never seen; ``score`` and ``ranking`` are as of the latest ``end_epoch``.
+        Raises ValueError for another number of labels.
         """
         import pandas as pd
 
-        loss = self.trajectories.last_N.cpu().numpy().copy()
+        bank = self.trajectories
+        loss = bank.last_N.cpu().numpy().copy()
+        score = settled(bank.sum_N, bank.count_N).cpu().numpy()
+        if labels is not None:
+            score = within_class(score, np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels))
         return pd.DataFrame(
             {
+                "score": score,
                 "loss": loss,
-                "score": np.where(np.isnan(loss), np.nan, self._scores),
+                "ranking": np.where(np.isnan(loss), np.nan, self._scores),
                 "times_selected": self.times_selected.copy(),
             }
         )
@@ -367,15 +394,15 @@ class DynamicPruning(Indexed):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a run with the same arguments.
 
-        Raises ValueError if it is of another number of samples or window.
+        Raises ValueError if it is of another number of samples, window, or version of this package.
         """
         self.trajectories.load_state_dict(state["trajectories"])
         self._scores = state["scores"].numpy().copy()
         self.times_selected = state["times_selected"].numpy().copy()
         self._step = state["step"]
         self.bad_step.copy_(state["bad_step"])
-        self._memory = state["memory"].numpy().copy() if "memory" in state else self._memory
-        choice = state.get("choice")
+        self._memory = state["memory"].numpy().copy()
+        choice = state["choice"]
         self.choice = None if choice is None else Choice(choice["indices"].numpy().copy(), choice["facts"])
         self._selection = self._weights = None
 
@@ -409,13 +436,14 @@ class DynamicPruning(Indexed):
 
 
 class EpochSampler(Sampler[int]):
-    """Yields the running epoch's samples, shuffled; its length is the running epoch's."""
+    """Yields the running epoch's samples, shuffled; its length is the running epoch's, and 0 after the last one."""
 
     def __init__(self, pruning: DynamicPruning) -> None:
         self._pruning = pruning
 
     def __len__(self) -> int:
-        return len(self._pruning.selection.indices)
+        over = self._pruning.epoch >= self._pruning.epochs
+        return 0 if over else len(self._pruning.selection.indices)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._pruning.order().tolist())

@@ -229,6 +229,23 @@ class SmallLoss(Score):
         return torch.where(means_N.isnan(), history.last_N, means_N).neg_()
 
 
+def settled(sum_N: Tensor, count_N: Tensor) -> Tensor:
+    """Return minus the mean of ``count_N`` losses that add up to ``sum_N``; NaN where there are none."""
+    return (sum_N / count_N).neg_().float()
+
+
+class Settled(Score):
+    """Control: minus the mean of all losses recorded so far; it remembers what the window has forgotten.
+
+    Where a network memorises wrong labels, their recent losses fall to those of the others, and this stays apart.
+    """
+
+    name = "settled"
+
+    def __call__(self, history: History) -> Tensor:
+        return settled(history.sum_N, history.count_N)
+
+
 class Oracle(Score):
     """Control, the upper bound: 1 if the label is clean, else 0."""
 
@@ -241,5 +258,5 @@ class Oracle(Score):
 
 
 SCORES: dict[str, type[Score]] = {
-    score.name: score for score in (Loss, DAS, Spearman, Cosine, Random, SmallLoss, Oracle)
+    score.name: score for score in (Loss, DAS, Spearman, Cosine, Random, SmallLoss, Settled, Oracle)
 }

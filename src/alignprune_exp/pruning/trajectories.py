@@ -1,4 +1,4 @@
-"""The trajectory bank: the last W losses of N samples, and of the reference set.
+"""The trajectory bank: the last W losses of N samples and of the reference set, and the sum of all losses.
 
 Shape legend: N samples, W epochs of the window, B samples of a batch or block. A loss that was not recorded
 is NaN.
@@ -27,6 +27,8 @@ class History:
         rows: up to W rows (N,), oldest first, one a finished epoch.
         reference_W: the reference set's mean loss in the same epochs, float64; NaN where none was given.
         last_N: the last recorded loss of each sample, NaN if it was never seen.
+        sum_N: the sum, in float64, of all losses recorded of each sample since the run began.
+        count_N: how many these are; a carried loss is not recorded again.
         clean_N: whether each label is clean, where that is known.
         epoch: the number of finished epochs.
         seed: the run's seed, for scores that draw.
@@ -35,6 +37,8 @@ class History:
     rows: list[Tensor]
     reference_W: Tensor
     last_N: Tensor
+    sum_N: Tensor
+    count_N: Tensor
     clean_N: Tensor | None
     epoch: int
     seed: int
@@ -62,7 +66,7 @@ class History:
 
 
 class Trajectories:
-    """A ring buffer of per-sample losses, one row an epoch.
+    """A ring buffer of per-sample losses, one row an epoch; beside it their sum and number over all finished epochs.
 
     Args:
         n: number of samples N.
@@ -90,6 +94,9 @@ class Trajectories:
         self.recorded = 0  # losses in the running epoch's row
         self.losses_WN = torch.full((window, n), torch.nan, dtype=dtype, device=device)
         self.last_N = torch.full((n,), torch.nan, device=device)
+        exact = torch.float32 if torch.device(device).type == "mps" else torch.float64  # which MPS lacks
+        self.sum_N = torch.zeros(n, dtype=exact, device=device)
+        self.count_N = torch.zeros(n, dtype=torch.int32, device=device)
         self.reference_W = torch.full((window,), torch.nan, dtype=torch.float64)
 
     def record(self, index: Tensor, losses: Tensor) -> None:
@@ -154,6 +161,8 @@ class Trajectories:
                 f"unseen='refresh' needs every sample's loss, and {n_missing} of {self.n} have none in epoch "
                 f"{self.epoch}; forward the samples unseen() without gradient and record() their losses"
             )
+        self.sum_N += self.last_N.masked_fill(missing, 0)
+        self.count_N += ~missing
         if self.unseen == "carry" and n_missing:
             torch.where(missing, self._fit(self.last_N), row, out=row)
         self.reference_W[slot] = torch.nan if reference_loss is None else reference_loss
@@ -186,6 +195,8 @@ class Trajectories:
             [self.losses_WN[slot] for slot in slots],
             self.reference_W[slots],
             self.last_N,
+            self.sum_N,
+            self.count_N,
             clean_N,
             self.epoch,
             seed,
@@ -197,11 +208,18 @@ class Trajectories:
             "recorded": self.recorded,
             "losses": self.losses_WN,
             "last": self.last_N,
+            "sum": self.sum_N,
+            "count": self.count_N,
             "reference": self.reference_W,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a state over. Raises ValueError if it is of another window or number of samples."""
+        """Take a state over. Raises ValueError if it is of another window, number of samples, or version."""
+        if missing := self.state_dict().keys() - state.keys():
+            raise ValueError(
+                f"the state was saved by an older version of this package and lacks {', '.join(sorted(missing))}; "
+                "start the run again"
+            )
         if state["losses"].shape != self.losses_WN.shape:
             window, n = state["losses"].shape
             raise ValueError(
@@ -211,6 +229,8 @@ class Trajectories:
         self.epoch, self.recorded = state["epoch"], state["recorded"]
         self.losses_WN.copy_(state["losses"])
         self.last_N.copy_(state["last"])
+        self.sum_N.copy_(state["sum"])
+        self.count_N.copy_(state["count"])
         self.reference_W.copy_(state["reference"])
 
     def _fit(self, losses: Tensor) -> Tensor:
