@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alignprune_exp.experiment import Experiment
 from alignprune_exp.pruning import PRUNERS, SCORES, Trajectories
 from alignprune_exp.pruning.pruners import cluster, kept
 from alignprune_exp.pruning.seeding import generator
+from alignprune_exp.run import Run
 from benchmarking import THREADS, Report, best, config, measured, memory_bandwidth, parser, peak_mb, reset_peak, walk
 
 IMAGENET = 1_281_167
@@ -235,8 +235,8 @@ def check_clusters(report: Report, n: int) -> None:
 
 def half_precision() -> tuple[float, int]:
     """Walk the main job, on digits; return how far DAS moves in half precision, and over how many scores."""
-    run = Experiment(config(*MAIN_JOB))
-    pruning = run.pruning
+    run = Run(config(*MAIN_JOB))
+    pruning = run.loop.pruning
     half = Trajectories(pruning.n, WINDOW, dtype=torch.float16)
     end_epoch, moved, count = pruning.end_epoch, 0.0, 0
 

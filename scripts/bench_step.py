@@ -25,7 +25,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from alignprune_exp import models
-from alignprune_exp.experiment import Experiment, resolve_precision
+from alignprune_exp.run import Run
+from alignprune_exp.setup import resolve_precision
 from benchmarking import THREADS, Report, best, config, parser, peak_mb, reset_peak, walk
 
 CLOSE = 0.03  # relative difference of the loss that bf16 may make
@@ -111,7 +112,7 @@ def epochs(report: Report, root: Path, images: int, count: int) -> None:
             Image.fromarray(pixels.astype(np.uint8)).save(file, compress_level=1)
     overrides = {"epochs": count, "pruner.delta": DELTA, "score.window": 3, "eval_every": count, "threads": THREADS}
     fixed = ("dataset=image_folder", f"dataset.root={root}", "scale=cpu", "noise=clean")
-    run = Experiment(config(*fixed, *(f"{key}={value}" for key, value in overrides.items())))
+    run = Run(config(*fixed, *(f"{key}={value}" for key, value in overrides.items())))
     reset_peak()
     rows = walk(run)
     peak = peak_mb()
@@ -124,7 +125,7 @@ def epochs(report: Report, root: Path, images: int, count: int) -> None:
         return
     fraction, over = median(kept[t] for t in pruned), median(seconds[t] / full - kept[t] for t in pruned)
     took = median(seconds[t] for t in pruned)
-    report.add("pruned epoch", run.pruning.n, took, peak, "a full epoch of the same run", full)
+    report.add("pruned epoch", run.setup.n, took, peak, "a full epoch of the same run", full)
     print(f"{'':12} keeps {fraction:.3f} of the samples and takes {took / full:.3f} of a full epoch: {over:+.3f}")
     parts = [name for name in rows[0] if name.startswith("seconds_") and name != "seconds_test"]
     shares = (f"{name[8:]} {median(rows[t][name] for t in pruned) / full:.4f}" for name in parts)

@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 
 from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.config import Config
-from alignprune_exp.experiment import Experiment
+from alignprune_exp.run import Run
 from alignprune_exp.runs import RunFolder
 
 THREADS = 2
@@ -129,10 +129,10 @@ def config(*overrides: str) -> Config:
         return checked(compose("train", overrides=list(overrides)))
 
 
-def walk(run: Experiment) -> list[dict[str, Any]]:
+def walk(run: Run) -> list[dict[str, Any]]:
     """Train, with a record that is thrown away, and return its metrics by epoch."""
     with tempfile.TemporaryDirectory() as results:
-        folder = RunFolder(Path(results), run.id)
+        folder = RunFolder(Path(results), run.setup.id)
         with folder.claim(False), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
             run.train(folder, "a benchmark")
             return folder.metrics()

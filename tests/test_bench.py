@@ -21,9 +21,9 @@ import benchmarking
 from alignprune_exp.data.batches import Batches
 from alignprune_exp.data.source import Images
 from alignprune_exp.data.split import Split
-from alignprune_exp.experiment import Experiment
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Selection
 from alignprune_exp.pruning.static import Prune4ReL
+from alignprune_exp.run import Run
 
 KEYS = ["step", "samples", "seconds", "baseline", "baseline_seconds", "ratio", "peak_mb"]
 
@@ -259,8 +259,8 @@ class Watched(TorchDispatchMode):
 def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch, learner):
     """On the CPU; the tests above show that the functions named here do not wait elsewhere."""
     short = ("epochs=12", "dataset.subset=200", "pruner.delta=1.0", "eval_every=12")
-    run = Experiment(benchmarking.config(f"learner={learner[0]}", *learner[1:], *short))
-    watched, epoch = Watched(), run.batches.epoch
+    run = Run(benchmarking.config(f"learner={learner[0]}", *learner[1:], *short))
+    watched, epoch = Watched(), run.setup.train_batches.epoch
     steps = 0
 
     def watching(*given, **more):
@@ -271,7 +271,7 @@ def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch
             steps += 1
         watched.on = False
 
-    monkeypatch.setattr(run.batches, "epoch", watching)
+    monkeypatch.setattr(run.setup.train_batches, "epoch", watching)
     with watched:
         benchmarking.walk(run)
     assert steps > 12

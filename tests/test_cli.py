@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alignprune_exp import experiment
+from alignprune_exp import run as run_module
 from alignprune_exp.train import main
 
 PROJECT = Path(__file__).parents[1]
@@ -39,9 +39,9 @@ def trained(place, monkeypatch):
 
     def train(self, folder, *_):
         folders.append(folder.path)
-        raise experiment.Failed("not trained in this test")
+        raise run_module.Failed("not trained in this test")
 
-    monkeypatch.setattr(experiment.Experiment, "train", train)
+    monkeypatch.setattr(run_module.Run, "train", train)
     return folders
 
 

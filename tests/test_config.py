@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.config import identity, validate
 from alignprune_exp.errors import UsageError
-from alignprune_exp.experiment import make_pruning
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning
 from alignprune_exp.runs import run_id
+from alignprune_exp.setup import make_pruning
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ("dataset", "noise", "pruner", "score", "reference", "learner", "model", "optimizer", "scale", "tracking")

@@ -28,7 +28,7 @@ def nursery(marks):
     import sklearn.datasets  # noqa: F401
     import torch
 
-    from alignprune_exp import experiment, optim
+    from alignprune_exp import optim
     from alignprune_exp.train import main
 
     torch.use_deterministic_algorithms(True)  # imports much
@@ -52,7 +52,7 @@ def nursery(marks):
         os.write(log, b".")
         return set_progress(*arguments)
 
-    torch.save, experiment.optim.set_progress = slow_save, noted_progress
+    torch.save, optim.set_progress = slow_save, noted_progress
     for line in sys.stdin:
         asked = json.loads(line)
         children = []

@@ -20,10 +20,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-from alignprune_exp import experiment as experiment_module
+from alignprune_exp import run as run_module
 from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.errors import Stopped, UsageError
-from alignprune_exp.experiment import Experiment
+from alignprune_exp.run import Run
 from alignprune_exp.runs import CHECKPOINTS, RunFolder
 from alignprune_exp.train import main
 
@@ -113,27 +113,27 @@ class Stop:
         def signals():
             yield self.event
 
-        monkeypatch.setattr(experiment_module, "_stop_signals", signals)
+        monkeypatch.setattr(run_module, "_stop_signals", signals)
 
     def after(self, steps, experiment):
         self.event.clear()
-        update = experiment.pruning.update
+        update = experiment.loop.pruning.update
         done = []
 
         def counted(*args, **kwargs):
             done.append(1)
-            self.steps.append((experiment.pruning.epoch, len(args[0])))
+            self.steps.append((experiment.loop.pruning.epoch, len(args[0])))
             if len(done) == steps:
                 self.event.set()
             return update(*args, **kwargs)
 
-        experiment.pruning.update = counted
+        experiment.loop.pruning.update = counted
 
     def run(self, config, steps):
         """Go on with the run of ``config``; return whether it was stopped."""
-        one = Experiment(config)
+        one = Run(config)
         self.after(steps, one)
-        folder = RunFolder(Path(config.paths.results), one.id)
+        folder = RunFolder(Path(config.paths.results), one.setup.id)
         with folder.claim():
             try:
                 one.train(folder, "test")
@@ -249,17 +249,17 @@ def test_each_epoch_says_what_ranked_it(undisturbed):
 
 def test_the_last_score_of_a_sample_is_recomputed_from_its_trajectory(tmp_path):
     config = config_of(tmp_path)
-    one = Experiment(config)
+    one = Run(config)
     ends, losses = [], []
-    end_epoch = one.pruning.end_epoch
+    end_epoch = one.loop.pruning.end_epoch
 
     def noted(reference_loss):
         end_epoch(reference_loss)
         ends.append(reference_loss)
-        losses.append(one.pruning.trajectories.last_N.double().numpy().copy())
+        losses.append(one.loop.pruning.trajectories.last_N.double().numpy().copy())
 
-    one.pruning.end_epoch = noted
-    folder = RunFolder(tmp_path, one.id)
+    one.loop.pruning.end_epoch = noted
+    folder = RunFolder(tmp_path, one.setup.id)
     with folder.claim():
         one.train(folder, "test")
     samples = pd.read_parquet(folder.path / "samples.parquet")
@@ -290,27 +290,29 @@ class Observed:
     """Listens to one experiment: the logits of each training step, and what each epoch recorded."""
 
     def __init__(self, config):
-        self.experiment = one = Experiment(config)
+        self.experiment = one = Run(config)
         self.steps, self.returned, self.epochs = [], [], []
         logits = []
-        one.model.register_forward_hook(lambda model, _, output: logits.append(output.detach().float()))
-        update, end_epoch = one.pruning.update, one.pruning.end_epoch
+        one.loop.network.learner.register_forward_hook(lambda model, _, output: logits.append(output.detach().float()))
+        update, end_epoch = one.loop.pruning.update, one.loop.pruning.end_epoch
 
         def noted_update(index, *args, **kwargs):
             loss = update(index, *args, **kwargs)
-            weights = dict(zip(one.pruning.selection.indices, one.pruning.selection.weights, strict=True))
-            self.steps.append((one.pruning.epoch, index, logits[-1], torch.tensor([weights[int(i)] for i in index])))
+            weights = dict(zip(one.loop.pruning.selection.indices, one.loop.pruning.selection.weights, strict=True))
+            self.steps.append(
+                (one.loop.pruning.epoch, index, logits[-1], torch.tensor([weights[int(i)] for i in index]))
+            )
             self.returned.append(loss.item())
             return loss
 
         def noted_end(reference_loss):
             end_epoch(reference_loss)
-            self.epochs.append(one.pruning.trajectories.last_N.clone())
+            self.epochs.append(one.loop.pruning.trajectories.last_N.clone())
 
-        one.pruning.update, one.pruning.end_epoch = noted_update, noted_end
+        one.loop.pruning.update, one.loop.pruning.end_epoch = noted_update, noted_end
 
     def run(self, results):
-        folder = RunFolder(results, self.experiment.id)
+        folder = RunFolder(results, self.experiment.setup.id)
         with folder.claim():
             self.experiment.train(folder, "test")
         return folder.path
@@ -321,7 +323,7 @@ def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(t
     config = config_of(tmp_path, "label_smoothing=0.2", f"recorded={recorded}", "epochs=5", "precision=fp32")
     seen = Observed(config)
     folder = seen.run(tmp_path)
-    labels = torch.from_numpy(seen.experiment.labels)
+    labels = torch.from_numpy(seen.experiment.setup.data.train.labels)
     plain_sum = {}
     for (epoch, index, logits, weights), returned in zip(seen.steps, seen.returned, strict=True):
         plain = F.cross_entropy(logits, labels[index], reduction="none")
@@ -337,59 +339,59 @@ def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(t
 
 def independently(one, images, labels):
     """Losses in eval mode, from the uint8 images, without the batches of the package."""
-    x = (images.double().movedim(-1, 1) if images.shape[-1] == len(one.data.mean) else images.double()) / 255
-    mean, std = (torch.from_numpy(np.asarray(v)).view(1, -1, 1, 1) for v in (one.data.mean, one.data.std))
-    was_training = one.model.training
-    one.model.eval()
+    x = (images.double().movedim(-1, 1) if images.shape[-1] == len(one.setup.data.mean) else images.double()) / 255
+    mean, std = (torch.from_numpy(np.asarray(v)).view(1, -1, 1, 1) for v in (one.setup.data.mean, one.setup.data.std))
+    was_training = one.loop.network.learner.training
+    one.loop.network.learner.eval()
     with torch.no_grad():
-        logits = one.model(((x - mean) / std).float())
-    one.model.train(was_training)
+        logits = one.loop.network.learner(((x - mean) / std).float())
+    one.loop.network.learner.train(was_training)
     return F.cross_entropy(logits, torch.from_numpy(np.asarray(labels)), reduction="none")
 
 
 @pytest.mark.parametrize("overrides", [(), ("reference.size=60", "reference.noise=0.5", "label_smoothing=0.2")])
 def test_the_reference_and_test_losses_equal_an_independent_evaluation(tmp_path, overrides):
-    one = Experiment(config_of(tmp_path, "precision=fp32", "epochs=5", *overrides))
-    folder = RunFolder(tmp_path, one.id)
+    one = Run(config_of(tmp_path, "precision=fp32", "epochs=5", *overrides))
+    folder = RunFolder(tmp_path, one.setup.id)
     with folder.claim():
         one.train(folder, "test")
     last = metrics_of(folder.path)[-1]
-    for split, key in ((one.data.reference, "reference_loss"), (one.data.test, "test_loss")):
+    for split, key in ((one.setup.data.reference, "reference_loss"), (one.setup.data.test, "test_loss")):
         images = torch.stack([split[i][0] for i in range(len(split))])
         assert last[key] == pytest.approx(independently(one, images, split.labels).double().mean().item(), rel=1e-5)
-    right = one.data.reference.labels == one.data.reference.clean_labels
+    right = one.setup.data.reference.labels == one.setup.data.reference.clean_labels
     assert len(right) == (60 if overrides else 3)
     assert (~right).sum() == (30 if overrides else 0)
 
 
 def test_refresh_records_the_evaluated_loss_of_the_unseen_and_leaves_batch_norm_alone(tmp_path):
-    one = Experiment(config_of(tmp_path, "score.unseen=refresh", "precision=fp32", "epochs=6"))
-    train = one.data.train
+    one = Run(config_of(tmp_path, "score.unseen=refresh", "precision=fp32", "epochs=6"))
+    train = one.setup.data.train
     images = torch.stack([train[i][0] for i in range(len(train))])
-    unseen, end_epoch = one.pruning.unseen, one.pruning.end_epoch
+    unseen, end_epoch = one.loop.pruning.unseen, one.loop.pruning.end_epoch
     expected, refreshed = {}, []
 
     def noted_unseen():
         samples = unseen()
-        expected["buffers"] = {name: value.clone() for name, value in one.model.named_buffers()}
+        expected["buffers"] = {name: value.clone() for name, value in one.loop.network.learner.named_buffers()}
         expected["samples"] = samples.clone()
         expected["losses"] = independently(one, images[samples], train.labels[samples]) if len(samples) else None
         return samples
 
     def noted_end(reference_loss):
-        for name, value in one.model.named_buffers():
+        for name, value in one.loop.network.learner.named_buffers():
             assert torch.equal(value, expected["buffers"][name]), name
-        selected = one.pruning.selection.indices
+        selected = one.loop.pruning.selection.indices
         end_epoch(reference_loss)
         samples = expected["samples"]
-        assert sorted([*selected, *samples.tolist()]) == list(range(one.pruning.n))
+        assert sorted([*selected, *samples.tolist()]) == list(range(one.loop.pruning.n))
         if len(samples):
-            recorded = one.pruning.trajectories.last_N[samples]
+            recorded = one.loop.pruning.trajectories.last_N[samples]
             torch.testing.assert_close(recorded, expected["losses"], rtol=1e-4, atol=1e-5)
         refreshed.append(len(samples))
 
-    one.pruning.unseen, one.pruning.end_epoch = noted_unseen, noted_end
-    folder = RunFolder(tmp_path, one.id)
+    one.loop.pruning.unseen, one.loop.pruning.end_epoch = noted_unseen, noted_end
+    folder = RunFolder(tmp_path, one.setup.id)
     with folder.claim():
         one.train(folder, "test")
     assert refreshed[0] == 0
@@ -407,7 +409,7 @@ def test_carry_and_mask_do_not_forward_the_unseen(undisturbed):
 
 def test_the_split_is_the_same_for_every_method_of_a_study(tmp_path):
     def split(*overrides):
-        data = Experiment(config_of(tmp_path, *overrides)).data
+        data = Run(config_of(tmp_path, *overrides)).data
         return data, tuple(part.rows.tolist() for part in (data.train, data.reference, data.test))
 
     first, rows = split()
@@ -434,8 +436,8 @@ def test_the_split_is_the_same_for_every_method_of_a_study(tmp_path):
 
 
 def test_training_on_the_reference_enlarges_n_by_its_clean_samples(tmp_path):
-    apart = Experiment(config_of(tmp_path, "reference.size=30"))
-    joined = Experiment(config_of(tmp_path, "reference.size=30", "reference.train=true"))
+    apart = Run(config_of(tmp_path, "reference.size=30"))
+    joined = Run(config_of(tmp_path, "reference.size=30", "reference.train=true"))
     assert apart.pruning.n == 270
     assert joined.pruning.n == 300
     assert apart.id != joined.id
@@ -463,8 +465,8 @@ def test_two_runs_of_one_config_are_identical(tmp_path, undisturbed, overrides):
 def test_the_bank_has_the_precision_that_is_asked_for(tmp_path, undisturbed):
     assert launch(tmp_path, "score.bank=float16") == 0
     assert only_run(tmp_path).name != undisturbed().name
-    one = Experiment(config_of(tmp_path, "score.bank=float16"))
-    assert one.pruning.trajectories.losses_WN.dtype == torch.float16
+    one = Run(config_of(tmp_path, "score.bank=float16"))
+    assert one.loop.pruning.trajectories.losses_WN.dtype == torch.float16
 
 
 @pytest.mark.parametrize("unseen", ["carry", "refresh"])
@@ -629,7 +631,7 @@ def test_no_usable_checkpoint_is_a_mistake_that_names_force(tmp_path, half_done,
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, half_done, undisturbed, capsys):
-    other = half_done.with_name(Experiment(config_of(tmp_path, "seed=1")).id)
+    other = half_done.with_name(Run(config_of(tmp_path, "seed=1")).id)
     half_done.rename(other)
     assert launch(tmp_path, "seed=1") == 2
     error = capsys.readouterr().err
@@ -651,7 +653,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, half_done, capsys)
 def test_resuming_in_another_precision_is_refused(tmp_path, half_done, monkeypatch, capsys):
     was = json.loads((half_done / "environment.json").read_text())["precision"]
     here = "fp32" if was == "bf16" else "bf16"
-    monkeypatch.setattr(experiment_module, "resolve_precision", lambda asked, device: here)
+    monkeypatch.setattr(run_module, "resolve_precision", lambda asked, device: here)
     assert launch(tmp_path) == 2
     assert "precision" in capsys.readouterr().err
     assert json.loads((half_done / "environment.json").read_text())["precision"] == was
@@ -735,18 +737,18 @@ def test_a_failed_run_says_why_and_force_tries_again(tmp_path, capsys, monkeypat
 
 def test_a_loss_that_turns_bad_later_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     config = config_of(tmp_path)
-    one = Experiment(config)
-    losses = one.model.losses
+    one = Run(config)
+    losses = one.loop.network.learner.losses
 
     def broken(step, forward):
         plain, smoothed, predicted = losses(step, forward)
-        bad = one.pruning.epoch == 4 and one.step >= 2
+        bad = one.loop.pruning.epoch == 4 and one.loop.step >= 2
         return (plain * math.nan, smoothed * math.nan, predicted) if bad else (plain, smoothed, predicted)
 
-    one.model.losses = broken
-    monkeypatch.setattr(experiment_module, "Experiment", lambda config, processes: one)
-    with pytest.raises(experiment_module.Failed, match="epoch 4, step 2"):
-        experiment_module.run(config, "test")
+    one.loop.network.learner.losses = broken
+    monkeypatch.setattr(run_module, "Experiment", lambda config, processes: one)
+    with pytest.raises(run_module.Failed, match="epoch 4, step 2"):
+        run_module.run(config, "test")
     folder = only_run(tmp_path)
     assert summary_of(folder)["status"] == "failed"
     assert [row["epoch"] for row in metrics_of(folder)] == [0, 1, 2, 3]
@@ -759,7 +761,7 @@ def test_a_loss_that_turns_bad_later_leaves_the_checkpoint_before_it(tmp_path, m
 
 def test_a_stop_after_a_bad_step_leaves_no_checkpoint_of_it(tmp_path, monkeypatch):
     stop = Stop(monkeypatch)
-    with pytest.raises(experiment_module.Failed, match="epoch 0, step 1"):
+    with pytest.raises(run_module.Failed, match="epoch 0, step 1"):
         stop.run(config_of(tmp_path, *DIVERGES), 3)
     assert checkpoints(only_run(tmp_path)) == []
     assert summary_of(only_run(tmp_path))["status"] == "failed"

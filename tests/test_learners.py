@@ -18,10 +18,10 @@ from alignprune_exp import learners
 from alignprune_exp.commandline import checked, config_dir, inert_keys
 from alignprune_exp.config import identity, validate
 from alignprune_exp.errors import UsageError
-from alignprune_exp.experiment import Experiment
 from alignprune_exp.learners import Step, clean_probability, mix, sharpen, targets
 from alignprune_exp.pruning import PRUNERS, NonFiniteLossError
 from alignprune_exp.pruning.seeding import generator
+from alignprune_exp.run import Run
 from alignprune_exp.runs import RunFolder, run_id
 from test_experiment import Stop, assert_same_results, metrics_of, only_run
 
@@ -473,9 +473,9 @@ def test_a_mistake_is_one_sentence(overrides, words):
 
 @pytest.mark.parametrize("learner", LEARNERS[1:])
 def test_several_processes_are_refused_before_anything_is_read(learner, monkeypatch):
-    monkeypatch.setattr("alignprune_exp.experiment.load_data", None)
+    monkeypatch.setattr("alignprune_exp.setup.load_data", None)
     with pytest.raises(UsageError, match=f"learner={learner} .* use learner=ce, or one process"):
-        Experiment(config_of(f"learner={learner}"), SimpleNamespace(size=2, rank=0, local=0))
+        Run(config_of(f"learner={learner}"), SimpleNamespace(size=2, rank=0, local=0))
 
 
 # --- whole runs
@@ -488,7 +488,7 @@ def tiny(results, learner, *overrides):
 
 
 def walk(experiment, results):
-    folder = RunFolder(results, experiment.id)
+    folder = RunFolder(results, experiment.setup.id)
     with folder.claim():
         experiment.train(folder, "test")
     return folder.path
@@ -505,24 +505,28 @@ def test_every_learner_composes_with_every_pruner_and_score(learner, tmp_path):
         settings = yaml.safe_load((config_dir() / "pruner" / f"{pruner}.yaml").read_text())
         settings |= {"warmup": 1} if "warmup" in settings else {}
         values |= {"pruner": settings, "score": values["score"] | {"name": score}}
-        one = Experiment(validate(values))
+        one = Run(validate(values))
         rows = metrics_of(walk(one, tmp_path))
-        assert len(rows) == one.pruning.epochs
+        assert len(rows) == one.loop.pruning.epochs
         assert all(math.isfinite(row["train_loss"]) for row in rows)
         if pruner != "full":
             assert min(row["kept_fraction"] for row in rows) < 1, (pruner, score)
-        losses = one.pruning.trajectories.last_N
+        losses = one.loop.pruning.trajectories.last_N
         assert losses.isfinite().all()
-        assert all(value.isfinite().all() for value in one.model.state_dict().values())
+        assert all(value.isfinite().all() for value in one.loop.network.learner.state_dict().values())
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp_path):
     """Every recorded loss is the first network's plain one: in training, or after the warm-up in eval mode before."""
-    one = Experiment(tiny(tmp_path, learner, "pruner=infobatch", "score=loss", "precision=fp32"))
+    one = Run(tiny(tmp_path, learner, "pruner=infobatch", "score=loss", "precision=fp32"))
     labels = torch.from_numpy(one.labels)
     passed, noted, epochs = [0], {}, []
-    losses, begin, end = one.model.losses, one.model.begin_epoch, one.pruning.end_epoch
+    losses, begin, end = (
+        one.loop.network.learner.losses,
+        one.loop.network.learner.begin_epoch,
+        one.loop.pruning.end_epoch,
+    )
 
     def counted(forward):
         def count(images, *network):
@@ -534,14 +538,14 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
     def beginning(epoch, batches, forward):
         begin(epoch, batches, counted(forward))
         if learner == "dividemix" and epoch >= 2:
-            one.model.eval()
+            one.loop.network.learner.eval()
             with torch.no_grad():
-                for index, images, _ in one.batches.evaluation(one.pruning.selection.indices):
-                    noted.update(zip(index.tolist(), one.model(images, 0), strict=True))
+                for index, images, _ in one.batches.evaluation(one.loop.pruning.selection.indices):
+                    noted.update(zip(index.tolist(), one.loop.network.learner(images, 0), strict=True))
 
     def watched(step, forward):
         seen = []
-        handle = one.model.networks[0].register_forward_hook(lambda *args: seen.append(args[2].detach()))
+        handle = one.loop.network.learner.networks[0].register_forward_hook(lambda *args: seen.append(args[2].detach()))
         result = losses(step, counted(forward))
         handle.remove()
         if learner != "dividemix" or step.epoch < 2:
@@ -549,17 +553,21 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
         return result
 
     def ended(reference):
-        chosen = torch.from_numpy(one.pruning.selection.indices)
+        chosen = torch.from_numpy(one.loop.pruning.selection.indices)
         expected = F.cross_entropy(torch.stack([noted[i] for i in chosen.tolist()]), labels[chosen], reduction="none")
         end(reference)
-        torch.testing.assert_close(one.pruning.trajectories.last_N[chosen], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.loop.pruning.trajectories.last_N[chosen], expected, rtol=1e-4, atol=1e-5)
         epochs.append((len(chosen), passed[0]))
         noted.clear()
         passed[0] = 0
 
-    one.model.losses, one.model.begin_epoch, one.pruning.end_epoch = watched, beginning, ended
+    one.loop.network.learner.losses, one.loop.network.learner.begin_epoch, one.loop.pruning.end_epoch = (
+        watched,
+        beginning,
+        ended,
+    )
     rows = metrics_of(walk(one, tmp_path))
-    reference = len(one.data.reference)
+    reference = len(one.setup.data.reference)
     assert [row["samples_forwarded"] for row in rows] == [count + reference for _, count in epochs]
     assert rows[-1]["samples_seen"] == sum(kept for kept, _ in epochs)
     assert min(kept for kept, _ in epochs) < 60
@@ -569,7 +577,7 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_stopped_within_an_epoch_a_run_resumes_bit_identically(learner, tmp_path, monkeypatch):
-    walk(Experiment(tiny(tmp_path / "undisturbed", learner, "pruner=infobatch")), tmp_path / "undisturbed")
+    walk(Run(tiny(tmp_path / "undisturbed", learner, "pruner=infobatch")), tmp_path / "undisturbed")
     config = tiny(tmp_path / "stopped", learner, "pruner=infobatch")
     stop = Stop(monkeypatch)
     stops = sum(stop.run(config, steps) for steps in (2, 3, 5, 1, 2))

@@ -18,13 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from alignprune_exp import experiment as experiment_module
+from alignprune_exp import run as run_module
 from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.errors import Stopped
-from alignprune_exp.experiment import Experiment
 from alignprune_exp.pruning import DynamicPruning, NonFiniteLossError
 from alignprune_exp.pruning.reference import class_shares, confident_thresholds, label_quality, most_trusted
 from alignprune_exp.pruning.scores import pearson, spearman
+from alignprune_exp.run import Run
 from alignprune_exp.runs import CHECKPOINTS, RunFolder, run_folders
 from alignprune_exp.suites import load_suite
 from alignprune_exp.train import main
@@ -249,14 +249,14 @@ class Watched:
     """An experiment that notes each epoch's reference set, and what each choice was made of."""
 
     def __init__(self, config):
-        self.one = one = Experiment(config)
+        self.one = one = Run(config)
         self.selections, self.references, self.choices, self.trajectory = [], [], [], []
         self.forwarded = 0
-        end_epoch, choose = one.pruning.end_epoch, one._choose_reference
+        end_epoch, choose = one.loop.pruning.end_epoch, one._choose_reference
 
         def ended(reference_loss):
-            self.selections.append(one.pruning.selection.indices.tolist())
-            self.references.append(one.reference.tolist())
+            self.selections.append(one.loop.pruning.selection.indices.tolist())
+            self.references.append(one.reference.samples.tolist())
             end_epoch(reference_loss)
 
         def chose():
@@ -264,20 +264,20 @@ class Watched:
             said = choose()
             assert self.forwarded - before == said
             if said:
-                state = {name: value.clone() for name, value in one.model.state_dict().items()}
-                trust = one.pruning.scores("small_loss")
-                self.choices.append((one.pruning.epoch, trust, state, one.reference.tolist()))
-            self.trajectory.append(one.pruning.trajectories.history().reference_W.tolist())
+                state = {name: value.clone() for name, value in one.loop.network.learner.state_dict().items()}
+                trust = one.loop.pruning.scores("small_loss")
+                self.choices.append((one.loop.pruning.epoch, trust, state, one.reference.samples.tolist()))
+            self.trajectory.append(one.loop.pruning.trajectories.history().reference_W.tolist())
             return said
 
         def counted(module, args):
             self.forwarded += 0 if module.training else len(args[0])
 
-        one.pruning.end_epoch, one._choose_reference = ended, chose
-        self.hook = one.model.register_forward_pre_hook(counted)
+        one.loop.pruning.end_epoch, one._choose_reference = ended, chose
+        self.hook = one.loop.network.learner.register_forward_pre_hook(counted)
 
     def run(self):
-        folder = RunFolder(Path(self.one.config.paths.results), self.one.id)
+        folder = RunFolder(Path(self.one.config.paths.results), self.one.setup.id)
         with folder.claim():
             self.one.train(folder, "test")
         self.hook.remove()
@@ -287,13 +287,13 @@ class Watched:
 
 def outputs(one, state):
     """The network's logits for all training images as they are, computed without the run's own code."""
-    train = one.data.train
+    train = one.setup.data.train
     x = torch.stack([train[i][0] for i in range(len(train))]).double() / 255
-    mean, std = (torch.from_numpy(v).view(1, -1, 1, 1) for v in (one.data.mean, one.data.std))
-    one.model.load_state_dict(state)
-    one.model.eval()
+    mean, std = (torch.from_numpy(v).view(1, -1, 1, 1) for v in (one.setup.data.mean, one.setup.data.std))
+    one.loop.network.learner.load_state_dict(state)
+    one.loop.network.learner.eval()
     with torch.no_grad():
-        return one.model(((x - mean) / std).float())
+        return one.loop.network.learner(((x - mean) / std).float())
 
 
 @pytest.fixture(scope="module")
@@ -308,8 +308,8 @@ def watched(tmp_path_factory):
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_nothing_is_held_out(watched, kind):
     one = watched[kind].one
-    assert one.data.reference is None
-    assert one.pruning.n == len(one.labels) == 300
+    assert one.setup.data.reference is None
+    assert one.loop.pruning.n == len(one.labels) == 300
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -401,7 +401,7 @@ def test_the_record_says_how_noisy_the_set_was(watched, kind):
 def test_no_clean_label_has_a_say(watched, tmp_path, kind):
     run = Watched(config_of(tmp_path, "precision=fp32", *EVERY_KIND[kind]))
     run.one.noisy = np.random.default_rng(0).permutation(run.one.noisy)
-    run.one.data.train.clean_labels[:] = 0
+    run.one.setup.data.train.clean_labels[:] = 0
     run.run()
     undisturbed = watched[kind]
     assert run.selections == undisturbed.selections
@@ -431,18 +431,18 @@ def run_until(config, monkeypatch, steps=None):
     def signals():
         yield stop
 
-    monkeypatch.setattr(experiment_module, "_stop_signals", signals)
-    one = Experiment(config)
-    update = one.pruning.update
+    monkeypatch.setattr(run_module, "_stop_signals", signals)
+    one = Run(config)
+    update = one.loop.pruning.update
 
     def counted(*args, **kwargs):
-        done.append(one.pruning.epoch)
+        done.append(one.loop.pruning.epoch)
         if len(done) == steps:
             stop.set()
         return update(*args, **kwargs)
 
-    one.pruning.update = counted
-    folder = RunFolder(Path(config.paths.results), one.id)
+    one.loop.pruning.update = counted
+    folder = RunFolder(Path(config.paths.results), one.setup.id)
     with folder.claim():
         if steps is None:
             one.train(folder, "test")

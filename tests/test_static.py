@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from alignprune_exp import models
 from alignprune_exp.data.batches import rand_augment
 from alignprune_exp.errors import UsageError
-from alignprune_exp.experiment import Experiment, make_pruning
 from alignprune_exp.pruning import PRUNERS, DynamicPruning, Evidence, Static, WarmUpLog
 from alignprune_exp.pruning.static import Neighbours, proportional, reliable
+from alignprune_exp.run import Run
 from alignprune_exp.runs import RunFolder
+from alignprune_exp.setup import make_pruning
 from alignprune_exp.train import main
 from test_experiment import Stop, checkpoints, config_of, launch, metrics_of, only_run, summary_of
 
@@ -517,7 +518,7 @@ def test_training_begins_from_the_initialisation_and_schedule_of_any_other_run(t
     assert stop.run(config, 10**9)
     state = torch.load(checkpoints(only_run(tmp_path))[0], weights_only=True)
     assert (state["epoch"], state["step"]) == (2, 0)
-    fresh = Experiment(config_of(tmp_path, "pruner=full", base=SHORT)).model.state_dict()
+    fresh = Run(config_of(tmp_path, "pruner=full", base=SHORT)).model.state_dict()
     assert all(torch.equal(state["model"][key], fresh[key]) for key in fresh)
     assert not state["optimizer"]["state"]
     assert not stop.run(config, 10**9)
@@ -530,23 +531,26 @@ def test_the_evidence_is_that_of_the_network_at_the_end_of_the_warm_up(tmp_path,
     seen = Seen(monkeypatch)
     shown = {}
     config = config_of(tmp_path, "pruner=static_glister", "pruner.warmup=2", base=SHORT)
-    one = Experiment(config)
+    one = Run(config)
     fresh = one._fresh
 
     def begin_again(purpose):
-        shown.update({key: value.clone() for key, value in one.model.networks[0].state_dict().items()})
+        shown.update({key: value.clone() for key, value in one.loop.network.learner.networks[0].state_dict().items()})
         return fresh(purpose)
 
     one._fresh = begin_again
-    folder = RunFolder(tmp_path, one.id)
+    folder = RunFolder(tmp_path, one.setup.id)
     with folder.claim():
         one.train(folder, "test")
     (found,) = seen.evidence
-    network = models.build(config.model, len(one.data.mean), len(one.data.classes)).eval()
+    network = models.build(config.model, len(one.setup.data.mean), len(one.setup.data.classes)).eval()
     network.load_state_dict(shown)
     shape = (1, -1, 1, 1)
-    for part, split in ((found, one.data.train), (found.reference, one.data.reference)):
-        mean, std = (torch.tensor(values, dtype=torch.float32).view(shape) for values in (one.data.mean, one.data.std))
+    for part, split in ((found, one.setup.data.train), (found.reference, one.setup.data.reference)):
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32).view(shape)
+            for values in (one.setup.data.mean, one.setup.data.std)
+        )
         with torch.no_grad():
             x = (split.images.float() / 255 - mean) / std
             np.testing.assert_allclose(part.probabilities, network(x).softmax(1), atol=1e-4)

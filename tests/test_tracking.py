@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from alignprune_exp import experiment
+from alignprune_exp import run as run_module
 from alignprune_exp.train import main
 
 SMALL = (
@@ -218,7 +218,7 @@ def test_a_run_that_a_full_disk_ends_is_closed_before_the_next_one_starts(tmp_pa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.Experiment, "_save", full)
+        patch.setattr(run_module.Run, "_save", full)
         assert launch(tmp_path) == 1
     (run,) = fake.runs
     assert len(run.exit_codes) == 1

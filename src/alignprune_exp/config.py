@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from .errors import UsageError
 from .pruning.pruners import PRUNERS
-from .pruning.selection import Pruner, settings
+from .pruning.selection import Plan, settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -312,13 +312,13 @@ def _check_dividemix(config: Config, learner: DivideMix) -> None:
         raise UsageError("compile is not for learner=dividemix, whose two networks take turns; set compile=false")
 
 
-def make_pruner(values: Mapping[str, Any]) -> Pruner:
+def make_pruner(values: Mapping[str, Any]) -> Plan:
     """Return the pruner that ``{name: …, setting: …}`` describes; the name may be an import path.
 
     Raises UsageError for an unknown name or setting, a wrong type, or a value out of range.
     """
     name = values["name"]
-    pruner: Any = PRUNERS[name] if name in PRUNERS else import_class(name, Pruner, "pruner", PRUNERS)
+    pruner: Any = PRUNERS[name] if name in PRUNERS else import_class(name, Plan, "pruner", PRUNERS)
     given = {key: value for key, value in values.items() if key != "name"}
     try:
         checked = _schema(pruner).model_validate(given)

@@ -37,6 +37,7 @@ class Step:
         epoch: counted from 0.
         number: of the step in its epoch, from 0.
         steps: in this epoch.
+        share: this process's part of the batch, times the number of processes, whose gradients are averaged.
     """
 
     index: Tensor
@@ -45,6 +46,7 @@ class Step:
     epoch: int
     number: int
     steps: int
+    share: float = 1.0
 
 
 class Learner(nn.Module):

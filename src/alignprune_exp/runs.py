@@ -37,6 +37,13 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_atomically(path, lambda file: pq.write_table(pa.Table.from_pylist(rows), file))
+
+
 def run_folders(results: Path) -> list[Path]:
     """Return the folders of all runs under ``results``, but for those set aside, in order of their ids."""
     try:
@@ -143,6 +150,12 @@ class RunFolder:
             except ValueError:
                 break
         return rows
+
+    def dynamics(self) -> list[dict[str, Any]]:
+        """Return the rows of ``dynamics.parquet``."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.path / "dynamics.parquet").to_pylist()
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:

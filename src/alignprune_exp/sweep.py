@@ -47,7 +47,7 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
     Raises UsageError with the job's overrides for the first one that is a mistake.
     """
     from .commandline import checked, explained, group_of, refuse_clashes
-    from .experiment import load_data, make_pruning
+    from .setup import load_data, make_pruning
 
     seen: dict[str, Job] = {}
     finished = 0

@@ -83,7 +83,7 @@ def perform(job: Callable[[], Job]) -> int:
 
 def _run(job: Job) -> None:
     from .console import closing, say
-    from .experiment import run
+    from .run import run
 
     config, overrides = job.config, job.overrides
     if job.number is not None:

@@ -10,23 +10,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cleaning import within_class
     from .plugin import DynamicPruning, NonFiniteLossError
-    from .pruners import PRUNERS
+    from .pruners import PRUNERS, Fixed, Full
     from .scores import SCORES, Score
-    from .selection import Pruner, Selection
-    from .static import Evidence, Static, WarmUpLog
+    from .selection import Plan, Pruner, Selection
+    from .static import Choice, Criterion, Evidence, WarmUpLog
     from .trajectories import History, Trajectories
 
 __all__ = [
     "PRUNERS",
     "SCORES",
+    "Choice",
+    "Criterion",
     "DynamicPruning",
     "Evidence",
+    "Fixed",
+    "Full",
     "History",
     "NonFiniteLossError",
+    "Plan",
     "Pruner",
     "Score",
     "Selection",
-    "Static",
     "Trajectories",
     "WarmUpLog",
     "within_class",
@@ -34,9 +38,9 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(("DynamicPruning", "NonFiniteLossError"), "plugin"),
-    "PRUNERS": "pruners",
-    **dict.fromkeys(("Pruner", "Selection"), "selection"),
-    **dict.fromkeys(("Evidence", "Static", "WarmUpLog"), "static"),
+    **dict.fromkeys(("PRUNERS", "Fixed", "Full"), "pruners"),
+    **dict.fromkeys(("Plan", "Pruner", "Selection"), "selection"),
+    **dict.fromkeys(("Choice", "Criterion", "Evidence", "WarmUpLog"), "static"),
     **dict.fromkeys(("SCORES", "Score"), "scores"),
     **dict.fromkeys(("History", "Trajectories"), "trajectories"),
     "within_class": "cleaning",

@@ -17,8 +17,8 @@ from .cleaning import within_class
 from .pruners import PRUNERS
 from .scores import SCORES, Loss, Score, settled
 from .seeding import generator
-from .selection import Pruner, Selection, settings, unweighted
-from .static import Choice, Evidence, Static
+from .selection import Pruner, Selection, settings
+from .static import Criterion
 from .trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -74,21 +74,14 @@ class DynamicPruning(Indexed):
     ...         chosen = most_trusted(pruning.scores("small_loss"), labels, size, np.random.default_rng(epoch))
     ...         pruning.change_reference(evaluate(chosen))
 
-    With a static pruner the epochs on everything come first, and ``epochs`` of training after them, so that it is
-    ``pruning.epochs`` to walk. Between the two, training begins again from scratch on what is chosen:
-
-    >>> for epoch in range(pruning.epochs):                                             # doctest: +SKIP
-    ...     if pruning.must_choose:
-    ...         pruning.choose(Evidence(labels=labels, probabilities=probabilities))  # all samples, in eval mode
-    ...         model, optimizer = from_scratch()
-    ...     for index, (x, y) in loader: ...
+    What is chosen once, by a `Criterion`, is trained on with ``pruner=Fixed(indices=chosen.indices)``.
 
     A pickled copy, as loader workers get it, is the indexed data set alone; save a run with ``state_dict``.
 
     Args:
         dataset: any map-style data set.
         epochs: number of epochs T of training.
-        pruner: a name out of ``PRUNERS`` or a `Pruner`.
+        pruner: a `Pruner`, or the name of one out of ``PRUNERS``.
         score: a name out of ``SCORES`` or a `Score`.
         window: epochs N of a trajectory; 3 or more, and for scores that compare with the reference
             N + 1 <= delta * T.
@@ -98,6 +91,8 @@ class DynamicPruning(Indexed):
         clean: mask (n,), true where the label is clean; needed by ``score="oracle"`` alone.
         device: where losses, trajectories and weights lie; best the model's.
         bank_dtype: of the trajectories; ``torch.float16`` halves their memory.
+        bank: the ``trajectories`` of an earlier phase of training, to go on with: its epochs count on, so that no
+            random choice is made again. It takes the place of ``window``, ``unseen``, ``device`` and ``bank_dtype``.
         divided_by_caller: say so where several processes train, and you divide `order` among them (or mean them all
             to train on all of it) and ``record`` in each what the others observed. The sampler does neither.
         **pruner_settings: of the pruner named, such as ``ratio`` and ``delta``.
@@ -121,6 +116,7 @@ class DynamicPruning(Indexed):
         clean: Sequence[bool] | np.ndarray | Tensor | None = None,
         device: torch.device | str = "cpu",
         bank_dtype: torch.dtype = torch.float32,
+        bank: Trajectories | None = None,
         divided_by_caller: bool = False,
         **pruner_settings: Any,
     ) -> None:
@@ -139,8 +135,6 @@ class DynamicPruning(Indexed):
         self.pruner = make_pruner(pruner, **pruner_settings)
         if saved is not None:
             self.pruner = self.pruner.saving(saved, epochs)
-        self.warmup = self.pruner.warmup_epochs(epochs)
-        self.epochs = self.warmup + epochs
         self.score = make_score(score)
         last = self.pruner.pruning_epochs(epochs)
         if self.score.aligned and self.pruner.uses_scores and window + 1 > last:
@@ -155,9 +149,9 @@ class DynamicPruning(Indexed):
             self.clean = torch.as_tensor(clean, dtype=torch.bool, device=device)
             if self.clean.shape != (self.n,):
                 raise ValueError(f"clean has shape {tuple(self.clean.shape)}; it must be ({self.n},), one a sample")
-        self.trajectories = Trajectories(self.n, window, unseen, device, bank_dtype)
+        self.trajectories = Trajectories(self.n, window, unseen, device, bank_dtype) if bank is None else bank
+        self._first, self.epochs = self.epoch, self.epoch + epochs
         self.times_selected = np.zeros(self.n, np.int32)
-        self.choice: Choice | None = None
         self._memory = np.full((self.pruner.memory, self.n), np.nan, np.float32)
         self.sampler = EpochSampler(self)
         self._step = 0
@@ -187,38 +181,10 @@ class DynamicPruning(Indexed):
         if self._selection is None:
             if self.epoch >= self.epochs:
                 raise ValueError(f"all {self.epochs} epochs are done; make a new DynamicPruning to train on")
-            if self.must_choose:
-                raise ValueError(
-                    f"the warm-up of {self.warmup} epochs is over and nothing is chosen: call choose() with the "
-                    f"evidence before epoch {self.epoch}"
-                )
-            if self.choice is not None:
-                self._selection = unweighted(self.choice.indices)
-                return self._selection
             scores = np.nan_to_num(self._scores, nan=NEVER_SEEN)
             rng = generator(self.seed, "select", self.pruner.address(self.epoch, self.n))
-            self._selection = self.pruner.select(scores, self.epoch, self.epochs, rng)
+            self._selection = self.pruner.select(scores, self.epoch - self._first, self.epochs - self._first, rng)
         return self._selection
-
-    @property
-    def must_choose(self) -> bool:
-        """Whether a static pruner has to ``choose()`` before the coming epoch."""
-        return isinstance(self.pruner, Static) and self.choice is None and self.epoch >= self.warmup
-
-    def choose(self, evidence: Evidence) -> Choice:
-        """Let a static pruner choose the samples of all epochs to come, once, after the last epoch of its warm-up.
-
-        Raises ValueError at any other time, with any other pruner, and for evidence that its criterion lacks.
-        """
-        if not isinstance(self.pruner, Static):
-            raise ValueError(f"{type(self.pruner).__name__} selects anew every epoch; choose() is for static pruners")
-        if not self.must_choose:
-            when = "has chosen already" if self.choice is not None else f"is in epoch {self.epoch}"
-            raise ValueError(f"a run chooses once, after a warm-up of {self.warmup} epochs, and this one {when}")
-        self.pruner.check(evidence, self.n)
-        self.choice = self.pruner.choose(evidence, generator(self.seed, "choose"))
-        self._selection = self._weights = None
-        return self.choice
 
     def order(self) -> np.ndarray:
         """Return the running epoch's samples (M,), shuffled."""
@@ -386,9 +352,6 @@ class DynamicPruning(Indexed):
             "step": self._step,
             "bad_step": self.bad_step,
             "memory": torch.from_numpy(self._memory),
-            "choice": None
-            if self.choice is None
-            else {"indices": torch.from_numpy(self.choice.indices), "facts": dict(self.choice.facts)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -402,8 +365,6 @@ class DynamicPruning(Indexed):
         self._step = state["step"]
         self.bad_step.copy_(state["bad_step"])
         self._memory = state["memory"].numpy().copy()
-        choice = state["choice"]
-        self.choice = None if choice is None else Choice(choice["indices"].numpy().copy(), choice["facts"])
         self._selection = self._weights = None
 
     def __reduce__(self) -> tuple[type[Indexed], tuple[Any]]:
@@ -468,10 +429,16 @@ def make_pruner(pruner: str | Pruner, **pruner_settings: Any) -> Pruner:
         if pruner_settings:
             raise ValueError(f"{', '.join(pruner_settings)}: set it on the pruner that you pass")
         return pruner
-    if pruner not in PRUNERS:
-        raise ValueError(f"pruner={pruner!r} is unknown; use one of {', '.join(PRUNERS)}, or a Pruner")
-    known = settings(PRUNERS[pruner])
+    every_epoch = {name: found for name, found in PRUNERS.items() if issubclass(found, Pruner)}
+    if isinstance(pruner, Criterion) or pruner in PRUNERS.keys() - every_epoch.keys():
+        raise ValueError(
+            f"pruner={pruner!r} chooses once: train on everything first, let it choose() by the evidence, and pass "
+            "pruner=Fixed(indices=chosen.indices)"
+        )
+    if pruner not in every_epoch:
+        raise ValueError(f"pruner={pruner!r} is unknown; use one of {', '.join(every_epoch)}, or a Pruner")
+    known = settings(every_epoch[pruner])
     for name in pruner_settings:
         if name not in known:
             raise ValueError(f"pruner={pruner!r} has no setting {name!r}; it has {', '.join(known) or 'none'}")
-    return PRUNERS[pruner](**pruner_settings)
+    return every_epoch[pruner](**pruner_settings)

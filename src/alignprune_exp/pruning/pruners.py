@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from .selection import (
     MAX_RATIO,
     Floats,
     Ints,
+    Plan,
     Pruner,
     Selection,
     ascending,
@@ -31,6 +32,9 @@ from .selection import (
 )
 from .static import STATIC
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 CHUNK = 1 << 20  # samples in float64 at a time
 STRIDE = 256  # samples between the prefix sums that are kept
 
@@ -41,12 +45,27 @@ class Full(Pruner):
 
     uses_scores: ClassVar[bool] = False
 
-    def saving(self, saved: float, epochs: int) -> Full:
+    def saving(self, saved: float, epochs: int) -> Self:
         """Return this pruner, which saves nothing whatever is asked of it, and so stands beside any budget."""
         return self
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         return everything(len(scores))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fixed(Pruner):
+    """The same samples every epoch, at weight 1: what a `Criterion` has chosen.
+
+    Attributes:
+        indices: (k,) samples, each once.
+    """
+
+    indices: Ints
+    uses_scores: ClassVar[bool] = False
+
+    def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
+        return unweighted(np.sort(self.indices))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +341,7 @@ class UCB(Averaging):
         return mean + self.c * variance
 
 
-PRUNERS: dict[str, type[Pruner]] = {
+PRUNERS: dict[str, type[Plan]] = {
     "full": Full,
     "random": RandomSubset,
     "infobatch": InfoBatch,

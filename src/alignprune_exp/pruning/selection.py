@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -33,8 +36,8 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner:
-    """Chooses the samples of each epoch. Subclass it and implement ``select``.
+class Plan:
+    """What decides which samples are trained on: every epoch anew, a `Pruner`, or once, a `Criterion`.
 
     A subclass's fields are its settings. Where it has them, ``ratio`` is the share to prune (of what is each
     pruner's own), ``delta`` the share of the run that is pruned, before annealing, and ``budget`` the share of
@@ -46,8 +49,7 @@ class Pruner:
     """
 
     keeps: ClassVar[str | None] = None
-    uses_scores: ClassVar[bool] = True
-    memory: ClassVar[int] = 0  # numbers a sample that it carries from epoch to epoch, for ``digest``
+    uses_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -79,8 +81,8 @@ class Pruner:
         """Return the training that no selection saves, in epochs on everything."""
         return epochs - len(self.pruned(epochs))
 
-    def saving(self, saved: float, epochs: int) -> Pruner:
-        """Return this pruner with what it keeps set so that a run of ``epochs`` epochs saves exactly ``saved``.
+    def saving(self, saved: float, epochs: int) -> Self:
+        """Return this with what it keeps set so that a run of ``epochs`` epochs saves exactly ``saved``.
 
         That is 1 - (samples trained over all epochs, those of a warm-up included) / (n * epochs), up to the rounding
         of a selection to whole samples. So methods are compared at one cost, whatever they anneal or warm up.
@@ -116,6 +118,14 @@ class Pruner:
         """Return the epochs on everything that come before the ``epochs`` of training, which start from scratch."""
         return 0
 
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(Plan):
+    """Chooses the samples of each epoch. Subclass it and implement ``select``."""
+
+    uses_scores: ClassVar[bool] = True
+    memory: ClassVar[int] = 0  # numbers a sample that it carries from epoch to epoch, for ``digest``
+
     def address(self, epoch: int, n: int) -> int:
         """Return the number that the generator of an epoch's selection is named by."""
         return epoch
@@ -136,13 +146,13 @@ class Pruner:
         Args:
             scores: (N,) without NaN, higher is more worth keeping.
             epoch: the coming epoch, counted from 0.
-            epochs: number of epochs T of the run.
+            epochs: number of epochs T of training.
             rng: the generator of this one selection.
         """
         raise NotImplementedError
 
 
-def settings(pruner: type[Pruner]) -> tuple[str, ...]:
+def settings(pruner: type[Plan]) -> tuple[str, ...]:
     """Return the names that a pruner's constructor takes."""
     return tuple(field.name for field in fields(pruner))
 

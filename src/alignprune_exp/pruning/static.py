@@ -1,6 +1,6 @@
 """Static pruning: one choice after a warm-up, which training from scratch then keeps to.
 
-A criterion is a `Static` pruner: it says what it needs of an `Evidence`, and chooses once. Shape legend: n samples,
+A `Criterion` says what it needs of an `Evidence`, and chooses once. Shape legend: n samples,
 C classes, d dimensions of an embedding, k chosen. torch is imported where a product of matrices needs it.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .selection import Floats, Ints, Pruner, Selection, best, everything, share
+from .selection import Floats, Ints, Plan, best, share
 
 ROWS = 1 << 14  # samples in float64 at a time
 TILE = 1 << 25  # cosines at a time: 128 MiB
@@ -109,8 +109,12 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Static(Pruner):
-    """Keeps one choice of floor(fraction * n) samples, at weight 1. Subclass it and implement ``choose``.
+class Criterion(Plan):
+    """Chooses floor(fraction * n) samples once, by what a warm-up shows. Subclass it and implement ``choose``.
+
+    >>> evidence = Evidence(labels=labels, probabilities=probabilities)                 # doctest: +SKIP
+    >>> chosen = EL2N(fraction=0.5).choose(evidence, np.random.default_rng(0))          # doctest: +SKIP
+    >>> pruning = DynamicPruning(dataset, 200, Fixed(indices=chosen.indices))           # doctest: +SKIP
 
     Attributes:
         warmup: epochs on everything before the choice, on top of those of training; below 1 a share of those, rounded.
@@ -120,7 +124,6 @@ class Static(Pruner):
     warmup: int | float = 10
     fraction: float = 0.5
     keeps: ClassVar[str] = "fraction"
-    uses_scores: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()  # fields of the Evidence
     strong: ClassVar[bool] = False  # whether its probabilities and embeddings are of strongly augmented images
 
@@ -146,10 +149,6 @@ class Static(Pruner):
     def warmup_epochs(self, epochs: int) -> int:
         return int(self.warmup) if self.warmup >= 1 or self.warmup == 0 else max(1, round(self.warmup * epochs))
 
-    def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
-        """Return everything: what an epoch of the warm-up trains on."""
-        return everything(len(scores))
-
     def choose(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
         """Return the choice, from the evidence that the criterion needs."""
         raise NotImplementedError
@@ -174,7 +173,7 @@ class Static(Pruner):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaticRandom(Static):
+class StaticRandom(Criterion):
     """Control: a uniform choice, which needs no warm-up."""
 
     warmup: int | float = 0
@@ -185,7 +184,7 @@ class StaticRandom(Static):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranked(Static):
+class Ranked(Criterion):
     """Keeps the samples of most ``worth``; ties are broken at random.
 
     Attributes:
@@ -289,7 +288,7 @@ class Moderate(Ranked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Glister(Static):
+class Glister(Criterion):
     """GLISTER (Killamsetty et al., 2021): keeps what lowers the loss of the reference set, chosen greedily.
 
     A sample's gain is the inner product of its loss' gradient and the reference loss', in the last layer: how much
@@ -374,7 +373,7 @@ class _Lookahead:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune4ReL(Static):
+class Prune4ReL(Criterion):
     """Prune4ReL (Park et al., NeurIPS 2023): keeps what re-labelling can lean on.
 
     Of strongly augmented images, with confidences c (largest probability) and N_i the sum of cos(e_i, e_k) c_k over the
@@ -422,7 +421,7 @@ class Prune4ReL(Static):
         return Choice(np.sort(order[picks]), graph.facts())
 
 
-STATIC: dict[str, type[Pruner]] = {
+STATIC: dict[str, type[Criterion]] = {
     "static_random": StaticRandom,
     "static_small_loss": SmallLoss,
     "static_el2n": EL2N,

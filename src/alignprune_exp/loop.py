@@ -1,0 +1,273 @@
+"""One phase of training: an epoch on one screen."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .console import Progress
+from .errors import Failed, Stopped
+from .learners import Step
+from .network import Network
+from .pruning import DynamicPruning, NonFiniteLossError, Selection, WarmUpLog
+from .reference import Reference
+from .setup import Setup
+
+STEPS_BETWEEN_QUESTIONS = 10  # after which several processes ask each other whether to stop
+
+
+class Clock:
+    """Splits an epoch's seconds by what they went into; ``elapsed`` went before."""
+
+    def __init__(self, elapsed: float = 0.0) -> None:
+        self.laps: dict[str, float] = {}
+        self._start, self._last = time.perf_counter() - elapsed, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+
+@dataclass
+class Epoch:
+    """What an epoch leaves to be recorded.
+
+    Attributes:
+        number: in the run, from 0.
+        ranked_by, selection, ranking: as of its beginning; see `DynamicPruning`.
+        lr: the last learning rate.
+        train_loss: mean plain loss of its samples.
+        reference: losses (R,) of the reference set after it.
+        reference_loss, reference_noise: their mean, or what stands in for it; the wrong share of their labels.
+        tested: metrics of the evaluation sets, where it was evaluated.
+        refreshed, forwarded: samples passed through the network to refresh trajectories, and for the reference set.
+        clock: where its seconds went.
+    """
+
+    number: int
+    ranked_by: str | None
+    selection: Selection
+    ranking: np.ndarray
+    lr: float = 0.0
+    train_loss: float = math.nan
+    reference: Tensor = field(default_factory=lambda: torch.empty(0))
+    reference_loss: float | None = None
+    reference_noise: float | None = None
+    tested: Mapping[str, float] = field(default_factory=dict)
+    refreshed: int = 0
+    forwarded: int = 0
+    clock: Clock = field(default_factory=Clock)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What it took to choose the samples of a phase, before its first epoch, which it is counted in."""
+
+    seconds: float = 0.0
+    samples: int = 0  # passed through a network
+
+
+class Loop:
+    """Trains the epochs of one phase, in which one network learns from the samples of one pruning.
+
+    Attributes:
+        first: number of the phase's first epoch in the run.
+        step: steps done in the running epoch.
+        elapsed: seconds spent on the running epoch before this process took it up.
+        predicted: (n,) class that each sample was taken for when it was last trained on; -1 before.
+        log: what static criteria want to know of a warm-up.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        pruning: DynamicPruning,
+        network: Network,
+        reference: Reference,
+        log: WarmUpLog | None = None,
+        spent: Spent | None = None,
+    ) -> None:
+        self.setup, self.pruning, self.network, self.reference = setup, pruning, network, reference
+        self.log, self.spent = log, spent or Spent()
+        self.first, self.step, self.elapsed = pruning.epoch, 0, self.spent.seconds
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=setup.device)
+        self._exchanged = self.loss_sum.clone()  # of the sum, what all processes have
+        self.predicted = torch.full((setup.n,), -1, dtype=torch.int64, device=setup.device)
+        self._own: list[tuple[Tensor, Tensor]] = []
+
+    def epoch(self, stop: threading.Event, save: Callable[[], None]) -> Epoch:
+        """Train one epoch and return what is to be recorded of it; ``save`` is called where ``stop`` interrupts it."""
+        setup, pruning, network = self.setup, self.pruning, self.network
+        config, clock = setup.config, Clock(self.elapsed)
+        now = Epoch(pruning.epoch, pruning.ranked_by, pruning.selection, pruning.ranking)
+        order = self._agreed(pruning.order())
+        clock.lap("select")
+        with network.waiting(self._steps(order)[-1] < setup.processes.size):
+            for step in self._batches(order, now, clock, stop, save):
+                plain, training, predicted = network.learner.losses(step, network.training_logits)
+                recorded = plain if config.recorded == "plain" else training
+                loss = pruning.update(step.index, training, recorded)
+                network.learn(loss * step.share)
+                self._note(step, plain, recorded, predicted)
+        now.train_loss = self._exchange() / len(order)
+        setup.processes.from_rank_0(list(network.learner.buffers()))
+        network.check_finite(now.number)
+        clock.lap("train")
+
+        network.learner.eval()
+        if config.score.unseen == "refresh":
+            now.refreshed = self._refresh()
+        clock.lap("refresh")
+        now.reference = self.reference.losses(network)
+        now.reference_loss = self.reference.loss(now.reference, pruning)
+        now.reference_noise = self.reference.noise()
+        clock.lap("reference")
+        pruning.end_epoch(now.reference_loss)
+        clock.lap("score")
+        if self.log is not None:
+            right = self.predicted.cpu().numpy() == setup.data.train.labels
+            self.log.observe(pruning.trajectories.last_N.cpu().numpy(), right)
+        now.forwarded = len(now.reference) + self.reference.choose(network, pruning)
+        clock.lap("reference")
+        if (now.number + 1 - self.first) % config.eval_every == 0 or pruning.epoch == pruning.epochs:
+            now.tested = self._test(now.number)
+        clock.lap("test")
+        self.step, self.elapsed = 0, 0.0
+        self.loss_sum.zero_()
+        self._exchanged.zero_()
+        now.clock = clock
+        return now
+
+    def _agreed(self, order: np.ndarray) -> np.ndarray:
+        """Return the order of the epoch's samples, on which all processes must agree."""
+        weights = self.pruning.selection.weights
+        chosen = b"".join(part.tobytes() for part in (order, weights, self.reference.samples.numpy()))
+        if not self.setup.processes.same(zlib.crc32(chosen)):
+            raise Failed(
+                f"the processes do not agree on the selection of epoch {self.pruning.epoch}; start them from one "
+                "checkout, with one version of every package, on one kind of processor"
+            )
+        return order
+
+    def _steps(self, order: np.ndarray) -> list[int]:
+        return self.setup.train_batches.sizes(len(order))
+
+    def _batches(
+        self, order: np.ndarray, now: Epoch, clock: Clock, stop: threading.Event, save: Callable[[], None]
+    ) -> Iterator[Step]:
+        """Yield the epoch's steps that are left; raise Stopped, with a checkpoint left, where that was asked for."""
+        setup, network, pruning = self.setup, self.network, self.pruning
+        batches, processes, sizes = setup.train_batches, setup.processes, self._steps(order)
+        epoch, steps, progress = now.number - self.first, len(sizes), Progress()
+        if self.step == 0:
+            network.learner.begin_epoch(epoch, batches.evaluation(now.selection.indices), network.logits)
+        clock.lap("divide")
+        network.learner.train()
+        mine = batches.epoch(order, now.number, self.step, processes.rank, processes.size, network.learner.views)
+        for index, images, labels in mine:
+            now.lr = network.schedule((epoch + self.step / steps) / (pruning.epochs - self.first))
+            share = len(index) * processes.size / sizes[self.step]
+            here = index.to(setup.device, non_blocking=True)
+            yield Step(here, images, labels, epoch, self.step, steps, share)
+            self.step += 1
+            if self.step < steps and self._stops(stop):
+                self._exchange()
+                self.elapsed = clock.total()
+                save()
+                raise Stopped(f"epoch {pruning.epoch}, step {self.step}")
+            progress.show(f"epoch {now.number + 1}/{setup.epochs}  step {self.step}/{steps}")
+
+    def _stops(self, stop: threading.Event) -> bool:
+        """Return whether to stop before the coming step; several processes ask each other now and then."""
+        if self.setup.processes.size == 1:
+            return stop.is_set()
+        return self.step % STEPS_BETWEEN_QUESTIONS == 0 and self.setup.processes.any(stop.is_set())
+
+    def _note(self, step: Step, plain: Tensor, recorded: Tensor, predicted: Tensor) -> None:
+        self.predicted[step.index] = predicted
+        self.loss_sum += plain.detach().sum()
+        if self.setup.processes.size > 1:
+            self._own.append((step.index, recorded.detach()))
+
+    def _exchange(self) -> float:
+        """Record what the other processes have observed since the last exchange; return the sum of all losses.
+
+        Raises NonFiniteLossError where one of these was not finite.
+        """
+        processes, device = self.setup.processes, self.setup.device
+        if processes.size > 1:
+            none = (torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device))
+            index, losses = (torch.cat(parts) for parts in zip(none, *self._own, strict=True))
+            self._own = []
+            gathered = [processes.gathered(own) for own in (index, losses, self.predicted[index])]
+            for parts in gathered:
+                del parts[processes.rank]
+            index, losses, predicted = (torch.cat(parts) for parts in gathered)
+            self.pruning.record(index, losses)
+            self.predicted[index] = predicted
+            self.pruning.bad_step.copy_(processes.min(self.pruning.bad_step))
+            self.loss_sum.copy_(self._exchanged + processes.sum(self.loss_sum - self._exchanged))
+            self._exchanged.copy_(self.loss_sum)
+        self.pruning.check_finite()
+        return self.loss_sum.item()
+
+    def _refresh(self) -> int:
+        """Record the losses of the samples that the epoch left out; return how many there are."""
+        unseen = self.pruning.unseen().cpu()
+        if len(unseen):
+            processes = self.setup.processes
+            losses = self.setup.task.losses(self.network, self.setup.train_batches.evaluation(processes.share(unseen)))
+            self.pruning.record(unseen, processes.gather(losses))
+        return len(unseen)
+
+    def _test(self, epoch: int) -> dict[str, float]:
+        """Return accuracy and loss on the test set, and the accuracy on whatever else is evaluated on."""
+        tested: dict[str, float] = {}
+        for suffix, batches in self.setup.test_batches.items():
+            n = len(self.setup.test_sets[suffix])
+            share = self.setup.processes.share(torch.arange(n))
+            accuracy, loss = self.setup.task.evaluate(self.network, batches.evaluation(share), n, self.setup.processes)
+            tested[f"test_accuracy{suffix}"] = accuracy
+            if not suffix:
+                tested["test_loss"] = loss
+                if not math.isfinite(loss):
+                    raise NonFiniteLossError(epoch, what="the test loss")
+        return tested
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the phase's results depend on: tensors and numbers."""
+        return {
+            **self.network.state_dict(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "loss_sum": self.loss_sum,
+            "pruning": self.pruning.state_dict(),
+            "predicted": self.predicted,
+            "reference": self.reference.samples,
+            "log": None if self.log is None else self.log.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises KeyError, RuntimeError or ValueError for a state of another version."""
+        self.network.load_state_dict(state)
+        self.pruning.load_state_dict(state["pruning"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self._exchanged.copy_(state["loss_sum"])
+        self.predicted.copy_(state["predicted"])
+        self.reference.samples = state["reference"]
+        if self.log is not None:
+            self.log.load_state_dict(state["log"])

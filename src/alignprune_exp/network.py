@@ -1,0 +1,78 @@
+"""A learner on its device: how it takes a step, and how it looks at samples."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import distributed, learners, optim
+from .pruning import NonFiniteLossError
+from .pruning.seeding import generator
+from .setup import Setup
+
+
+class Network:
+    """The learner and its optimizer. Training goes through what compiles and parallelises, evaluation through neither.
+
+    Args:
+        setup: of the run.
+        purpose: names the random numbers that the networks are initialised by.
+    """
+
+    def __init__(self, setup: Setup, purpose: str) -> None:
+        config = setup.config
+        self.config, self.device, self.precision = config.optimizer, setup.device, setup.precision
+        torch.manual_seed(int(generator(config.seed, purpose).integers(2**62)))
+        learner = learners.build(config, setup.task.network, setup.n, len(setup.data.classes))
+        self.learner = learner.to(self.device)
+        if config.channels_last:
+            self.learner = self.learner.to(memory_format=torch.channels_last)
+        self.optimizer = optim.build(config.optimizer, self.learner.parameters())
+        self._parallel: nn.Module = self.learner
+        if setup.processes.size > 1:
+            self._parallel = distributed.parallel(self.learner)
+        mode = config.compile if isinstance(config.compile, str) else None
+        self._forward = torch.compile(self._parallel, mode=mode) if config.compile else self._parallel
+
+    def training_logits(self, images: Tensor, *network: int) -> Tensor:
+        """Return float32 logits (B, C) of all networks, or of one, to differentiate."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self._forward(images, *network).float()
+
+    def logits(self, images: Tensor, *network: int) -> Tensor:
+        """Return the same for evaluation."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.learner(images, *network).float()
+
+    def schedule(self, progress: float) -> float:
+        """Set the rates of training progress in [0, 1]; return the learning rate."""
+        return optim.set_progress(self.optimizer, progress, self.config)
+
+    def learn(self, loss: Tensor) -> None:
+        """Take a step down the gradient of a loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.learner.after_backward()
+        self.optimizer.step()
+
+    def waiting(self, uneven: bool) -> AbstractContextManager[Any]:
+        """Let processes without a share of a step wait for those that have one."""
+        if isinstance(self._parallel, DistributedDataParallel):
+            return cast(AbstractContextManager[Any], self._parallel.join(enable=uneven))
+        return nullcontext()
+
+    def check_finite(self, epoch: int) -> None:
+        """Raise NonFiniteLossError if a weight became NaN or infinite."""
+        if not torch.stack([p.detach().sum() for p in self.learner.parameters()]).isfinite().all():
+            raise NonFiniteLossError(epoch, what="a weight")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.learner.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,228 @@
+"""What a run writes: the row of an epoch, its dynamics, every sample's scores, the environment, and the summary."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .diagnostics import detection_auroc, dynamics, kept_noise
+from .loop import Epoch, Loop
+from .pruning import SCORES, Choice, DynamicPruning
+from .runs import write_atomically
+from .setup import Setup
+
+FROM_THE_BANK = ("loss", "das", "spearman", "cosine", "small_loss", "settled")  # scores that every run can log
+
+Row = dict[str, Any]
+
+
+def epoch_rows(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, list[Row]]:
+    """Return an epoch's row of ``metrics.jsonl`` and its rows of ``dynamics.parquet``."""
+    pruning, noisy, clock = loop.pruning, setup.noisy, now.clock
+    scores = bank_scores(setup, pruning)
+    plain_noise, weighted_noise = kept_noise(now.selection, noisy)
+    aurocs = {
+        f"auroc_{name}": None if noisy is None or name not in scores else detection_auroc(scores[name], noisy)
+        for name in logged_scores(pruning)
+    }
+    drawn = dynamics(
+        now.number,
+        pruning.trajectories.last_N.cpu().numpy(),
+        now.reference.cpu().numpy(),
+        scores,
+        noisy,
+        setup.data.train.labels,
+        now.selection,
+        len(setup.data.classes),
+    )
+    clock.lap("diagnostics")
+    looked_at = 0
+    if now.number == loop.first:
+        clock.laps["select"] += loop.spent.seconds
+        looked_at = loop.spent.samples
+    passes = loop.network.learner.passes(now.number - loop.first)
+    trained = setup.n * (loop.first if setup.warmup else 0) + int(pruning.times_selected.sum())
+    row = {
+        "epoch": now.number,
+        "phase": ("train" if loop.log is None else "warmup") if setup.chooses_once else None,
+        "ranked_by": now.ranked_by,
+        "train_loss": now.train_loss,
+        **{name: now.tested.get(name) for name in metric_names(setup)},
+        "lr": now.lr,
+        "kept_fraction": len(now.selection.indices) / setup.n,
+        "kept_noise": plain_noise,
+        "kept_noise_weighted": weighted_noise,
+        **aurocs,
+        "reference_loss": now.reference_loss,
+        "reference_noise": now.reference_noise,
+        "score_mean": float(np.nanmean(now.ranking)) if now.ranked_by and not np.isnan(now.ranking).all() else None,
+        "low_fraction": None if math.isnan(now.selection.low_fraction) else now.selection.low_fraction,
+        "samples_seen": trained,
+        "samples_refreshed": now.refreshed,
+        "samples_reference": now.forwarded,
+        "samples_forwarded": passes * len(now.selection.indices) + now.refreshed + now.forwarded + looked_at,
+        "seconds": clock.total(),
+        **{f"seconds_{name}": seconds for name, seconds in clock.laps.items()},
+    }
+    return row, drawn
+
+
+def metric_names(setup: Setup) -> list[str]:
+    """Return the names of what an epoch's evaluation gives."""
+    return ["test_accuracy", "test_loss", *(f"test_accuracy{suffix}" for suffix in setup.test_sets if suffix)]
+
+
+def ranking_name(pruning: DynamicPruning) -> str | None:
+    """Return the name of the score that a pruning ranks by, if it ranks."""
+    return pruning.score.name if pruning.pruner.uses_scores else None
+
+
+def logged_scores(pruning: DynamicPruning) -> list[str]:
+    """Return the names of the scores that a run logs: those of every run, and the one that ranks."""
+    return list(dict.fromkeys(filter(None, (*FROM_THE_BANK, ranking_name(pruning)))))
+
+
+def bank_scores(setup: Setup, pruning: DynamicPruning) -> dict[str, np.ndarray]:
+    """Return every score (n,) that the bank can give after the last finished epoch, by name.
+
+    A score that compares with the reference is there once its window is full.
+    """
+    ranking = ranking_name(pruning)
+    scores = {name: pruning.score if name == ranking else SCORES[name]() for name in logged_scores(pruning)}
+    if pruning.epoch < setup.config.score.window or not setup.config.reference.aligns:
+        scores = {name: score for name, score in scores.items() if not score.aligned}
+    return dict(zip(scores, pruning.several_scores(list(scores.values())), strict=True))
+
+
+def summary(
+    setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequence[Row], status: str, error: str | None = None
+) -> Row:
+    """Return ``summary.json``: what the run was and what came out."""
+    config = setup.config
+    pruned = [row for row in rows if row["epoch"] in setup.plan.pruned(config.epochs)]
+    of_training = rows[setup.warmup :]
+    trained = rows[-1]["samples_seen"] if rows else 0
+    seconds_steps = sum(row["seconds_train"] for row in rows)
+    ranking = ranking_name(loop.pruning) if loop is not None else None
+    return {
+        "id": setup.id,
+        "config_id": setup.config_id,
+        "status": status,
+        **({"error": error} if error else {}),
+        "dataset": config.dataset.name,
+        "noise": config.noise.name,
+        "noise_rate": None if setup.noisy is None else float(setup.noisy.mean()),
+        "pairing": setup.data.pairing or None,
+        "learner": config.learner.name,
+        "pruner": config.pruner["name"],
+        "score": ranking,
+        "window": config.score.window if ranking else None,
+        "seed": config.seed,
+        "scale": config.scale,
+        "epochs": config.epochs,
+        "samples": setup.n,
+        **_tested(setup, of_training),
+        **({"skipped": len(setup.data.skipped)} if setup.data.skipped else {}),
+        "saved": 1 - trained / (setup.n * config.epochs),
+        "kept_noise_mean": _mean(row["kept_noise"] for row in pruned),
+        "kept_noise_weighted_mean": _mean(row["kept_noise_weighted"] for row in pruned),
+        "detection_auroc_last": rows[-1][f"auroc_{ranking}"] if rows and ranking else None,
+        "seconds_train": sum(row["seconds"] - row["seconds_test"] for row in rows),
+        "seconds_total": sum(row["seconds"] for row in rows),
+        "samples_per_second": trained / seconds_steps if seconds_steps else None,
+        **(_of_the_choice(setup, loop, choice, rows) if setup.chooses_once else {}),
+        "commit": commit(),
+        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _tested(setup: Setup, rows: Sequence[Row]) -> Row:
+    """Return final and best accuracy on every set that is evaluated on."""
+    found: Row = {}
+    for suffix in setup.test_sets:
+        values = [row[f"test_accuracy{suffix}"] for row in rows]
+        found[f"test_accuracy{suffix}_final"] = values[-1] if values else None
+        found[f"test_accuracy{suffix}_best"] = max((value for value in values if value is not None), default=None)
+    return found
+
+
+def _of_the_choice(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequence[Row]) -> Row:
+    """Return what a summary says of samples chosen once."""
+    return {
+        "warmup_epochs": setup.warmup,
+        "seconds_warmup": sum(row["seconds"] for row in rows[: setup.warmup]),
+        "seconds_select": loop.spent.seconds if loop else 0.0,
+        **({f"choice_{name}": value for name, value in choice.facts.items()} if choice else {}),
+    }
+
+
+def environment(setup: Setup, command: str, resumed_at: int) -> Row:
+    """Return ``environment.json``: what the run's bits depend on beside its config."""
+    cuda = setup.device.type == "cuda"
+    return {
+        "config_id": setup.config_id,
+        "epochs": setup.epochs,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(setup.device) if cuda else platform.processor() or platform.machine(),
+        "device_type": setup.device.type,
+        "precision": setup.precision,
+        "threads": setup.config.threads,
+        "processes": setup.processes.size,
+        "host": platform.node(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "commit": commit(),
+        "command": command,
+        "resumed_at_epoch": resumed_at,
+        "data_fingerprint": setup.data.fingerprint,
+    }
+
+
+def write_samples(path: Path, setup: Setup, loop: Loop) -> None:
+    """Write ``samples.parquet``: a row a training sample, with every score; empty where unknown."""
+    import pandas as pd
+
+    pruning, train = loop.pruning, setup.data.train
+    empty = np.full(setup.n, np.nan, np.float32)
+    scores = {f"score_{name}": empty for name in FROM_THE_BANK}
+    scores |= {f"score_{name}": values for name, values in bank_scores(setup, pruning).items()}
+    frame = pd.DataFrame(
+        {
+            "index": train.rows,
+            "path": pd.array(train.paths, dtype="string") if train.paths is not None else None,
+            "label": train.labels,
+            "clean_label": train.clean_labels if train.clean_labels is not None else None,
+            "predicted": loop.predicted.cpu().numpy(),
+            "loss": pruning.trajectories.last_N.cpu().numpy(),
+            **scores,
+            "times_selected": setup.warmup + pruning.times_selected,
+        }
+    )
+    write_atomically(path, lambda file: frame.to_parquet(file, index=False))
+
+
+def commit() -> str | None:
+    """Return the commit of this package's checkout, with ``+`` where it is changed; None outside one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changes.stdout.strip() else "")
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,67 @@
+"""The reference set of a run: held out with trusted labels, chosen out of the training samples, or none at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import Pseudo
+from .data.split import reference_count
+from .network import Network
+from .pruning import DynamicPruning
+from .pruning.reference import most_trusted
+from .pruning.seeding import generator
+from .setup import Setup
+
+
+class Reference:
+    """Where the reference trajectory comes from, epoch by epoch.
+
+    Attributes:
+        samples: (R,) those of ``setup.reference_batches`` that are in the set.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        held_out = setup.data.reference
+        self.samples = torch.arange(0 if held_out is None else len(held_out))
+
+    def losses(self, network: Network) -> Tensor:
+        """Return the samples' losses (R,), float64."""
+        if len(self.samples) == 0:
+            return torch.empty(0)
+        share = self.setup.processes.share(self.samples)
+        losses = self.setup.task.losses(network, self.setup.reference_batches.evaluation(share))
+        return self.setup.processes.gather(losses).double()
+
+    def loss(self, losses_R: Tensor, pruning: DynamicPruning) -> float | None:
+        """Return the mean of the set's losses; without a set, the training samples' own, where one is to stand in."""
+        if len(losses_R):
+            return losses_R.mean().item()
+        return pruning.trajectories.population_mean() if self.setup.config.reference.aligns else None
+
+    def noise(self) -> float | None:
+        """Return the wrong share of the set's labels, where that is known."""
+        trusted, noisy = self.setup.data.reference, self.setup.noisy
+        if trusted is not None and trusted.clean_labels is not None:
+            return float((trusted.labels != trusted.clean_labels).mean())
+        return None if noisy is None or len(self.samples) == 0 else float(noisy[self.samples].mean())
+
+    def choose(self, network: Network, pruning: DynamicPruning) -> int:
+        """Choose a pseudo set anew where that is due; return how many samples were forwarded for it."""
+        setup, config = self.setup, self.setup.config
+        reference = config.reference
+        if not isinstance(reference, Pseudo) or not reference.due(pruning.epoch, config.epochs):
+            return 0
+        by_quality = reference.method == "cleanlab"
+        if by_quality:
+            own = setup.processes.share(torch.arange(setup.n))
+            batches = setup.train_batches.evaluation(own)
+            trust = setup.task.label_quality(network, batches, own, setup.processes).cpu().numpy()
+        else:
+            trust = pruning.scores("small_loss")
+        rng = generator(config.seed, "pseudo reference", pruning.epoch)
+        chosen = most_trusted(trust, setup.data.train.labels, reference_count(reference.size, setup.n), rng)
+        self.samples = torch.from_numpy(chosen)
+        pruning.change_reference(self.losses(network).mean())
+        return len(chosen) + by_quality * setup.n

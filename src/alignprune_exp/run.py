@@ -1,0 +1,368 @@
+"""One run: its processes, its lock, its parts and phases, and what ends it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar, cast
+
+import torch
+from omegaconf import OmegaConf
+
+from . import record
+from .config import Config, NoTracking
+from .console import epoch_line, say
+from .distributed import Lost, Processes
+from .errors import Failed, Stopped, UsageError
+from .loop import Loop, Spent
+from .network import Network
+from .pruning import (
+    Choice,
+    Criterion,
+    Evidence,
+    Fixed,
+    Full,
+    NonFiniteLossError,
+    Pruner,
+    Trajectories,
+    WarmUpLog,
+)
+from .pruning.seeding import generator
+from .record import Row
+from .reference import Reference
+from .runs import RunFolder, owner_alive, write_json, write_parquet, write_text
+from .setup import Setup, make_pruning
+from .tracking import Tracker
+
+Result = TypeVar("Result")
+
+
+def run(config: Config, command: str, group: str | None = None) -> tuple[dict[str, Any], Path]:
+    """Run, or resume, one experiment; return its summary and its folder.
+
+    ``group`` names the suite that the run belongs to, for tracking. A run that has finished is not run again: its
+    summary is returned. Raises UsageError for a mistake in the config or the data, before anything is written,
+    Failed, and Stopped.
+    """
+    processes = Processes()
+    with ExitStack() as owned:
+        owned.enter_context(processes.joined())
+        one = _agreed(processes, lambda: Run(config, processes))
+        folder = RunFolder(Path(config.paths.results), one.setup.id)
+
+        def begin() -> dict[str, Any] | None:
+            if processes.rank > 0:
+                return None
+            anew = config.force and not folder.was_requeued()
+            if not anew and (ended := _ended(folder)):
+                return ended
+            owned.enter_context(folder.claim(anew))
+            return _ended(folder)
+
+        ended = _agreed(processes, begin)
+        if processes.any(ended is not None):
+            return ended or folder.summary() or {}, folder.path
+        try:
+            with processes.connected():
+                return one.train(folder, command, group), folder.path
+        except Lost as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all with the first; let it be said why
+            error.speaks = processes.rank == 1 and _has_died(folder.path)
+            raise
+
+
+def _agreed(processes: Processes, work: Callable[[], Result]) -> Result:
+    """Do the work in every process; where one of them finds a mistake, they all end, and rank 0 says which."""
+    result, mistake = None, None
+    try:
+        result = work()
+    except (UsageError, Failed) as error:
+        mistake = error
+    said = processes.first(None if mistake is None else str(mistake))
+    if mistake is not None:
+        raise mistake
+    if said is not None:
+        raise UsageError(said)
+    return cast(Result, result)
+
+
+def _has_died(folder: Path) -> bool:
+    """Return whether the process that owned the folder has ended, or ends within two seconds."""
+    for _ in range(20):
+        if not owner_alive(folder):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _ended(folder: RunFolder) -> dict[str, Any] | None:
+    summary = folder.summary()
+    if summary is None:
+        return None
+    if summary["status"] == "failed":
+        raise Failed(f"run {folder.id} has failed before: {summary['error']}; force=true tries again")
+    say(f"run {folder.id} has finished already, {summary['finished_at']}; force=true runs it again")
+    return summary
+
+
+class Run:
+    """A run walks its phases: one, or a warm-up on everything and then training on what is chosen by it.
+
+    Building one reads the data and writes nothing; it raises UsageError for whatever the config asks for that the
+    data or the machine cannot give.
+
+    Attributes:
+        loop: the phase that it is in; None before a choice without a warm-up.
+        choice: what a static criterion has chosen, once it has.
+        rows, drawn: the record so far: of ``metrics.jsonl``, and of ``dynamics.parquet``.
+    """
+
+    def __init__(self, config: Config, processes: Processes | None = None) -> None:
+        self.setup = setup = Setup.of(config, processes or Processes())
+        self.reference = Reference(setup)
+        self.choice: Choice | None = None
+        self.rows: list[Row] = []
+        self.drawn: list[Row] = []
+        self.loop: Loop | None = None
+        if isinstance(setup.plan, Pruner):
+            self.loop = self._phase(setup.plan, config.epochs)
+        elif setup.warmup:
+            self.loop = self._phase(Full(), setup.warmup, "warm-up model", WarmUpLog(setup.n))
+        else:
+            self._phase(Full(), 1)  # whose mistakes are to be found now
+
+    def _phase(
+        self,
+        pruner: Pruner,
+        epochs: int,
+        purpose: str = "model",
+        log: WarmUpLog | None = None,
+        bank: Trajectories | None = None,
+        spent: Spent | None = None,
+    ) -> Loop:
+        setup = self.setup
+        clean = None if setup.noisy is None else ~setup.noisy
+        pruning = make_pruning(setup.config, setup.data.train, clean, setup.device, (pruner, epochs), bank)
+        return Loop(setup, pruning, Network(setup, purpose), self.reference, log, spent)
+
+    def train(self, folder: RunFolder, command: str, group: str | None = None) -> dict[str, Any]:
+        """Walk the epochs from where the folder's checkpoint stands; write the record; return the summary."""
+        setup, writes = self.setup, self.setup.processes.rank == 0
+        config = setup.config
+        self._resume(folder)
+        environment = record.environment(setup, command, len(self.rows))
+        if writes:
+            write_text(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
+            write_json(folder.path / "environment.json", environment)
+            if setup.data.skipped:
+                write_text(folder.path / "skipped.txt", "".join(f"{line}\n" for line in setup.data.skipped))
+        tracking = config.tracking if writes else NoTracking(name="none")
+        mirrored = config.model_dump() | {"environment": environment}
+        tracker = Tracker(tracking, setup.id, group, folder.path, mirrored, say)
+        say(self._beginning())
+        try:
+            with _stop_signals() as stop:
+                for loop in self._phases(folder, stop):
+                    self._walk(loop, folder, stop, tracker)
+            if writes:
+                record.write_samples(folder.path / "samples.parquet", setup, loop)
+            summary = record.summary(setup, self.loop, self.choice, self.rows, "finished")
+        except NonFiniteLossError as error:
+            summary = record.summary(setup, self.loop, self.choice, self.rows, "failed", str(error))
+        except BaseException as error:
+            tracker.finish({"status": "stopped" if isinstance(error, Stopped) else "interrupted"})
+            raise
+        if writes:
+            write_json(folder.path / "summary.json", summary)
+        tracker.finish(summary)
+        if summary["status"] == "failed":
+            raise Failed(f"run {setup.id}: {summary['error']}; the record is in {folder.path}")
+        if writes and not config.keep_checkpoints:
+            folder.remove_checkpoints()
+        return summary
+
+    def _beginning(self) -> str:
+        setup, config = self.setup, self.setup.config
+        step = self.loop.step if self.loop else 0
+        parts = [
+            f"run {setup.id}: {setup.n} samples of {config.dataset.name}",
+            f"{config.epochs} epochs" + (f" after a warm-up of {setup.warmup}" if setup.warmup else ""),
+            f"{config.model.name} on {setup.device} in {setup.precision}",
+        ]
+        if setup.processes.size > 1:
+            parts.append(f"{setup.processes.size} processes")
+        if self.rows or step:
+            parts.append(f"resumed at epoch {len(self.rows)}, step {step}")
+        return ", ".join(parts)
+
+    def _phases(self, folder: RunFolder, stop: threading.Event) -> Iterator[Loop]:
+        """Yield the phases that are left, each when the one before it has ended."""
+        if isinstance(self.setup.plan, Criterion) and self.choice is None:
+            if self.loop is not None:
+                yield self.loop
+            self._choose(self.setup.plan)
+            self._save(folder)
+            self._stop_if(stop)
+        assert self.loop is not None
+        yield self.loop
+
+    def _walk(self, loop: Loop, folder: RunFolder, stop: threading.Event, tracker: Tracker) -> None:
+        """Train the epochs of a phase that are left, writing the record as they end."""
+        setup = self.setup
+        while loop.pruning.epoch < loop.pruning.epochs:
+            try:
+                now = loop.epoch(stop, lambda: self._save(folder))
+            except Stopped as where:
+                raise self._stopped(where) from None
+            row, drawn = record.epoch_rows(setup, loop, now)
+            self.rows.append(row)
+            self.drawn.extend(drawn)
+            if setup.processes.rank == 0:
+                folder.append_metrics(row)
+                write_parquet(folder.path / "dynamics.parquet", self.drawn)
+            self._save(folder)
+            tracker.log(row)
+            recent = [row["seconds"] for row in self.rows[-5:]]
+            left = sum(recent) / len(recent) * (setup.epochs - len(self.rows))
+            say(epoch_line(row, setup.epochs, left))
+            if len(self.rows) < setup.epochs:
+                self._stop_if(stop)
+
+    def _stop_if(self, stop: threading.Event) -> None:
+        if self.setup.processes.any(stop.is_set()):
+            raise self._stopped(f"epoch {len(self.rows)}, step 0")
+
+    def _stopped(self, where: object) -> Stopped:
+        return Stopped(
+            f"run {self.setup.id} stopped in {where} and left a checkpoint; the same command goes on from there"
+        )
+
+    def _choose(self, criterion: Criterion) -> None:
+        """Choose by what the warm-up has left, and begin the phase that trains on it, from scratch."""
+        setup, before, began = self.setup, self.loop, time.perf_counter()
+        n = setup.n
+        network = Network(setup, "model") if before is None else before.network
+        network.learner.eval()
+        evidence, samples = _evidence(setup, criterion, network, WarmUpLog(n) if before is None else before.log)
+        try:
+            criterion.check(evidence, n)
+            choice = criterion.choose(evidence, generator(setup.config.seed, "choose"))
+        except ValueError as error:
+            raise Failed(f"run {setup.id} cannot choose: {error}") from None
+        self._take(choice, Spent(time.perf_counter() - began, samples))
+
+    def _take(self, choice: Choice, spent: Spent) -> None:
+        """Begin the phase that trains on a choice."""
+        before, self.choice = self.loop, choice
+        bank = None if before is None else before.pruning.trajectories
+        self.loop = self._phase(Fixed(indices=choice.indices), self.setup.config.epochs, bank=bank, spent=spent)
+        if before is not None:
+            self.loop.predicted = before.predicted
+
+    def _save(self, folder: RunFolder) -> None:
+        if self.setup.processes.rank > 0:
+            return
+        assert self.loop is not None
+        choice = self.choice and {
+            "indices": torch.from_numpy(self.choice.indices),
+            "facts": dict(self.choice.facts),
+            "seconds": self.loop.spent.seconds,
+            "samples": self.loop.spent.samples,
+        }
+        folder.save_checkpoint(
+            {
+                "precision": self.setup.precision,
+                "device": self.setup.device.type,
+                "epoch": self.loop.pruning.epoch,
+                "choice": choice,
+                **self.loop.state_dict(),
+            }
+        )
+
+    def _resume(self, folder: RunFolder) -> None:
+        """Load the latest checkpoint, cut the record back to it, and read metrics and dynamics so far."""
+        processes = self.setup.processes
+        state = folder.load_checkpoint(say)
+        epochs = step = 0
+        if state is not None:
+            self._check_precision(state)
+            try:
+                if (choice := state["choice"]) is not None:
+                    taken = Choice(choice["indices"].numpy().copy(), choice["facts"])
+                    self._take(taken, Spent(choice["seconds"], choice["samples"]))
+                assert self.loop is not None
+                self.loop.load_state_dict(state)
+            except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
+                raise UsageError(
+                    f"the checkpoint in {folder.path} was left by another version of this program and cannot be gone "
+                    "on from; start again with force=true"
+                ) from None
+            epochs, step = state["epoch"], state["step"]
+        if not processes.same(epochs * 2**32 + step):
+            raise Failed(f"the processes do not see the same checkpoint in {folder.path}; put it on a disk they share")
+        if processes.rank == 0:
+            folder.cut_metrics(epochs)
+        self.rows = [row for row in folder.metrics() if row["epoch"] < epochs]
+        if len(self.rows) != epochs:
+            raise UsageError(f"{folder.path}/metrics.jsonl is damaged; force=true starts again and keeps this folder")
+        self.drawn = [row for row in folder.dynamics() if row["epoch"] < epochs] if epochs else []
+
+    def _check_precision(self, state: dict[str, Any]) -> None:
+        setup = self.setup
+        for key, here in (("precision", setup.precision), ("device", setup.device.type)):
+            if state[key] != here:
+                raise UsageError(
+                    f"run {setup.id} was begun with {key} {state[key]} and {key}={getattr(setup.config, key)} means "
+                    f"{here} here; go on where it is {state[key]}, or start again with force=true"
+                )
+
+
+def _evidence(setup: Setup, criterion: Criterion, network: Network, log: WarmUpLog | None) -> tuple[Evidence, int]:
+    """Return what a criterion chooses by, and how many samples were passed through the network for it."""
+    assert log is not None
+    task, processes, needs, samples = setup.task, setup.processes, criterion.needs, 0
+    known: dict[str, Any] = {"losses": log.losses, "forgotten": log.forgotten} if log.epochs else {}
+    if needs & {"probabilities", "embeddings"}:
+        share = processes.share(torch.arange(setup.n))
+        batches = setup.train_batches
+        own = task.outputs(
+            network, batches.strong(share, log.epochs) if criterion.strong else batches.evaluation(share)
+        )
+        known["probabilities"], known["embeddings"] = (processes.gather(values).cpu().numpy() for values in own)
+        samples += setup.n
+    if "reference" in needs and setup.data.reference is not None:
+        outputs = task.outputs(network, setup.reference_batches.evaluation())
+        probabilities, embeddings = (values.cpu().numpy() for values in outputs)
+        known["reference"] = Evidence(setup.data.reference.labels, probabilities, embeddings)
+        samples += len(setup.data.reference)
+    return Evidence(setup.data.train.labels, **known), samples
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turn SIGINT, SIGTERM and SIGUSR2 into a wish that the loop looks at after each step.
+
+    A second one is obeyed at once, but under a scheduler that has put a handler on SIGUSR2: it signals repeatedly.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    scheduled = callable(signal.getsignal(signal.SIGUSR2))
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and not scheduled:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

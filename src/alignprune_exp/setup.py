@@ -1,0 +1,261 @@
+"""What all phases of one run share: its config resolved on this machine, its data and batches. Nothing is written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .config import NOTHING_HELD_OUT, Config, Pseudo, Trusted, identity, import_class, make_pruner
+from .data.batches import Batches
+from .data.datasets import load
+from .data.split import Split, TrainingData, prepare, reference_count
+from .distributed import Processes
+from .errors import UsageError
+from .pruning import SCORES, Criterion, DynamicPruning, Full, Plan, Pruner, Score, Trajectories
+from .runs import run_id
+from .tasks.classification import Classification
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a run that its phases share.
+
+    Attributes:
+        config: the run's config.
+        processes: those of the run; this one is one of them.
+        device: where this process computes.
+        precision: ``bf16`` or ``fp32``, of the forward and backward passes.
+        data: what is trained and evaluated on.
+        task: what a sample's loss and a metric are.
+        id: of the run.
+        config_id: of its config without its data.
+    """
+
+    config: Config
+    processes: Processes
+    device: torch.device
+    precision: str
+    data: TrainingData
+    task: Classification
+    id: str
+    config_id: str
+
+    @classmethod
+    def of(cls, config: Config, processes: Processes) -> Setup:
+        """Read the data of a run, and set torch up for it.
+
+        Raises UsageError for whatever the config asks for that the data or the machine cannot give.
+        """
+        _check_processes(config, processes)
+        device = resolve_device(config.device, processes)
+        if config.model.norm == "sync" and processes.size > 1 and device.type == "cpu":
+            raise UsageError("model.norm=sync is for CUDA devices; set model.norm=group, or one process")
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.benchmark = not config.deterministic
+        torch.set_num_threads(config.threads)
+        data = load_data(config)
+        setup = cls(
+            config,
+            processes,
+            device,
+            resolve_precision(config.precision, device),
+            data,
+            Classification(config, data),
+            run_id(identity(config, data.fingerprint, processes.size)),
+            run_id(identity(config, fingerprint="")),
+        )
+        if config.score.name == "oracle" and setup.noisy is None:
+            raise UsageError("score=oracle needs clean labels, and this data set has none; use another score")
+        if isinstance(config.reference, Pseudo):
+            reference_count(config.reference.size, setup.n)
+        return setup
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What decides which samples are trained on, every epoch or once."""
+        return make_pruner(self.config.pruner)
+
+    @property
+    def chooses_once(self) -> bool:
+        """Whether the samples of all epochs are chosen once, after a warm-up."""
+        return isinstance(self.plan, Criterion)
+
+    @property
+    def warmup(self) -> int:
+        """Epochs on everything before a choice that is made once."""
+        return self.plan.warmup_epochs(self.config.epochs)
+
+    @property
+    def epochs(self) -> int:
+        """All epochs of the run."""
+        return self.warmup + self.config.epochs
+
+    @property
+    def n(self) -> int:
+        """The number of training samples."""
+        return len(self.data.train)
+
+    @cached_property
+    def noisy(self) -> np.ndarray | None:
+        """Which training samples are corrupted (n,); None where that is unknown."""
+        train = self.data.train
+        return None if train.clean_labels is None else train.labels != train.clean_labels
+
+    @cached_property
+    def train_batches(self) -> Batches:
+        return self._batches(self.data.train, augmented=True)
+
+    @cached_property
+    def reference_batches(self) -> Batches:
+        """Those that a reference set is drawn from: its own, or the training samples'."""
+        return self.train_batches if self.data.reference is None else self._batches(self.data.reference)
+
+    @cached_property
+    def test_sets(self) -> dict[str, Split]:
+        """What is evaluated on, by the suffix of its metrics: the test set has none."""
+        return {"": self.data.test} | {f"_{name}": split for name, split in self.data.evaluations.items()}
+
+    @cached_property
+    def test_batches(self) -> dict[str, Batches]:
+        return {suffix: self._batches(split) for suffix, split in self.test_sets.items()}
+
+    def _batches(self, split: Split, augmented: bool = False) -> Batches:
+        config = self.config
+        return Batches(
+            split,
+            batch_size=config.batch_size if augmented else max(config.batch_size, 256),
+            device=self.device,
+            mean=self.data.mean,
+            std=self.data.std,
+            seed=config.seed,
+            train=augmented,
+            flip=config.dataset.flip,
+            crop=getattr(config.dataset, "crop", 0),
+            channels_last=config.channels_last,
+            dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
+            workers=config.workers,
+        )
+
+
+def _check_processes(config: Config, processes: Processes) -> None:
+    if processes.size > 1 and config.learner.name != "ce":
+        raise UsageError(
+            f"learner={config.learner.name} keeps to itself what it knows about a sample, and "
+            f"{processes.size} processes would not share it; use learner=ce, or one process"
+        )
+    if config.batch_size < processes.size:
+        raise UsageError(
+            f"batch_size={config.batch_size} over {processes.size} processes leaves some without a sample; "
+            f"set batch_size={processes.size} or more"
+        )
+
+
+def resolve_device(asked: str, processes: Processes | None = None) -> torch.device:
+    """Return the device of ``auto``, ``cpu``, ``cuda`` or ``cuda:K``; raise UsageError if it is absent.
+
+    Of several processes on a machine each takes the CUDA device of its number.
+    """
+    count = torch.cuda.device_count() if asked != "cpu" and torch.cuda.is_available() else 0
+    device = torch.device(("cuda" if count else "cpu") if asked == "auto" else asked)
+    if device.type == "cuda" and processes is not None and processes.size > 1:
+        if device.index is not None:
+            raise UsageError(f"device={asked} is one device for {processes.size} processes; use device=cuda")
+        device = torch.device("cuda", processes.local)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"device={asked} is not there: torch sees {count} CUDA devices; use device=auto or device=cpu")
+    return device
+
+
+def resolve_precision(asked: str, device: torch.device) -> str:
+    """Return ``bf16`` or ``fp32``; ``auto`` is bf16 where the device has it in hardware."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def load_data(config: Config) -> TrainingData:
+    """Return what a run trains on and is evaluated on; raise UsageError where the files cannot give it."""
+    dataset, noise = config.dataset, config.noise
+    reference = config.reference if isinstance(config.reference, Trusted) else NOTHING_HELD_OUT
+    place = getattr(dataset, "root", None)
+    root = Path(place).expanduser() if place is not None else None
+    return prepare(
+        load(dataset.model_dump()),
+        seed=config.seed,
+        subset=dataset.subset,
+        test_subset=dataset.test_subset,
+        reference_size=reference.size,
+        reference_per_class=reference.per_class,
+        reference_noise=reference.noise,
+        reference_train=reference.train,
+        noise=noise.name,
+        noise_rate=noise.rate,
+        noise_labels=noise.labels,
+        noise_file=Path(noise.file).expanduser() if noise.file is not None else None,
+        root=root,
+    )
+
+
+def make_pruning(
+    config: Config,
+    dataset: Any,
+    clean: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
+    phase: tuple[Pruner, int] | None = None,
+    bank: Trajectories | None = None,
+) -> DynamicPruning:
+    """Return the pruning of a run over ``dataset``; raise UsageError for settings that do not go together.
+
+    ``phase`` has pruner and epochs of a phase of the run, where these are not the config's own.
+    """
+    name, score, plan = config.pruner["name"], config.score.name, make_pruner(config.pruner)
+    if isinstance(plan, Criterion):
+        trusted = isinstance(config.reference, Trusted) and config.reference.size > 0
+        if "reference" in plan.needs and not trusted:
+            raise UsageError(
+                f"pruner={name} chooses by trusted labels, and there are none held out; set reference=trusted"
+            )
+    pruner, epochs = phase or (plan if isinstance(plan, Pruner) else Full(), config.epochs)
+    try:
+        pruning = DynamicPruning(
+            dataset,
+            epochs,
+            pruner,
+            _score(score),
+            window=config.score.window,
+            unseen=config.score.unseen,
+            seed=config.seed,
+            clean=clean,
+            device=device,
+            bank_dtype=getattr(torch, config.score.bank),
+            bank=bank,
+            divided_by_caller=True,
+        )
+        pruning.scores(pruning.score)  # one of somebody's own says here what is wrong with it, whenever it ranks
+    except ValueError as error:
+        raise UsageError(f"pruner={name} score={score}: {error}") from None
+    if pruning.score.aligned and pruning.pruner.uses_scores and not config.reference.aligns:
+        raise UsageError(
+            f"score={score} compares with a reference set, and reference.size=0 leaves none; "
+            "set reference.size=0.01, reference=pseudo, or score=loss"
+        )
+    return pruning
+
+
+def _score(name: str) -> str | Score:
+    if name in SCORES:
+        return name
+    try:
+        return import_class(name, Score, "score", SCORES)()
+    except TypeError as error:
+        raise UsageError(f"score.name={name} is made without arguments, and says {error}") from None

@@ -1,0 +1,1 @@
+"""What a sample, its loss and a metric are: one file a task."""
