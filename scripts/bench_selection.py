@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from alignprune_exp.pruning import PRUNERS, SCORES, Trajectories
-from alignprune_exp.pruning.pruners import cluster, kept
+from alignprune_exp.pruning.kmeans import cluster
 from alignprune_exp.pruning.seeding import generator
+from alignprune_exp.pruning.selection import kept
 from alignprune_exp.run import Run
 from benchmarking import THREADS, Report, best, config, measured, memory_bandwidth, parser, peak_mb, reset_peak, walk
 

@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from alignprune_exp.pruning import PRUNERS, DynamicPruning, Evidence, Pruner, Selection, pruners
-from alignprune_exp.pruning.pruners import cluster
+from alignprune_exp.pruning.kmeans import cluster
 
 LATE = 10**6  # a run so long that pruning does not end
 
@@ -625,52 +625,7 @@ def test_clusters_are_as_tight_as_scikit_learns(name, groups):
     assert inertia(scores, labels) <= 1.001 * reference + 1e-9
 
 
-@pytest.mark.parametrize("name", [name for name in DISTRIBUTIONS if name != "few"])
-def test_what_is_summed_in_chunks_is_as_if_at_once(name, monkeypatch):
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_low_is_what_scores_below_the_exact_mean(name):
     scores = DISTRIBUTIONS[name](np.random.default_rng(3)).astype(np.float32)
-    labels, below = cluster(scores, 5), pruners.below_mean(scores)
-    np.testing.assert_array_equal(below, scores < math.fsum(scores) / len(scores))
-    monkeypatch.setattr(pruners, "CHUNK", 64)
-    monkeypatch.setattr(pruners, "STRIDE", 16)
-    np.testing.assert_array_equal(cluster(scores, 5), labels)
-    np.testing.assert_array_equal(pruners.below_mean(scores), below)
-    ordered = np.sort(scores)
-    counts = np.array([0, 1, 15, 16, 17, 63, 64, 65, 1199, 1200])
-    sums, squares = pruners._PrefixSums(ordered)(counts)
-    centred = ordered.astype(np.float64) - ordered.mean(dtype=np.float64)
-    np.testing.assert_allclose(sums, [math.fsum(centred[:k]) for k in counts], atol=1e-9 * np.abs(centred).sum())
-    np.testing.assert_allclose(squares, [math.fsum(centred[:k] ** 2) for k in counts], rtol=1e-9, atol=1e-9)
-
-
-@given(st.lists(st.integers(-20, 20).map(float), min_size=5, max_size=16), st.integers(1, 5))
-def test_clusters_of_few_samples_are_optimal(scores, groups):
-    labels = cluster(np.float32(scores), groups)
-    assert set(labels.tolist()) == set(range(groups))
-    best = sum(sum((x - sum(p) / len(p)) ** 2 for x in p) for p in optimal_clusters(scores, groups))
-    assert inertia(np.float32(scores), labels) == pytest.approx(best, abs=1e-6)
-
-
-# ---- settings ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("pruner", "settings", "sentence"),
-    [
-        ("infobatch", {"ratio": 0.91}, "ratio=0.91.*0.9"),
-        ("random", {"ratio": -0.1}, "ratio=-0.1"),
-        ("topk", {"ratio": 1}, "ratio=1"),
-        ("seta", {"ratio": math.nan}, "ratio=nan"),
-        ("infobatch", {"delta": 0}, "delta=0"),
-        ("seta", {"delta": 1.1}, "delta=1.1"),
-        ("infobatch", {"budget": 0}, "budget=0"),
-        ("random", {"budget": 1.01}, "budget=1.01"),
-        ("seta", {"groups": 0}, "groups=0"),
-        ("seta", {"alpha": 0}, "alpha=0"),
-        ("seta", {"alpha": 1.2}, "alpha=1.2"),
-        ("seta", {"alpha": 0.1}, "alpha=0.1.*5 groups"),  # round(0.5) = 0 clusters
-        ("topk", {"warmup": -1}, "warmup=-1"),
-    ],
-)
-def test_a_setting_out_of_range_is_refused_by_name(pruner, settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        PRUNERS[pruner](**settings)
+    np.testing.assert_array_equal(pruners.below_mean(scores), scores < math.fsum(scores) / len(scores))

@@ -7,13 +7,13 @@ Epochs are counted from 0.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .kmeans import cluster
 from .selection import (
     MAX_RATIO,
     Floats,
@@ -34,9 +34,6 @@ from .static import STATIC
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-CHUNK = 1 << 20  # samples in float64 at a time
-STRIDE = 256  # samples between the prefix sums that are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,125 +353,5 @@ PRUNERS: dict[str, type[Plan]] = {
 
 def below_mean(scores: Floats) -> NDArray[np.bool_]:
     """Return the mask (N,) of the scores below their mean, in float64; equal scores have a mean equal to each."""
-    least, chunks = scores.min(), range(0, len(scores), CHUNK)
-    above = (scores[start : start + CHUNK].astype(np.float64) - least for start in chunks)
-    mean = sum(float(chunk.sum()) for chunk in above) / len(scores)
-    mask = np.empty(len(scores), bool)
-    for start in chunks:
-        mask[start : start + CHUNK] = scores[start : start + CHUNK].astype(np.float64) - least < mean
-    return mask
-
-
-def cluster(scores: Floats, groups: int, resolution: int = 512) -> NDArray[np.int32]:
-    """One-dimensional k-means: return each sample's cluster (N,), numbered by ascending score.
-
-    The best cuts on a grid of ``resolution`` quantiles and as many equal steps are found by dynamic
-    programming (exactly optimal up to that many samples), then refined by Lloyd's iterations on all samples.
-    With fewer distinct scores than groups, every group of ties is divided, the largest parts first, into equal
-    chunks in the order given, until there are ``groups`` clusters; so equal scores give equal chunks.
-    """
-    ordered = np.sort(scores)
-    changes = ordered[1:] != ordered[:-1]
-    distinct = 1 + int(np.count_nonzero(changes))
-    if distinct <= groups:
-        values = ordered[np.r_[True, changes]]
-        del ordered, changes  # memory, at a hundred million samples
-        return _divide_ties(scores, values, groups)
-    if distinct <= 2 * resolution:
-        grid = np.r_[0, np.flatnonzero(changes) + 1, len(ordered)]
-    else:
-        grid = _grid(ordered, resolution)
-    prefix = _PrefixSums(ordered)
-    cuts = _best_cuts(grid, *prefix(grid), groups)
-    for _ in range(100):
-        sums, _ = prefix(cuts)
-        means = np.diff(sums) / np.diff(cuts)
-        middle = [prefix.below(value) for value in (means[1:] + means[:-1]) / 2]
-        moved = np.r_[0, middle, len(ordered)].astype(np.int64)
-        if (moved == cuts).all() or (np.diff(moved) == 0).any():
-            break
-        cuts = moved
-    label = np.zeros(len(scores), np.int32)
-    for boundary in ordered[cuts[1:-1]]:
-        label += scores >= boundary
-    return label
-
-
-class _PrefixSums:
-    """Float64 sums of the first k of N ordered values about their mean, and of the squares, for any k.
-
-    Only every ``STRIDE``-th is kept, so that memory hardly grows.
-    """
-
-    def __init__(self, ordered: Floats) -> None:
-        n = len(ordered)
-        self.ordered = ordered
-        self.mean = sum(float(ordered[i : i + CHUNK].astype(np.float64).sum()) for i in range(0, n, CHUNK)) / n
-        self.kept = np.zeros((2, n // STRIDE + 1))
-        for start in range(0, n - n % STRIDE, CHUNK):
-            centred = self._centred(ordered[start : min(start + CHUNK, n - n % STRIDE)])
-            first = start // STRIDE
-            for before, values in zip(self.kept, (centred, centred * centred), strict=True):
-                values[0] += before[first]
-                sums = np.cumsum(values, out=values)[STRIDE - 1 :: STRIDE]
-                before[first + 1 : first + 1 + len(sums)] = sums
-
-    def __call__(self, counts: Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return both sums (K,) of the first ``counts`` (K,) values."""
-        whole, rest = np.divmod(counts, STRIDE)
-        place = np.minimum(whole[:, None] * STRIDE + np.arange(STRIDE), len(self.ordered) - 1)
-        centred = self._centred(self.ordered[place])
-        sums, squares = (
-            np.cumsum(np.c_[kept[whole], values], axis=1)[np.arange(len(counts)), rest]
-            for kept, values in zip(self.kept, (centred, centred * centred), strict=True)
-        )
-        return sums, squares
-
-    def below(self, value: float) -> int:
-        """Return the number of values that lie below ``value`` about the mean."""
-        return bisect_left(self.ordered, value, key=lambda x: float(x) - self.mean)
-
-    def _centred(self, values: Floats) -> NDArray[np.float64]:
-        return np.asarray(values, np.float64) - self.mean
-
-
-def _grid(ordered: Floats, resolution: int) -> Ints:
-    """Candidate cuts: positions between distinct values, thinned to quantiles and equal steps of the range."""
-    quantiles = np.linspace(0, len(ordered) - 1, resolution).astype(np.int64)
-    steps = np.linspace(float(ordered[0]), float(ordered[-1]), resolution)
-    rounded = steps.astype(ordered.dtype)
-    above = np.where(rounded < steps, np.nextafter(rounded, ordered.dtype.type(np.inf)), rounded)
-    values = np.r_[ordered[quantiles], above]
-    return np.unique(np.r_[0, np.searchsorted(ordered, values), len(ordered)])
-
-
-def _best_cuts(grid: Ints, sums: Floats, squares: Floats, groups: int) -> Ints:
-    """Cuts (groups + 1,) out of ``grid`` with the least sum of squares within the clusters.
-
-    ``sums`` and ``squares`` are those of the values before each place of the grid.
-    """
-    size = np.maximum(grid[:, None] - grid[None, :], 1)
-    cost = squares[:, None] - squares[None, :] - (sums[:, None] - sums[None, :]) ** 2 / size  # to a place, from one
-    cost[np.triu_indices(len(grid))] = np.inf
-    total, choices = cost[:, 0], []
-    for _ in range(groups - 1):
-        through = total + cost
-        choices.append(through.argmin(1))
-        total = through[np.arange(len(grid)), choices[-1]]
-    path = [len(grid) - 1]
-    for choice in reversed(choices):
-        path.append(choice[path[-1]])
-    return grid[np.r_[0, path[::-1]]]
-
-
-def _divide_ties(scores: Floats, values: Floats, groups: int) -> NDArray[np.int32]:
-    members = [np.flatnonzero(scores == value) for value in values]
-    sizes, parts = np.array([len(ties) for ties in members]), np.ones(len(values), np.int64)
-    for _ in range(groups - len(values)):
-        parts[np.argmax(sizes / parts)] += 1
-    label, number = np.empty(len(scores), np.int32), 0
-    for ties, count in zip(members, parts, strict=True):
-        for chunk in np.array_split(ties, count):
-            label[chunk] = number
-            number += 1
-    return label
+    above = scores.astype(np.float64) - scores.min()
+    return above < above.mean()

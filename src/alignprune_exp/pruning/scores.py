@@ -1,72 +1,21 @@
-"""Scores: one number a sample, higher means more worth keeping.
+"""Scores: one number a sample, higher means more worth keeping. The formulas first; `fast` has the same faster.
 
 Shape legend: N samples, W epochs of the window, B samples of a block. An empty place in a trajectory is NaN.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from . import fast
 from .seeding import generator
 from .trajectories import History
 
-Correlation = Callable[[Tensor, Tensor], Tensor]
 
-
-def _one_pass(*, centred: bool, ranked: bool = False) -> Callable[[Correlation], Correlation]:
-    """Make a correlation one pass over rows in the CPU's cache, for the columns where that is exact enough.
-
-    These have no empty place, and a sum of squares well within float32 and not tiny beside their mean, as that of a
-    constant is. The decorated function does the other columns, and all of them on devices that would have to be
-    waited for to know.
-    """
-
-    def decorate(carefully: Correlation) -> Correlation:
-        @functools.wraps(carefully)
-        def correlation(losses_WB: Tensor, reference_W: Tensor) -> Tensor:
-            on_cpu = losses_WB.device.type == reference_W.device.type == "cpu"
-            if not on_cpu or losses_WB.dtype != torch.float32 or reference_W.dim() > 1:
-                return carefully(losses_WB, reference_W)
-            seen_W = ~reference_W.isnan()
-            v_WB, r_W = losses_WB if seen_W.all() else losses_WB[seen_W], reference_W[seen_W].double()
-            if len(r_W) < 3:
-                return carefully(losses_WB, reference_W)
-            if ranked:
-                v_WB, r_W = _ranks(v_WB), _ranks(r_W[:, None])[:, 0]
-            if centred:
-                r_W = r_W - r_W[0]  # exactly 0 if it is constant
-                r_W = r_W - r_W.mean()
-            r_W = r_W / r_W.norm()
-            if not r_W.isfinite().all():
-                return carefully(losses_WB, reference_W)
-            product_B, squares_B, mean_B = (torch.zeros_like(v_WB[0]) for _ in range(3))
-            if centred:
-                for v_B in v_WB:
-                    mean_B.add_(v_B, alpha=1 / len(v_WB))
-            for v_B, r in zip(v_WB, r_W.tolist(), strict=True):
-                d_B = v_B - mean_B
-                product_B.add_(d_B, alpha=r)
-                squares_B.addcmul_(d_B, d_B)
-            score_B = product_B.div_(squares_B.sqrt()).clamp_(-1, 1)
-            # Block by block first: numbers are cheaper to reduce than masks.
-            relative_B = mean_B.square_().div_(squares_B)
-            (least, most), largest = squares_B.aminmax(), relative_B.amax()
-            if not (least > 1e-30 and most < 1e30 and largest < 1e6 / len(v_WB)):
-                sure_B = (squares_B > 1e-30) & (squares_B < 1e30) & (relative_B < 1e6 / len(v_WB))
-                others = (~sure_B).nonzero().squeeze(1)
-                score_B[others] = carefully(losses_WB[:, others], reference_W)
-            return score_B
-
-        return correlation
-
-    return decorate
-
-
-@_one_pass(centred=True)
 def pearson(losses_WB: Tensor, reference_W: Tensor) -> Tensor:
     r"""Dynamic Alignment Score: the Pearson correlation of each trajectory with the reference's (AlignPrune).
 
@@ -83,30 +32,28 @@ def pearson(losses_WB: Tensor, reference_W: Tensor) -> Tensor:
     >>> pearson(torch.tensor([[3.0, 1.0], [2.0, 1.0], [1.0, 3.0]]), torch.tensor([3.0, 2.0, 1.0]))
     tensor([ 1.0000, -0.8660])
     """
-    v_WB, r_WB, count_B = _common(losses_WB, _to_unit_range(reference_W)[0])
-    v_WB, v_varies = _to_unit_range(v_WB)
-    r_WB, r_varies = _to_unit_range(r_WB)
+    v_WB, r_WB, count_B = common(losses_WB, to_unit_range(reference_W)[0])
+    v_WB, v_varies = to_unit_range(v_WB)
+    r_WB, r_varies = to_unit_range(r_WB)
     v_WB = torch.where(v_WB.isnan(), 0.0, v_WB - v_WB.nansum(0) / count_B)
     r_WB = torch.where(r_WB.isnan(), 0.0, r_WB - r_WB.nansum(0) / count_B)
     rho_B = (v_WB * r_WB).sum(0) / (v_WB.square().sum(0) * r_WB.square().sum(0)).sqrt()
     return torch.where(v_varies & r_varies & (count_B >= 3), rho_B.clamp(-1, 1), 0.0)
 
 
-@_one_pass(centred=True, ranked=True)
 def spearman(losses_WB: Tensor, reference_W: Tensor) -> Tensor:
     """Spearman's rank correlation with the reference trajectory (W,); ties share their mean rank. As `pearson`."""
     order_W = reference_W.unique(return_inverse=True)[1].to(losses_WB.dtype)  # small numbers, in any precision
-    v_WB, r_WB, _ = _common(losses_WB, order_W.masked_fill(reference_W.isnan(), torch.nan))
-    return pearson(_ranks(v_WB), _ranks(r_WB))
+    v_WB, r_WB, _ = common(losses_WB, order_W.masked_fill(reference_W.isnan(), torch.nan))
+    return pearson(ranks(v_WB), ranks(r_WB))
 
 
-@_one_pass(centred=False)
 def cosine(losses_WB: Tensor, reference_W: Tensor) -> Tensor:
     """Cosine of the angle between trajectory and reference, over common epochs. Shapes as `pearson`.
 
     0 where it is undefined: fewer than 3 common epochs, or a side that is zero throughout.
     """
-    v_WB, r_WB, count_B = _common(losses_WB, reference_W)
+    v_WB, r_WB, count_B = common(losses_WB, reference_W)
     v_WB, r_WB = v_WB.nan_to_num(), r_WB.nan_to_num()
     v_size, r_size = v_WB.abs().amax(0), r_WB.abs().amax(0)
     v_WB, r_WB = v_WB / v_size, r_WB / r_size
@@ -114,14 +61,7 @@ def cosine(losses_WB: Tensor, reference_W: Tensor) -> Tensor:
     return torch.where((v_size > 0) & (r_size > 0) & (count_B >= 3), cos_B.clamp(-1, 1), 0.0)
 
 
-def _means(losses_WB: Tensor) -> Tensor:
-    """Mean of each column without its empty places."""
-    means_B = losses_WB.mean(0)
-    known = means_B.device.type == "cpu" and not means_B.sum().isnan()
-    return means_B if known else losses_WB.nanmean(0)
-
-
-def _common(losses_WB: Tensor, reference_W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def common(losses_WB: Tensor, reference_W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both trajectories as (W, B), NaN outside their common epochs, and the number (B,) of these."""
     reference_W = reference_W.to(losses_WB.device, losses_WB.dtype)
     r_WB = reference_W[:, None].expand_as(losses_WB) if reference_W.dim() == 1 else reference_W
@@ -129,7 +69,7 @@ def _common(losses_WB: Tensor, reference_W: Tensor) -> tuple[Tensor, Tensor, Ten
     return losses_WB.masked_fill(empty, torch.nan), r_WB.masked_fill(empty, torch.nan), (~empty).sum(0)
 
 
-def _to_unit_range(x_WB: Tensor) -> tuple[Tensor, Tensor]:
+def to_unit_range(x_WB: Tensor) -> tuple[Tensor, Tensor]:
     """Map each column to [-1, 0], which no correlation notices, and say (B,) which columns vary.
 
     Exact on constants, free of underflow, and well conditioned: a column that varies has a sum of squares about its
@@ -141,15 +81,15 @@ def _to_unit_range(x_WB: Tensor) -> tuple[Tensor, Tensor]:
     return (x_WB - top_B) / torch.where(varies_B, range_B, 1), varies_B
 
 
-def _ranks(x_WB: Tensor) -> Tensor:
+def ranks(x_WB: Tensor) -> Tensor:
     """Ranks within each column, ties at their mean, times 2 and about 0; NaN stays NaN."""
-    ranks_WB = torch.zeros_like(x_WB)
+    rank_WB = torch.zeros_like(x_WB)
     for i in range(1, len(x_WB)):
         for j in range(i):
             above_B = (x_WB[i] - x_WB[j]).sign_()  # 0 beside a NaN
-            ranks_WB[i] += above_B
-            ranks_WB[j] -= above_B
-    return ranks_WB.masked_fill_(x_WB.isnan(), torch.nan)
+            rank_WB[i] += above_B
+            rank_WB[j] -= above_B
+    return rank_WB.masked_fill_(x_WB.isnan(), torch.nan)
 
 
 class Score:
@@ -179,34 +119,45 @@ class Loss(Score):
         return history.last_N.clone()
 
 
-class DAS(Score):
+class Aligned(Score):
+    """A score that compares each trajectory with the reference's, by ``formula``, of (W, B) losses and (W,) reference.
+
+    Attributes:
+        centred: whether the formula takes both about their means.
+        ranked: whether it is one of their ranks.
+    """
+
+    aligned = True
+    formula: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+    centred: ClassVar[bool] = True
+    ranked: ClassVar[bool] = False
+
+    def __call__(self, history: History) -> Tensor:
+        through = ranks if self.ranked else None
+        return history.map(fast.one_pass(self.formula, history.reference_W, self.centred, through))
+
+
+class DAS(Aligned):
     """The Dynamic Alignment Score of AlignPrune: `pearson` with the reference trajectory."""
 
     name = "das"
-    aligned = True
-
-    def __call__(self, history: History) -> Tensor:
-        return history.map(lambda losses_WB: pearson(losses_WB, history.reference_W))
+    formula = staticmethod(pearson)
 
 
-class Spearman(Score):
+class Spearman(Aligned):
     """The paper's ablation of DAS with `spearman`."""
 
     name = "spearman"
-    aligned = True
-
-    def __call__(self, history: History) -> Tensor:
-        return history.map(lambda losses_WB: spearman(losses_WB, history.reference_W))
+    formula = staticmethod(spearman)
+    ranked = True
 
 
-class Cosine(Score):
+class Cosine(Aligned):
     """The paper's ablation of DAS with `cosine`."""
 
     name = "cosine"
-    aligned = True
-
-    def __call__(self, history: History) -> Tensor:
-        return history.map(lambda losses_WB: cosine(losses_WB, history.reference_W))
+    formula = staticmethod(cosine)
+    centred = False
 
 
 class Random(Score):
@@ -225,7 +176,7 @@ class SmallLoss(Score):
     name = "small_loss"
 
     def __call__(self, history: History) -> Tensor:
-        means_N = history.map(_means)
+        means_N = history.map(fast.means)
         return torch.where(means_N.isnan(), history.last_N, means_N).neg_()
 
 
