@@ -91,7 +91,8 @@ class RS2(RandomSubset):
     """Repeated random subsets without replacement (Okanovic et al., ICLR 2024), as their authors' code behaves.
 
     Successive epochs take successive slices of one permutation of all samples. Where fewer than a slice are left,
-    the last slice is filled up from the permutation's beginning; then comes a new permutation.
+    the last slice is filled up from the permutation's beginning; then comes a new permutation. In the authors' code
+    such a last slice is one sample short, and the size of a slice is rounded, not rounded down.
     """
 
     def address(self, epoch: int, n: int) -> int:
@@ -112,6 +113,8 @@ class InfoBatch(Pruner):
     While pruning lasts, samples that score below the mean are *low*: floor((1 - ratio) |low|) of them,
     uniformly drawn, stay at weight 1 / (1 - ratio), so that the expected weighted sum over the selection is
     the sum over all samples, up to that floor. All others stay at weight 1. Then comes everything at weight 1.
+
+    The authors rank by the very loss that is trained on, label smoothing included, which is 0.1 in their recipe.
 
     Attributes:
         rescale: false drops the weights.
@@ -160,6 +163,9 @@ class SeTa(Pruner):
     clusters (one-dimensional k-means), ordered by mean score. Kept are ``round(groups * alpha)`` neighbouring
     clusters, starting at cluster ``epoch mod (groups - window + 1)``; in epoch 0 all of them. Then come uniform
     subsets of (1 - ratio).
+
+    The clusters are no worse than the authors', who run scikit-learn's k-means once, and it ends in a local optimum: of
+    the samples 3 % lie in another cluster in the median, and 43 % in the worst case seen.
 
     Attributes:
         budget: keep exactly floor(budget * N) samples in every pruning epoch: as many are drawn as the window

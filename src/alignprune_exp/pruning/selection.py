@@ -46,9 +46,12 @@ class Plan:
     Attributes:
         keeps: the setting that says which share of all samples an epoch keeps, or ``ratio`` for that which it prunes;
             None where there is none.
+        revision: raised where the rule is corrected so that it chooses otherwise: it is part of what a run is, and
+            what ran by the old rule is another run.
     """
 
     keeps: ClassVar[str | None] = None
+    revision: ClassVar[int] = 0
     uses_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
