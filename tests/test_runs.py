@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -250,12 +251,12 @@ def test_a_summary_is_absent_read_or_damaged(folder):
 # Checkpoints
 
 
+def state(epoch, step=0, elapsed=0.0, **more):
+    return {"epoch": epoch, "step": step, "elapsed": elapsed, **more}
+
+
 def saved(folder, number):
-    """Save state ``number``, later than what was saved before by any clock's measure."""
-    folder.save_checkpoint({"epoch": number, "weights": torch.full((4,), float(number))})
-    for path in (folder.path / name for name in CHECKPOINTS):
-        if path.exists() and torch.load(path, weights_only=True)["epoch"] == number:
-            os.utime(path, (1e9 + number, 1e9 + number))
+    folder.save_checkpoint(state(number, weights=torch.full((4,), float(number))))
 
 
 def on_disk(folder):
@@ -276,9 +277,9 @@ def test_checkpoints_alternate_and_the_newest_is_loaded(folder):
             if before:
                 assert sum(now[name] != before[name] for name in CHECKPOINTS) == 1
             before = now
-            state = folder.load_checkpoint(said.append)
-            assert state["epoch"] == number
-            assert torch.equal(state["weights"], torch.full((4,), float(number)))
+            loaded = folder.load_checkpoint(said.append)
+            assert loaded["epoch"] == number
+            assert torch.equal(loaded["weights"], torch.full((4,), float(number)))
         folder.remove_checkpoints()
         assert folder.load_checkpoint(said.append) is None
     assert said == []
@@ -287,7 +288,7 @@ def test_checkpoints_alternate_and_the_newest_is_loaded(folder):
 def test_checkpoints_saved_within_one_tick_of_the_clock_still_keep_the_last_two(folder):
     with folder.claim():
         for number in range(40):
-            folder.save_checkpoint({"epoch": number})
+            folder.save_checkpoint(state(number))
             assert folder.load_checkpoint(pytest.fail)["epoch"] == number
             if number:
                 assert sorted(on_disk(folder).values()) == [number - 1, number]
@@ -297,12 +298,11 @@ def test_checkpoints_saved_within_one_tick_of_the_clock_still_keep_the_last_two(
 def test_a_damaged_checkpoint_falls_back_with_a_message_and_both_are_a_mistake(folder, damage):
     def spoil(name):
         path = folder.path / name
-        times, content = path.stat(), path.read_bytes()
+        content = path.read_bytes()
         if damage == "not a state":
             torch.save([1, 2], path)
         else:
             path.write_bytes({"half": content[: len(content) // 2], "empty": b"", "garbage": b"\0" * 999}[damage])
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     said = []
     with folder.claim():
@@ -317,6 +317,47 @@ def test_a_damaged_checkpoint_falls_back_with_a_message_and_both_are_a_mistake(f
         spoil(next(name for name in CHECKPOINTS if name != newest))
         with pytest.raises(UsageError, match="force=true"):
             folder.load_checkpoint(said.append)
+
+
+def test_no_flipped_bit_of_a_checkpoint_is_taken_for_what_was_written(folder, tmp_path):
+    with folder.claim():
+        saved(folder, 0)
+        saved(folder, 7)
+        name = max(on_disk(folder).items(), key=lambda item: item[1])[0]
+        path = folder.path / name
+        content = path.read_bytes()
+        rng, unharmed = random.Random(0), 0
+        for bit in rng.sample(range(8 * len(content)), 300):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            said = []
+            loaded = folder.load_checkpoint(said.append)
+            unharmed += not said  # the bit was one of the padding
+            expected = 0 if said else 7
+            assert loaded == state(expected, id="run", weights=loaded["weights"])
+            assert torch.equal(loaded["weights"], torch.full((4,), float(expected)))
+    assert unharmed < 250
+
+
+@pytest.mark.parametrize("later", [state(4), state(3, 5, 0.1), state(3, 2, 0.2)], ids=["epoch", "step", "seconds"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_checkpoint_that_got_furthest_is_loaded_and_the_other_written_over_whatever_the_clock_says(
+    folder, later, first
+):
+    earlier = state(3, 2, 0.1)
+    with folder.claim():
+        for one in (later, earlier) if first else (earlier, later):
+            folder.save_checkpoint(one)
+        for name in CHECKPOINTS:
+            loaded = torch.load(folder.path / name, weights_only=True)
+            os.utime(folder.path / name, (10, 10) if loaded["epoch"] == later["epoch"] else (99, 99))
+        again = RunFolder(folder.path.parents[1], "run")
+        assert again.load_checkpoint(pytest.fail) == {"id": "run", **later}
+        again.save_checkpoint(state(9))
+        left = [torch.load(folder.path / name, weights_only=True) for name in CHECKPOINTS]
+        assert {"id": "run", **later} in left
+        assert {"id": "run", **state(9)} in left
 
 
 def test_a_checkpoint_of_another_run_is_refused(folder, tmp_path):
@@ -337,14 +378,14 @@ def test_a_full_disk_keeps_both_checkpoints(folder, monkeypatch):
         saved(folder, 1)
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            folder.save_checkpoint({"epoch": 2})
+            folder.save_checkpoint(state(2))
         assert sorted(on_disk(folder).values()) == [0, 1]
     assert {p.name for p in folder.path.iterdir()} == set(CHECKPOINTS)
 
 
 def test_nothing_in_a_checkpoint_needs_unsafe_loading(folder):
     with folder.claim():
-        folder.save_checkpoint({"epoch": 0, "weights": torch.ones(2), "nested": {"step": 1}})
+        folder.save_checkpoint(state(0, weights=torch.ones(2), nested={"step": 1}))
         (path,) = (folder.path / name for name in CHECKPOINTS if (folder.path / name).exists())
         assert torch.load(path, weights_only=True)["id"] == "run"
 

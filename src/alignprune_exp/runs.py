@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,7 @@ class RunFolder:
     def __init__(self, results: Path, id: str) -> None:
         self.id = id
         self.path = results / "runs" / id
+        self._latest: Path | None = None  # the checkpoint that was written or loaded last
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of an ended run, else None. Raises UsageError if it cannot be read."""
@@ -156,40 +158,51 @@ class RunFolder:
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Write ``state`` over the older of the two checkpoints."""
+        """Write ``state`` over the checkpoint that was neither written nor loaded last."""
         import torch
 
-        paths = [self.path / name for name in CHECKPOINTS]
-        oldest = min(paths, key=lambda path: path.stat().st_mtime_ns if path.exists() else 0)
-        write_atomically(oldest, lambda file: torch.save({"id": self.id, **state}, file))
+        a, b = (self.path / name for name in CHECKPOINTS)
+        path = b if self._latest == a else a
+        write_atomically(path, lambda file: torch.save({"id": self.id, **state}, file))
+        self._latest = path
 
     def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """Return the latest checkpoint that can be used, or None if there is none.
+        """Return the checkpoint that got furthest, by what it holds, or None if there is none.
 
-        A damaged one is named through ``say``, and the one before it is taken. Raises UsageError if none is
-        left, or if one belongs to another run.
+        A damaged one is named through ``say``, and the other one is taken. Raises UsageError if neither can be read,
+        or if one belongs to another run.
         """
-        import torch
-
         paths = [path for path in (self.path / name for name in CHECKPOINTS) if path.exists()]
-        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        furthest, latest = None, (-1, 0, 0.0)
+        for path in paths:
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                owner = state["id"]
+                state = _read_checkpoint(path)
+                owner, reached = state["id"], (state["epoch"], state["step"], state["elapsed"])
             except Exception as error:  # torch.load raises many kinds on damaged files
                 reason = (str(error) or type(error).__name__).splitlines()[0]
-                say(f"{path} is damaged ({reason}); going back to the checkpoint before it")
+                say(f"{path} is damaged ({reason}) and is left out")
                 continue
             if owner != self.id:
                 raise UsageError(f"{path} belongs to run {owner}, not to {self.id}; remove it, or set force=true")
-            return state
-        if paths:
+            if reached > latest:
+                furthest, latest, self._latest = state, reached, path
+        if paths and furthest is None:
             raise UsageError(f"no checkpoint in {self.path} can be read; force=true starts again and keeps this folder")
-        return None
+        return furthest
 
     def remove_checkpoints(self) -> None:
         for name in CHECKPOINTS:
             (self.path / name).unlink(missing_ok=True)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds. Raises BadZipFile for a flipped bit: torch.load compares no checksum."""
+    import torch
+
+    with zipfile.ZipFile(path) as archive:
+        if (name := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{name} does not match its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class Lock:
