@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -657,11 +658,77 @@ def test_resuming_in_another_precision_is_refused(tmp_path, half_done, monkeypat
     assert json.loads((half_done / "environment.json").read_text())["precision"] == was
 
 
-def test_a_torn_last_line_of_the_metrics_is_cut_on_resume(tmp_path, half_done, undisturbed):
-    with (half_done / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 5, "ranked_by": "da')
+@pytest.mark.parametrize("name", ["metrics.jsonl", "dynamics.parquet", "config.yaml", "environment.json"])
+@pytest.mark.parametrize("damage", ["torn", "binary", "another's", "gone"])
+def test_a_damaged_record_is_made_whole_on_resume(tmp_path, half_done, undisturbed, name, damage):
+    path = half_done / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        other = (undisturbed("score=loss") / name).read_bytes()
+        path.write_bytes({"torn": content[: len(content) // 2], "binary": b"\xff\0[1]\n", "another's": other}[damage])
     assert launch(tmp_path) == 0
     assert_same_results(half_done, undisturbed())
+    assert (half_done / "config.yaml").read_text() == written(undisturbed(), tmp_path)
+    assert json.loads((half_done / "environment.json").read_text())["epochs"] == EPOCHS
+
+
+def written(folder, results):
+    """The config of a run as it is written for another folder of results."""
+    return (folder / "config.yaml").read_text().replace(str(folder.parents[1]), str(results))
+
+
+@pytest.mark.parametrize("damage", ["gone", "replaced"])
+def test_what_becomes_of_the_record_while_a_run_goes_on_is_made_good(tmp_path, undisturbed, monkeypatch, damage):
+    logits = Experiment._training_logits
+    names = ("metrics.jsonl", "dynamics.parquet", "config.yaml", "environment.json")
+
+    def disturbed(self, images):
+        if (self.pruning.epoch, self.step) == (5, 1):
+            for path in (only_run(tmp_path) / name for name in names):
+                path.unlink()
+                if damage == "replaced":
+                    path.write_text("{}\n")
+        return logits(self, images)
+
+    monkeypatch.setattr(Experiment, "_training_logits", disturbed)
+    assert launch(tmp_path) == 0
+    folder = only_run(tmp_path)
+    assert_same_results(folder, undisturbed())
+    assert (folder / "config.yaml").read_text() == written(undisturbed(), tmp_path)
+    assert json.loads((folder / "environment.json").read_text())["epochs"] == EPOCHS
+
+
+@pytest.mark.parametrize("loss", ["the folder", "the lock", "its owner"])
+def test_a_run_that_loses_its_folder_ends_with_one_sentence(tmp_path, undisturbed, monkeypatch, capsys, loss):
+    logits = Experiment._training_logits
+    other = json.dumps({"host": "elsewhere", "pid": 1, "slurm_job_id": None})
+
+    def disturbed(self, images):
+        if (self.pruning.epoch, self.step) == (5, 1):
+            folder = only_run(tmp_path)
+            if loss == "the folder":
+                shutil.rmtree(folder)
+            elif loss == "the lock":
+                (folder / "lock").unlink()
+            else:
+                (folder / "lock").write_text(other)
+        return logits(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "_training_logits", disturbed)
+        assert launch(tmp_path) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1, error
+    assert "has lost its folder" in error
+    if loss == "the folder":
+        assert not list((tmp_path / "runs").iterdir())
+    if loss == "its owner":
+        assert (only_run(tmp_path) / "lock").read_text() == other
+        (only_run(tmp_path) / "lock").unlink()
+    assert launch(tmp_path) == 0
+    assert_same_results(only_run(tmp_path), undisturbed())
 
 
 def test_metrics_ahead_of_the_checkpoint_are_cut_on_resume(tmp_path, half_done, undisturbed):
@@ -683,6 +750,17 @@ def test_a_finished_run_is_not_run_again(tmp_path, capsys, monkeypatch):
     assert launch(tmp_path) == 0
     assert "finished already" in capsys.readouterr().out
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"status": "finished"}'])
+def test_a_summary_that_is_damaged_is_a_mistake(tmp_path, half_done, capsys, content):
+    (half_done / "summary.json").write_text(content)
+    before = {p.name: p.read_bytes() for p in half_done.iterdir()}
+    assert launch(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "summary.json is damaged; force=true runs it again" in error
+    assert len(error.splitlines()) == 1
+    assert {p.name: p.read_bytes() for p in half_done.iterdir()} == before
 
 
 def test_force_runs_again_and_keeps_the_old_folders(tmp_path):

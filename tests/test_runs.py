@@ -15,7 +15,16 @@ import torch
 
 from alignprune_exp import runs
 from alignprune_exp.errors import UsageError
-from alignprune_exp.runs import CHECKPOINTS, LAPSE, RunFolder, run_id, write_atomically, write_json, write_text
+from alignprune_exp.runs import (
+    CHECKPOINTS,
+    LAPSE,
+    RunFolder,
+    owner_alive,
+    run_id,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 OWNER = """
 import sys, time
@@ -123,6 +132,28 @@ def test_the_lock_of_another_host_lapses_after_five_silent_minutes(folder):
     assert json.loads(claim(folder))["host"] == socket.gethostname()
 
 
+def test_a_lock_that_a_wrong_clock_dated_ahead_lapses_after_five_minutes_from_when_it_is_seen(folder):
+    path = foreign_lock(folder, silent=-86400)
+    assert not owner_alive(folder.path)
+    with pytest.raises(UsageError, match="elsewhere"):
+        claim(folder)
+    seen = path.stat().st_mtime
+    assert abs(seen - time.time()) < 60
+    os.utime(path, (seen - LAPSE + 20,) * 2)  # time passes
+    with pytest.raises(UsageError, match="elsewhere"):
+        claim(folder)
+    os.utime(path, (seen - LAPSE - 1,) * 2)
+    assert json.loads(claim(folder))["host"] == socket.gethostname()
+
+
+def test_an_owner_whose_clock_is_ahead_keeps_its_lock_for_as_long_as_it_beats(folder):
+    path = foreign_lock(folder)
+    for _ in range(3):
+        os.utime(path, (time.time() + 86400,) * 2)
+        with pytest.raises(UsageError, match="elsewhere"):
+            claim(folder)
+
+
 def test_a_requeued_slurm_job_takes_over_its_own_lock_at_once(folder, monkeypatch):
     foreign_lock(folder, slurm_job_id="4711")
     with pytest.raises(UsageError):
@@ -220,31 +251,63 @@ def test_json_without_a_meaning_is_never_written(tmp_path):
 # Metrics and summary
 
 
-def test_a_torn_last_line_of_the_metrics_counts_for_nothing(folder):
+DAMAGE = [
+    b'{"epoch": 2, "lo',
+    b"\xff\x00\xfe",
+    b"[1]",
+    b"7",
+    b"null",
+    b'{"epoch": 7}',
+    b'{"loss": 1}',
+    b"[" * 10**5,
+    b"",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: repr(damage[:20]))
+def test_metrics_are_read_up_to_a_line_that_is_damaged_or_out_of_order(folder, damage):
     with folder.claim():
-        for epoch in range(3):
-            folder.append_metrics({"epoch": epoch, "loss": 0.1 * epoch})
-        with (folder.path / "metrics.jsonl").open("a") as file:
-            file.write('{"epoch": 3, "lo')
-        assert [row["epoch"] for row in folder.metrics()] == [0, 1, 2]
-        folder.cut_metrics(2)
-        folder.append_metrics({"epoch": 2, "loss": 0.7})
-    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"epoch": 0, "loss": 0.0},
-        {"epoch": 1, "loss": 0.1},
-        {"epoch": 2, "loss": 0.7},
-    ]
+        assert folder.metrics() == []
+        lines = [json.dumps({"epoch": epoch, "loss": 0.1 * epoch}).encode() for epoch in range(4)]
+        lines[2] = damage
+        (folder.path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+        assert folder.metrics() == [{"epoch": 0, "loss": 0.0}, {"epoch": 1, "loss": 0.1}]
 
 
-def test_a_summary_is_absent_read_or_damaged(folder):
+ENDED = {"finished_at": "today", **dict.fromkeys(runs.SUMMARY_NUMBERS), "saved": 0.5}
+
+
+def test_a_summary_is_absent_or_read(folder):
     assert folder.summary() is None
     assert not folder.path.exists()  # nothing is written before a claim
     with folder.claim():
-        write_json(folder.path / "summary.json", {"status": "finished"})
-        assert folder.summary() == {"status": "finished"}
-        (folder.path / "summary.json").write_text('{"status": ')
-        with pytest.raises(UsageError, match="damaged"):
+        for summary in ({"status": "finished", **ENDED}, {"status": "failed", "error": "why", **ENDED}):
+            write_json(folder.path / "summary.json", summary)
+            assert folder.summary() == summary
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"status": ',
+        b"",
+        b"\xff\xfe",
+        b"{}",
+        b"[]",
+        b"null",
+        b"[" * 10**5,
+        b'{"status": "finished"}',
+        *(
+            json.dumps({"status": "finished", **ENDED, **wrong}).encode()
+            for wrong in ({"status": []}, {"status": "fin"}, {"status": "failed"}, {"finished_at": 3}, {"saved": "0.5"})
+        ),
+    ],
+    ids=lambda content: repr(content[:30]),
+)
+def test_a_summary_that_does_not_say_how_a_run_ended_is_damaged(folder, content):
+    with folder.claim():
+        (folder.path / "summary.json").write_bytes(content)
+        with pytest.raises(UsageError, match="damaged; force=true"):
             folder.summary()
 
 
@@ -352,7 +415,8 @@ def test_the_checkpoint_that_got_furthest_is_loaded_and_the_other_written_over_w
         for name in CHECKPOINTS:
             loaded = torch.load(folder.path / name, weights_only=True)
             os.utime(folder.path / name, (10, 10) if loaded["epoch"] == later["epoch"] else (99, 99))
-        again = RunFolder(folder.path.parents[1], "run")
+    again = RunFolder(folder.path.parents[1], "run")
+    with again.claim():
         assert again.load_checkpoint(pytest.fail) == {"id": "run", **later}
         again.save_checkpoint(state(9))
         left = [torch.load(folder.path / name, weights_only=True) for name in CHECKPOINTS]

@@ -34,10 +34,12 @@ from .data.split import TrainingData, prepare, reference_count
 from .diagnostics import detection_auroc, dynamics, kept_noise
 from .distributed import Lost, Processes
 from .errors import Failed, Stopped, UsageError
+from .files import write_atomically
 from .pruning import SCORES, DynamicPruning, Evidence, NonFiniteLossError, Score, Static, WarmUpLog
 from .pruning.reference import confident_thresholds, label_quality, most_trusted
 from .pruning.seeding import generator
-from .runs import RunFolder, owner_alive, run_id, write_atomically, write_json, write_text
+from .record import Record
+from .runs import RunFolder, owner_alive, run_id, write_json, write_text
 from .tracking import Tracker
 
 STEPS_BETWEEN_QUESTIONS = 10  # after which several processes ask each other whether to stop
@@ -202,14 +204,12 @@ class Experiment:
         self.own: list[tuple[Tensor, Tensor]] = []
         self.predicted = torch.full((self.pruning.n,), -1, dtype=torch.int64, device=self.device)
         self.warm_up, self.seconds_choice = WarmUpLog(pruning.n), 0.0
-        rows, drawn = self._resume(folder)
+        self.record = Record()
+        self._resume(folder)
         writes = self.processes.rank == 0
-        environment = self.environment(command, len(rows))
+        environment = self.environment(command, len(self.record.rows))
         if writes:
-            write_text(folder.path / "config.yaml", _yaml(config))
-            write_json(folder.path / "environment.json", environment)
-            if self.data.skipped:
-                write_text(folder.path / "skipped.txt", "".join(f"{line}\n" for line in self.data.skipped))
+            self._write_record(folder, environment)
         tracking = config.tracking if writes else NoTracking(name="none")
         mirrored = config.model_dump() | {"environment": environment}
         tracker = Tracker(tracking, self.id, group, folder.path, mirrored, say)
@@ -218,21 +218,20 @@ class Experiment:
             + (f" after a warm-up of {pruning.warmup}, " if pruning.warmup else ", ")
             + f"{config.model.name} on {self.device} in {self.precision}"
             + (f", {self.processes.size} processes" if self.processes.size > 1 else "")
-            + (f", resumed at epoch {pruning.epoch}, step {self.step}" if rows or self.step else "")
+            + (f", resumed at epoch {pruning.epoch}, step {self.step}" if pruning.epoch or self.step else "")
         )
         try:
             with _stop_signals() as stop:
-                self._walk(folder, stop, rows, drawn, tracker)
+                error = self._walk(folder, stop, tracker)
+            summary = self._summary(error)
             if writes:
-                self._write_samples(folder.path / "samples.parquet")
-            summary = self._summary(rows, status="finished")
-        except NonFiniteLossError as error:
-            summary = self._summary(rows, status="failed", error=str(error))
-        except BaseException as error:
-            tracker.finish({"status": "stopped" if isinstance(error, Stopped) else "interrupted"})
+                self._write_record(folder, environment)
+                if error is None:
+                    self._write_samples(folder.path / "samples.parquet")
+                write_json(folder.path / "summary.json", summary)
+        except BaseException as ended:
+            tracker.finish({"status": "stopped" if isinstance(ended, Stopped) else "interrupted"})
             raise
-        if writes:
-            write_json(folder.path / "summary.json", summary)
         tracker.finish(summary)
         if summary["status"] == "failed":
             raise Failed(f"run {self.id}: {summary['error']}; the record is in {folder.path}")
@@ -240,28 +239,30 @@ class Experiment:
             folder.remove_checkpoints()
         return summary
 
-    def _walk(
-        self,
-        folder: RunFolder,
-        stop: threading.Event,
-        rows: list[dict[str, Any]],
-        drawn: list[dict[str, Any]],
-        tracker: Tracker,
-    ) -> None:
-        """Train the epochs that are left, writing the record as they end."""
-        epochs = self.pruning.epochs
+    def _write_record(self, folder: RunFolder, environment: dict[str, Any]) -> None:
+        """Write all that there is of the record before the run has ended."""
+        self.record.write(folder)
+        write_text(folder.path / "config.yaml", _yaml(self.config))
+        write_json(folder.path / "environment.json", environment)
+        if self.data.skipped:
+            write_text(folder.path / "skipped.txt", "".join(f"{line}\n" for line in self.data.skipped))
+
+    def _walk(self, folder: RunFolder, stop: threading.Event, tracker: Tracker) -> str | None:
+        """Train the epochs that are left, writing the record as they end; return why they cannot go on, if so."""
+        epochs, rows = self.pruning.epochs, self.record.rows
         while self.pruning.epoch < epochs:
             if self.pruning.must_choose:
                 self._choose()
                 self._save(folder)
                 if self.processes.any(stop.is_set()):
                     raise self._stopped()
-            row, more = self._epoch(folder, stop)
-            rows.append(row)
-            drawn.extend(more)
+            try:
+                row, more = self._epoch(folder, stop)
+            except NonFiniteLossError as error:
+                return str(error)
+            self.record.add(row, more)
             if self.processes.rank == 0:
-                folder.append_metrics(row)
-                _write_parquet(folder.path / "dynamics.parquet", drawn)
+                self.record.write(folder)
             self._save(folder)
             tracker.log(row)
             recent = [r["seconds"] for r in rows[-5:]]
@@ -269,6 +270,7 @@ class Experiment:
             say(epoch_line(row, epochs, left))
             if self.processes.any(stop.is_set()) and self.pruning.epoch < epochs:
                 raise self._stopped()
+        return None
 
     def _choose(self) -> None:
         """Let a static pruner choose by what the warm-up has left, and begin again from scratch."""
@@ -602,13 +604,13 @@ class Experiment:
                 "reference": self.reference,
                 "warm_up": self.warm_up.state_dict() if self.pruning.warmup else None,
                 "seconds_choice": self.seconds_choice,
+                "record": self.record.state_dict(),
             }
         )
 
-    def _resume(self, folder: RunFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Load the latest checkpoint, cut the record back to it, and return metrics and dynamics so far."""
+    def _resume(self, folder: RunFolder) -> None:
+        """Go back to the latest checkpoint, if there is one."""
         state = folder.load_checkpoint(say)
-        epochs = 0
         if state is not None:
             for key, here in (("precision", self.precision), ("device", self.device.type)):
                 if state[key] != here:
@@ -623,17 +625,9 @@ class Experiment:
                     f"the checkpoint in {folder.path} was left by another version of this program and cannot be gone "
                     "on from; start again with force=true"
                 ) from None
-            epochs = state["epoch"]
         self.loss_sum_before = self.loss_sum.clone()
-        if not self.processes.same(epochs * 2**32 + self.step):
+        if not self.processes.same(self.pruning.epoch * 2**32 + self.step):
             raise Failed(f"the processes do not see the same checkpoint in {folder.path}; put it on a disk they share")
-        if self.processes.rank == 0:
-            folder.cut_metrics(epochs)
-        rows = [row for row in folder.metrics() if row["epoch"] < epochs]
-        if len(rows) != epochs:
-            raise UsageError(f"{folder.path}/metrics.jsonl is damaged; force=true starts again and keeps this folder")
-        drawn = _read_parquet(folder.path / "dynamics.parquet") if epochs else []
-        return rows, [row for row in drawn if row["epoch"] < epochs]
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -646,9 +640,10 @@ class Experiment:
         if state["warm_up"] is not None:
             self.warm_up.load_state_dict(state["warm_up"])
         self.seconds_choice = state["seconds_choice"]
+        self.record.load_state_dict(state["record"])
 
-    def _summary(self, rows: list[dict[str, Any]], status: str, error: str | None = None) -> dict[str, Any]:
-        config, pruning = self.config, self.pruning
+    def _summary(self, error: str | None) -> dict[str, Any]:
+        config, pruning, rows = self.config, self.pruning, self.record.rows
         epochs = pruning.pruner.pruned(config.epochs)
         pruned = [row for row in rows if row["epoch"] in epochs]
         tested = [row["test_accuracy"] for row in rows[pruning.warmup :] if row["test_accuracy"] is not None]
@@ -657,7 +652,7 @@ class Experiment:
         return {
             "id": self.id,
             "config_id": self.config_id,
-            "status": status,
+            "status": "failed" if error else "finished",
             **({"error": error} if error else {}),
             "dataset": config.dataset.name,
             "noise": config.noise.name,
@@ -891,19 +886,6 @@ def _yaml(config: Config) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
-
-
-def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    write_atomically(path, lambda file: pq.write_table(pa.Table.from_pylist(rows), file))
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path).to_pylist()
 
 
 def _commit() -> str | None:

@@ -126,7 +126,9 @@ class Source:
         superclass: the superclass number of each class, int64 (C,), -1 where unknown.
         train: the training split.
         test: the evaluation split.
-        fingerprint: sha256 of the content, as hex.
+        fingerprint: sha256, as hex, of what tells one content from another. For ``digits`` and CIFAR that is every
+            byte. For images in files of their own, and for ``parquet``, it is every image's path, size in bytes and
+            label, since reading all pixels takes hours: images swapped under the same names and sizes go unnoticed.
         official_order: whether the order of the images is known, by checksum, to be that of the original
             publication, so that labels published apart from the images belong to these very images.
         asymmetric: the data set's own map of asymmetric label noise, from class to class.
