@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -141,6 +143,18 @@ class Stop:
             except Stopped:
                 return True
         return False
+
+
+def in_the_sixth_epoch(monkeypatch, happens):
+    """Let something happen before the second step of the sixth epoch."""
+    logits = Experiment._training_logits
+
+    def disturbed(self, images):
+        if (self.pruning.epoch, self.step) == (5, 1):
+            happens()
+        return logits(self, images)
+
+    monkeypatch.setattr(Experiment, "_training_logits", disturbed)
 
 
 def checkpoints(folder):
@@ -511,16 +525,9 @@ def test_stopped_in_the_last_step_a_run_finishes(tmp_path, undisturbed, monkeypa
 def test_a_signal_in_the_middle_of_an_epoch_leaves_a_checkpoint_there(
     tmp_path, undisturbed, monkeypatch, capsys, number
 ):
-    logits = Experiment._training_logits
-
-    def interrupted(self, images):
-        if (self.pruning.epoch, self.step) == (5, 1):
-            os.kill(os.getpid(), number)
-        return logits(self, images)
-
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Experiment, "_training_logits", interrupted)
+        in_the_sixth_epoch(patch, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as ended:
             launch(tmp_path)
     assert ended.value.code == 130
@@ -681,18 +688,14 @@ def written(folder, results):
 
 @pytest.mark.parametrize("damage", ["gone", "replaced"])
 def test_what_becomes_of_the_record_while_a_run_goes_on_is_made_good(tmp_path, undisturbed, monkeypatch, damage):
-    logits = Experiment._training_logits
-    names = ("metrics.jsonl", "dynamics.parquet", "config.yaml", "environment.json")
+    def disturb():
+        for name in ("metrics.jsonl", "dynamics.parquet", "config.yaml", "environment.json"):
+            path = only_run(tmp_path) / name
+            path.unlink()
+            if damage == "replaced":
+                path.write_text("{}\n")
 
-    def disturbed(self, images):
-        if (self.pruning.epoch, self.step) == (5, 1):
-            for path in (only_run(tmp_path) / name for name in names):
-                path.unlink()
-                if damage == "replaced":
-                    path.write_text("{}\n")
-        return logits(self, images)
-
-    monkeypatch.setattr(Experiment, "_training_logits", disturbed)
+    in_the_sixth_epoch(monkeypatch, disturb)
     assert launch(tmp_path) == 0
     folder = only_run(tmp_path)
     assert_same_results(folder, undisturbed())
@@ -702,22 +705,19 @@ def test_what_becomes_of_the_record_while_a_run_goes_on_is_made_good(tmp_path, u
 
 @pytest.mark.parametrize("loss", ["the folder", "the lock", "its owner"])
 def test_a_run_that_loses_its_folder_ends_with_one_sentence(tmp_path, undisturbed, monkeypatch, capsys, loss):
-    logits = Experiment._training_logits
     other = json.dumps({"host": "elsewhere", "pid": 1, "slurm_job_id": None})
 
-    def disturbed(self, images):
-        if (self.pruning.epoch, self.step) == (5, 1):
-            folder = only_run(tmp_path)
-            if loss == "the folder":
-                shutil.rmtree(folder)
-            elif loss == "the lock":
-                (folder / "lock").unlink()
-            else:
-                (folder / "lock").write_text(other)
-        return logits(self, images)
+    def disturb():
+        folder = only_run(tmp_path)
+        if loss == "the folder":
+            shutil.rmtree(folder)
+        elif loss == "the lock":
+            (folder / "lock").unlink()
+        else:
+            (folder / "lock").write_text(other)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Experiment, "_training_logits", disturbed)
+        in_the_sixth_epoch(patch, disturb)
         assert launch(tmp_path) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1, error
@@ -856,10 +856,10 @@ def test_weights_that_the_last_step_of_an_epoch_ruins_fail_the_run(tmp_path, cap
         assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
-# A disk that fills up
+# A machine that has too little
 
 
-@pytest.mark.parametrize("good", [0, 3, 4, 5, 39, 40])
+@pytest.mark.parametrize("good", [0, 3, 4, 5, 39, 43, 44])
 def test_a_full_disk_stops_with_one_sentence_and_the_run_goes_on_later(
     tmp_path, undisturbed, monkeypatch, capsys, good
 ):
@@ -873,12 +873,83 @@ def test_a_full_disk_stops_with_one_sentence_and_the_run_goes_on_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert launch(tmp_path) != 0
+        assert launch(tmp_path) == 1
     error = capsys.readouterr().err
-    assert "No space left on device" in error
+    assert re.search(r"No space left on device \(/.*\); free some space, and the same command goes on", error)
     assert len(error.strip().splitlines()) == 1, error
     folder = only_run(tmp_path)
     assert not (folder / "summary.json").exists()
     assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
     assert launch(tmp_path) == 0
     assert_same_results(folder, undisturbed())
+
+
+@pytest.mark.parametrize("limit", [100, 3000, 30_000])
+def test_a_disk_that_is_full_before_a_checkpoint_is_whole_keeps_the_ones_before(
+    tmp_path, undisturbed, monkeypatch, capsys, limit
+):
+    before, kept = resource.getrlimit(resource.RLIMIT_FSIZE), {}
+
+    def fill():
+        kept.update({path.name: path.read_bytes() for path in checkpoints(only_run(tmp_path))})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    with monkeypatch.context() as patch:
+        in_the_sixth_epoch(patch, fill)
+        try:
+            assert launch(tmp_path) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert re.search(r"^File too large \(/.*\); raise the limit .*, and the same command goes on", error)
+    assert len(error.splitlines()) == 1, error
+    folder = only_run(tmp_path)
+    assert {path.name: path.read_bytes() for path in checkpoints(folder)} == kept
+    assert len(kept) == 2
+    assert launch(tmp_path) == 0
+    assert_same_results(folder, undisturbed())
+
+
+def of_cuda():
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 3.00 GiB is "
+        "free. See documentation for Memory Management\n(https://pytorch.org/docs/stable/notes/cuda.html)"
+    )
+
+
+def of_python():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("happens", "words"),
+    [
+        (of_cuda, "the GPU has too little free memory for 20.00 GiB more; "),
+        (lambda: torch.empty(10**13), "this machine has too little free memory for 40000000000000 bytes more; "),
+        (lambda: np.empty(10**15), "this machine has too little free memory for 7.11 PiB more; "),
+        (of_python, "this machine has too little free memory; "),
+    ],
+    ids=["cuda", "torch", "numpy", "python"],
+)
+def test_too_little_memory_stops_with_one_sentence_and_the_run_goes_on_later(
+    tmp_path, undisturbed, monkeypatch, capsys, happens, words
+):
+    with monkeypatch.context() as patch:
+        in_the_sixth_epoch(patch, happens)
+        assert launch(tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(words)
+    assert "batch_size" in error
+    assert len(error.splitlines()) == 1, error
+    folder = only_run(tmp_path)
+    assert launch(tmp_path) == 0
+    assert_same_results(folder, undisturbed())
+
+
+def test_a_bug_is_not_taken_for_a_machine_that_has_too_little(tmp_path, monkeypatch):
+    def bug():
+        raise RuntimeError("the sizes do not match")
+
+    in_the_sixth_epoch(monkeypatch, bug)
+    with pytest.raises(RuntimeError, match="the sizes do not match"):
+        launch(tmp_path)

@@ -851,6 +851,18 @@ def test_a_signal_to_all_processes_of_a_run_leaves_a_checkpoint_and_one_sentence
     assert "left a checkpoint" in err
 
 
+def test_an_image_worker_that_dies_ends_the_run_with_one_sentence(tmp_path, miniatures, monkeypatch, capsys):
+    def out_of_memory(self, row, draws):
+        assert torch.utils.data.get_worker_info() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(photographs.Photographs, "view", out_of_memory)
+    assert _train(tmp_path, "dataset=webvision", f"paths.data={miniatures}") == 1
+    error = capsys.readouterr().err
+    assert "set fewer workers, and the same command goes on" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_run_trains_on_and_lists_what_was_skipped(tmp_path, capsys):
     root = _miniature("parquet", tmp_path / "set", "--broken", "truncated")
     dataset = ["dataset=parquet", f"dataset.root={root}", "dataset.subset=null", "reference=none", "method=infobatch"]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -240,6 +241,28 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, old):
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "new")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({"file": old} if old else {})
+
+
+def test_what_the_disk_refuses_is_said_even_where_torch_covers_it(tmp_path):
+    path = tmp_path / "state.pt"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (10, 5000, 300_000, 600_000):  # where a file ends, and torch.save raises OSError or RuntimeError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as refused:
+                write_atomically(path, lambda file: torch.save([torch.randn(150_000)], file))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert refused.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_the_disk_has_no_part_in_stays_what_it_is(tmp_path):
+    try:
+        raise FileNotFoundError(errno.ENOENT, "another file")
+    except FileNotFoundError:
+        with pytest.raises(RuntimeError, match="gave up"):
+            write_atomically(tmp_path / "file", torn)
 
 
 def test_json_without_a_meaning_is_never_written(tmp_path):

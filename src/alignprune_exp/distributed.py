@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import Failed
+from .errors import GOES_ON, Failed
 
 TIMEOUT = timedelta(seconds=50)  # of silence, after which another process counts as dead
 
@@ -56,10 +56,7 @@ class Processes:
         except RuntimeError as error:
             if self.size == 1 or not _of_a_connection(error):
                 raise
-            raise Lost(
-                f"process {self.rank} of {self.size} lost another one of its run; the same command goes on from the "
-                "latest checkpoint"
-            ) from None
+            raise Lost(f"process {self.rank} of {self.size} lost another one of its run; {GOES_ON}") from None
 
     def share(self, values: Tensor) -> Tensor:
         """Return this process's share of ``values`` (B, …): in order, of sizes that differ by one at the most."""

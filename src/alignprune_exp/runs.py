@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import Elsewhere, Failed, UsageError
+from .errors import Elsewhere, Failed, UsageError, is_of_memory
 from .files import write_atomically
 
 HEARTBEAT = 60.0  # seconds between signs of life in the lock
@@ -213,6 +213,8 @@ class RunFolder:
                 state = _read_checkpoint(path)
                 owner, reached = state["id"], (state["epoch"], state["step"], state["elapsed"])
             except Exception as error:  # torch.load raises many kinds on damaged files
+                if is_of_memory(error):
+                    raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 say(f"{path} is damaged ({reason}) and is left out")
                 continue
