@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import GOES_ON, Failed
+from .files import printable
 
 TIMEOUT = timedelta(seconds=50)  # of silence, after which another process counts as dead
 
@@ -99,7 +100,7 @@ class Processes:
         """Return the text of the first process that has one."""
         if self.size == 1:
             return text
-        encoded = torch.tensor(list((text or "").encode()), dtype=torch.uint8)
+        encoded = torch.tensor(list(printable(text or "").encode()), dtype=torch.uint8)
         longest = int(self._reduced(torch.tensor(len(encoded)), dist.ReduceOp.MAX))
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(encoded)] = encoded

@@ -33,7 +33,7 @@ from .data.datasets import load
 from .data.split import TrainingData, prepare, reference_count
 from .diagnostics import detection_auroc, dynamics, kept_noise
 from .distributed import Lost, Processes
-from .errors import Failed, Stopped, UsageError
+from .errors import GOES_ON, Failed, Stopped, UsageError
 from .files import write_atomically
 from .pruning import SCORES, DynamicPruning, Evidence, NonFiniteLossError, Score, Static, WarmUpLog
 from .pruning.reference import confident_thresholds, label_quality, most_trusted
@@ -221,7 +221,7 @@ class Experiment:
             + (f", resumed at epoch {pruning.epoch}, step {self.step}" if pruning.epoch or self.step else "")
         )
         try:
-            with _stop_signals() as stop:
+            with _stop_signals() as stop, self._images_turn_bad():
                 error = self._walk(folder, stop, tracker)
             summary = self._summary(error)
             if writes:
@@ -703,9 +703,24 @@ class Experiment:
             found[f"test_accuracy_{name}_best"] = max((value for value in tested if value is not None), default=None)
         return found
 
+    @property
+    def _where(self) -> str:
+        return f"epoch {self.pruning.epoch}, step {self.step}"
+
     def _stopped(self) -> Stopped:
-        where = f"epoch {self.pruning.epoch}, step {self.step}"
-        return Stopped(f"run {self.id} stopped in {where} and left a checkpoint; the same command goes on from there")
+        return Stopped(
+            f"run {self.id} stopped in {self._where} and left a checkpoint; the same command goes on from there"
+        )
+
+    @contextmanager
+    def _images_turn_bad(self) -> Iterator[None]:
+        """Turn a mistake in the data, which came after it was looked at, into Failed: there is a record already."""
+        try:
+            yield
+        except UsageError as error:
+            failed = Failed(f"run {self.id} ended in {self._where}: {error}; with the images as they were, {GOES_ON}")
+            failed.speaks = True  # of several processes this one alone has seen it
+            raise failed from None
 
     def environment(self, command: str, resumed_at: int) -> dict[str, Any]:
         """Return what the run's bits depend on beside its config."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the place for what can be computed again."""
+"""Files that appear whole or not at all, names that can be written, and the place for what can be computed again."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def _of_the_disk(error: BaseException | None, before: BaseException | None) -> O
             return error
         error = error.__context__
     return None
+
+
+def printable(text: str | bytes) -> str:
+    """Return a text, or a file's name, with ``\\xNN`` for every byte that is not of UTF-8: one that can be written."""
+    encoded = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    return encoded.decode("utf-8", "backslashreplace")
 
 
 def cache_folder(name: str) -> Path:

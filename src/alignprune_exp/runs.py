@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import Elsewhere, Failed, UsageError, is_of_memory
-from .files import write_atomically
+from .files import printable, write_atomically
 
 HEARTBEAT = 60.0  # seconds between signs of life in the lock
 LAPSE = 300.0  # seconds of silence after which another host's lock counts for nothing
@@ -48,7 +48,7 @@ def run_id(identity: Mapping[str, Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(printable(text).encode()))
 
 
 def write_json(path: Path, values: Any) -> None:

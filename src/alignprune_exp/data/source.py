@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from alignprune_exp.errors import UsageError
+from alignprune_exp.files import printable
 from alignprune_exp.pruning.reference import class_shares
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -51,7 +52,7 @@ class Images:
     Attributes:
         labels: int64 (n,).
         store: decodes single images.
-        paths: str or encoded (n,), relative to the root, where each image has one.
+        paths: encoded, relative to the root, S (n,), where each image has one.
     """
 
     labels: np.ndarray
@@ -113,7 +114,7 @@ class Images:
         return [one(place) for place in range(len(rows))]
 
     def _name(self, row: int) -> str:
-        return f"image {row}" if self.paths is None else f"{self.paths[row]} (row {row})"
+        return f"image {row}" if self.paths is None else f"{printable(self.paths[row])} (row {row})"
 
 
 @dataclass(frozen=True)

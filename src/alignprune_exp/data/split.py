@@ -47,10 +47,9 @@ class Split:
 
     @property
     def paths(self) -> np.ndarray | None:
-        """The image files relative to the root, str (n,), where each image is a file of its own."""
-        if (paths := self.source.paths) is None:
-            return None
-        return np.char.decode(paths[self.rows], "utf-8", "replace") if paths.dtype.kind == "S" else paths[self.rows]
+        """The image files relative to the root, str (n,) as `printable` writes them, where each image has one."""
+        paths = self.source.paths
+        return None if paths is None else np.char.decode(paths[self.rows], "utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)
