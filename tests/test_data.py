@@ -235,7 +235,7 @@ def test_image_folder_lists_decodes_and_resizes(tmp_path):
     source = _load("image_folder", tmp_path, image_size=8)
     assert source.classes == ("cat", "dog")
     assert source.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert source.train.paths.tolist()[:3] == ["train/cat/0.png", "train/cat/1.png", "train/cat/nested/2.png"]
+    assert source.train.paths.tolist()[:3] == [b"train/cat/0.png", b"train/cat/1.png", b"train/cat/nested/2.png"]
     images = source.train.pixels(np.array([1]))
     assert images.shape == (1, 3, 8, 8)
     with Image.open(tmp_path / "train/cat/1.png") as square:
@@ -248,7 +248,28 @@ def test_image_folder_lists_decodes_and_resizes(tmp_path):
     other = _load("image_folder", tmp_path, image_size=9)
     assert other.fingerprint != source.fingerprint
     split = _prepare(source, subset=4, reference_size=0, seed=3).train
-    assert split.paths.tolist() == source.train.paths[split.rows].tolist()
+    assert [path.encode() for path in split.paths] == source.train.paths[split.rows].tolist()
+
+
+def test_names_that_are_not_of_utf8_are_read_and_can_be_written(tmp_path):
+    _image_folder(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split / "dog").rename(tmp_path / split / os.fsdecode(b"\xe9t\xe9"))
+    (tmp_path / "train/cat/1.png").rename(
+        tmp_path / "train/cat" / os.fsdecode("é\udcfe.png".encode("utf-8", "surrogateescape"))
+    )
+    source = _load("image_folder", tmp_path, image_size=8)
+    assert source.classes == ("cat", r"\xe9t\xe9")
+    assert source.train.pixels(np.arange(6)).shape == (6, 3, 8, 8)
+    split = _prepare(source, reference_size=0).train
+    assert [path for path in split.paths if "\\" in path] == [
+        r"train/cat/é\xfe.png",
+        *(rf"train/\xe9t\xe9/{name}.png" for name in ("0", "1", "nested/2")),
+    ]
+    (tmp_path / "train/cat/0.png").rename(tmp_path / "train/cat" / os.fsdecode(b"\xfc.png"))
+    assert _load("image_folder", tmp_path, image_size=8).fingerprint != source.fingerprint
+    with pytest.raises(UsageError, match=r"^train/cat/é\\xfe.png \(row 1\) is 12x12 pixels where"):
+        _load("image_folder", tmp_path).train.pixels(np.arange(6))
 
 
 def test_image_folder_labels_are_of_unknown_quality_until_noise_is_injected(tmp_path):

@@ -4,6 +4,9 @@ import json
 import math
 import os
 import random
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +143,18 @@ class Stop:
             except Stopped:
                 return True
         return False
+
+
+def in_the_sixth_epoch(monkeypatch, happens):
+    """Let something happen before the second step of the sixth epoch."""
+    logits = Experiment._training_logits
+
+    def disturbed(self, images):
+        if (self.pruning.epoch, self.step) == (5, 1):
+            happens()
+        return logits(self, images)
+
+    monkeypatch.setattr(Experiment, "_training_logits", disturbed)
 
 
 def checkpoints(folder):
@@ -512,16 +527,9 @@ def test_stopped_in_the_last_step_a_run_finishes(tmp_path, undisturbed, monkeypa
 def test_a_signal_in_the_middle_of_an_epoch_leaves_a_checkpoint_there(
     tmp_path, undisturbed, monkeypatch, capsys, number
 ):
-    logits = Experiment._training_logits
-
-    def interrupted(self, images):
-        if (self.pruning.epoch, self.step) == (5, 1):
-            os.kill(os.getpid(), number)
-        return logits(self, images)
-
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Experiment, "_training_logits", interrupted)
+        in_the_sixth_epoch(patch, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as ended:
             launch(tmp_path)
     assert ended.value.code == 130
@@ -659,11 +667,70 @@ def test_resuming_in_another_precision_is_refused(tmp_path, half_done, monkeypat
     assert json.loads((half_done / "environment.json").read_text())["precision"] == was
 
 
-def test_a_torn_last_line_of_the_metrics_is_cut_on_resume(tmp_path, half_done, undisturbed):
-    with (half_done / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 5, "ranked_by": "da')
+@pytest.mark.parametrize("name", ["metrics.jsonl", "dynamics.parquet", "config.yaml", "environment.json"])
+@pytest.mark.parametrize("damage", ["torn", "binary", "another's", "gone"])
+def test_a_damaged_record_is_made_whole_on_resume(tmp_path, half_done, undisturbed, name, damage):
+    path = half_done / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        other = (undisturbed("score=loss") / name).read_bytes()
+        path.write_bytes({"torn": content[: len(content) // 2], "binary": b"\xff\0[1]\n", "another's": other}[damage])
     assert launch(tmp_path) == 0
     assert_same_results(half_done, undisturbed())
+    assert (half_done / "config.yaml").read_text() == written(undisturbed(), tmp_path)
+    assert json.loads((half_done / "environment.json").read_text())["epochs"] == EPOCHS
+
+
+def written(folder, results):
+    """The config of a run as it is written for another folder of results."""
+    return (folder / "config.yaml").read_text().replace(str(folder.parents[1]), str(results))
+
+
+@pytest.mark.parametrize("damage", ["gone", "replaced"])
+def test_what_becomes_of_the_record_while_a_run_goes_on_is_made_good(tmp_path, undisturbed, monkeypatch, damage):
+    def disturb():
+        for name in ("metrics.jsonl", "dynamics.parquet", "config.yaml", "environment.json"):
+            path = only_run(tmp_path) / name
+            path.unlink()
+            if damage == "replaced":
+                path.write_text("{}\n")
+
+    in_the_sixth_epoch(monkeypatch, disturb)
+    assert launch(tmp_path) == 0
+    folder = only_run(tmp_path)
+    assert_same_results(folder, undisturbed())
+    assert (folder / "config.yaml").read_text() == written(undisturbed(), tmp_path)
+    assert json.loads((folder / "environment.json").read_text())["epochs"] == EPOCHS
+
+
+@pytest.mark.parametrize("loss", ["the folder", "the lock", "its owner"])
+def test_a_run_that_loses_its_folder_ends_with_one_sentence(tmp_path, undisturbed, monkeypatch, capsys, loss):
+    other = json.dumps({"host": "elsewhere", "pid": 1, "slurm_job_id": None})
+
+    def disturb():
+        folder = only_run(tmp_path)
+        if loss == "the folder":
+            shutil.rmtree(folder)
+        elif loss == "the lock":
+            (folder / "lock").unlink()
+        else:
+            (folder / "lock").write_text(other)
+
+    with monkeypatch.context() as patch:
+        in_the_sixth_epoch(patch, disturb)
+        assert launch(tmp_path) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1, error
+    assert "has lost its folder" in error
+    if loss == "the folder":
+        assert not list((tmp_path / "runs").iterdir())
+    if loss == "its owner":
+        assert (only_run(tmp_path) / "lock").read_text() == other
+        (only_run(tmp_path) / "lock").unlink()
+    assert launch(tmp_path) == 0
+    assert_same_results(only_run(tmp_path), undisturbed())
 
 
 def test_metrics_ahead_of_the_checkpoint_are_cut_on_resume(tmp_path, half_done, undisturbed):
@@ -685,6 +752,17 @@ def test_a_finished_run_is_not_run_again(tmp_path, capsys, monkeypatch):
     assert launch(tmp_path) == 0
     assert "finished already" in capsys.readouterr().out
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"status": "finished"}'])
+def test_a_summary_that_is_damaged_is_a_mistake(tmp_path, half_done, capsys, content):
+    (half_done / "summary.json").write_text(content)
+    before = {p.name: p.read_bytes() for p in half_done.iterdir()}
+    assert launch(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "summary.json is damaged; force=true runs it again" in error
+    assert len(error.splitlines()) == 1
+    assert {p.name: p.read_bytes() for p in half_done.iterdir()} == before
 
 
 def test_force_runs_again_and_keeps_the_old_folders(tmp_path):
@@ -780,10 +858,10 @@ def test_weights_that_the_last_step_of_an_epoch_ruins_fail_the_run(tmp_path, cap
         assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
-# A disk that fills up
+# A machine that has too little
 
 
-@pytest.mark.parametrize("good", [0, 3, 4, 5, 39, 40])
+@pytest.mark.parametrize("good", [0, 3, 4, 5, 39, 43, 44])
 def test_a_full_disk_stops_with_one_sentence_and_the_run_goes_on_later(
     tmp_path, undisturbed, monkeypatch, capsys, good
 ):
@@ -797,12 +875,83 @@ def test_a_full_disk_stops_with_one_sentence_and_the_run_goes_on_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert launch(tmp_path) != 0
+        assert launch(tmp_path) == 1
     error = capsys.readouterr().err
-    assert "No space left on device" in error
+    assert re.search(r"No space left on device \(/.*\); free some space, and the same command goes on", error)
     assert len(error.strip().splitlines()) == 1, error
     folder = only_run(tmp_path)
     assert not (folder / "summary.json").exists()
     assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
     assert launch(tmp_path) == 0
     assert_same_results(folder, undisturbed())
+
+
+@pytest.mark.parametrize("limit", [100, 3000, 30_000])
+def test_a_disk_that_is_full_before_a_checkpoint_is_whole_keeps_the_ones_before(
+    tmp_path, undisturbed, monkeypatch, capsys, limit
+):
+    before, kept = resource.getrlimit(resource.RLIMIT_FSIZE), {}
+
+    def fill():
+        kept.update({path.name: path.read_bytes() for path in checkpoints(only_run(tmp_path))})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    with monkeypatch.context() as patch:
+        in_the_sixth_epoch(patch, fill)
+        try:
+            assert launch(tmp_path) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert re.search(r"^File too large \(/.*\); raise the limit .*, and the same command goes on", error)
+    assert len(error.splitlines()) == 1, error
+    folder = only_run(tmp_path)
+    assert {path.name: path.read_bytes() for path in checkpoints(folder)} == kept
+    assert len(kept) == 2
+    assert launch(tmp_path) == 0
+    assert_same_results(folder, undisturbed())
+
+
+def of_cuda():
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 3.00 GiB is "
+        "free. See documentation for Memory Management\n(https://pytorch.org/docs/stable/notes/cuda.html)"
+    )
+
+
+def of_python():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("happens", "words"),
+    [
+        (of_cuda, "the GPU has too little free memory for 20.00 GiB more; "),
+        (lambda: torch.empty(10**13), "this machine has too little free memory for 40000000000000 bytes more; "),
+        (lambda: np.empty(10**15), "this machine has too little free memory for 7.11 PiB more; "),
+        (of_python, "this machine has too little free memory; "),
+    ],
+    ids=["cuda", "torch", "numpy", "python"],
+)
+def test_too_little_memory_stops_with_one_sentence_and_the_run_goes_on_later(
+    tmp_path, undisturbed, monkeypatch, capsys, happens, words
+):
+    with monkeypatch.context() as patch:
+        in_the_sixth_epoch(patch, happens)
+        assert launch(tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(words)
+    assert "batch_size" in error
+    assert len(error.splitlines()) == 1, error
+    folder = only_run(tmp_path)
+    assert launch(tmp_path) == 0
+    assert_same_results(folder, undisturbed())
+
+
+def test_a_bug_is_not_taken_for_a_machine_that_has_too_little(tmp_path, monkeypatch):
+    def bug():
+        raise RuntimeError("the sizes do not match")
+
+    in_the_sixth_epoch(monkeypatch, bug)
+    with pytest.raises(RuntimeError, match="the sizes do not match"):
+        launch(tmp_path)

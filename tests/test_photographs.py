@@ -35,6 +35,7 @@ from alignprune_exp.data.datasets import load
 from alignprune_exp.data.photographs import Cut, resized_crop
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
+from alignprune_exp.experiment import Experiment
 from alignprune_exp.models import build
 from alignprune_exp.report.figures import save_all
 from alignprune_exp.report.html import page
@@ -317,7 +318,7 @@ def test_a_truncated_image_is_named_or_skipped_for_good(tmp_path, name):
     root = _miniature(name, tmp_path / "set", "--broken", "truncated")
     source = _load(name, root)
     everything = np.arange(len(source.train))
-    sentence = FIRST[name] + r" cannot be read as an image \(.*\): replace it, or type dataset.on_error=skip"
+    sentence = FIRST[name] + r" cannot be read as an image \(.*\): replace or delete it, or type dataset.on_error=skip"
     with pytest.raises(UsageError, match=sentence):
         source.train.pixels(everything)
     skipping = _load(name, root, "skip")
@@ -851,12 +852,81 @@ def test_a_signal_to_all_processes_of_a_run_leaves_a_checkpoint_and_one_sentence
     assert "left a checkpoint" in err
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_turns_bad_in_mid_training_ends_the_run_which_goes_on_with_it_as_it_was(
+    tmp_path, monkeypatch, capsys, workers
+):
+    root = _miniature("imagenet", tmp_path / "set")
+    dataset = ["dataset=imagenet", f"dataset.root={root}", "dataset.subset=null", "reference=none", "score=loss"]
+    line = [*dataset, f"workers={workers}"]
+    assert _train(tmp_path / "undisturbed", *line) == 0
+    whole = {path: path.read_bytes() for path in root.glob("train/*/*.JPEG")}
+    logits = Experiment._training_logits
+
+    def disturbed(self, images):
+        if self.pruning.epoch == 3:
+            for path, content in whole.items():
+                path.write_bytes(content[: len(content) // 2])
+        return logits(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "_training_logits", disturbed)
+        assert _train(tmp_path, *line) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"^run \w+ ended in epoch [34], step \d+: /\S*JPEG cannot be read as an image", error)
+    assert "type dataset.on_error=skip" in error
+    assert "with the images as they were, the same command goes on from the latest checkpoint" in error
+    assert len(error.splitlines()) == 1, error
+    for path, content in whole.items():
+        path.write_bytes(content)
+    assert _train(tmp_path, *line) == 0
+    folder, summary, rows = _record(tmp_path)
+    other, _, others = _record(tmp_path / "undisturbed")
+    assert summary["status"] == "finished"
+    assert [{k: v for k, v in row.items() if "seconds" not in k} for row in rows] == [
+        {k: v for k, v in row.items() if "seconds" not in k} for row in others
+    ]
+    assert (folder / "samples.parquet").read_bytes() == (other / "samples.parquet").read_bytes()
+
+
+def test_names_that_are_not_of_utf8_are_trained_on_and_recorded(tmp_path):
+    root = _miniature("imagenet", tmp_path / "set")
+    for split in ("train", "val"):
+        first = min((root / split).iterdir())
+        odd = os.fsencode(root / split) + b"/n\xff"
+        os.rename(first, odd)
+        image = min(os.listdir(odd))
+        os.rename(odd + b"/" + image, odd + b"/\xe9t\xc3\xa9.JPEG")
+    (root / "train" / os.fsdecode(b"n\xff") / os.fsdecode(b"broken\xfe.JPEG")).write_bytes(b"no image")
+    dataset = ["dataset=imagenet", f"dataset.root={root}", "dataset.subset=null", "reference=none", "score=loss"]
+    assert _train(tmp_path, *dataset, "dataset.on_error=skip") == 0
+    folder, summary, _ = _record(tmp_path)
+    assert summary["skipped"] == 1
+    assert "n\\xff/broken\\xfe.JPEG" in (folder / "skipped.txt").read_text()
+    paths = suspects.read_samples(folder)["path"]
+    assert paths.is_unique
+    assert "train/n\\xff/\\xe9té.JPEG" in set(paths)
+    assert _load("imagenet", root, "skip").classes[-1] == "n\\xff"
+
+
+def test_an_image_worker_that_dies_ends_the_run_with_one_sentence(tmp_path, miniatures, monkeypatch, capsys):
+    def out_of_memory(self, row, draws):
+        assert torch.utils.data.get_worker_info() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(photographs.Photographs, "view", out_of_memory)
+    assert _train(tmp_path, "dataset=webvision", f"paths.data={miniatures}") == 1
+    error = capsys.readouterr().err
+    assert "set fewer workers, and the same command goes on" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_run_trains_on_and_lists_what_was_skipped(tmp_path, capsys):
     root = _miniature("parquet", tmp_path / "set", "--broken", "truncated")
     dataset = ["dataset=parquet", f"dataset.root={root}", "dataset.subset=null", "reference=none", "method=infobatch"]
-    assert _train(tmp_path, *dataset) == 2
+    assert _train(tmp_path, *dataset) == 1
     sentence = capsys.readouterr().err
-    assert re.search(FIRST["parquet"] + r" cannot be read as an image \(.*\): replace it, or type", sentence)
+    assert re.search(FIRST["parquet"] + r" cannot be read as an image \(.*\): replace or delete it, or type", sentence)
     assert sentence.count("\n") == 1
     assert _train(tmp_path, *dataset, "dataset.on_error=skip") == 0
     said = capsys.readouterr().out

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import random
+import resource
 import signal
 import socket
 import subprocess
@@ -14,7 +16,16 @@ import torch
 
 from alignprune_exp import runs
 from alignprune_exp.errors import UsageError
-from alignprune_exp.runs import CHECKPOINTS, LAPSE, RunFolder, run_id, write_atomically, write_json, write_text
+from alignprune_exp.runs import (
+    CHECKPOINTS,
+    LAPSE,
+    RunFolder,
+    owner_alive,
+    run_id,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 OWNER = """
 import sys, time
@@ -122,6 +133,28 @@ def test_the_lock_of_another_host_lapses_after_five_silent_minutes(folder):
     assert json.loads(claim(folder))["host"] == socket.gethostname()
 
 
+def test_a_lock_that_a_wrong_clock_dated_ahead_lapses_after_five_minutes_from_when_it_is_seen(folder):
+    path = foreign_lock(folder, silent=-86400)
+    assert not owner_alive(folder.path)
+    with pytest.raises(UsageError, match="elsewhere"):
+        claim(folder)
+    seen = path.stat().st_mtime
+    assert abs(seen - time.time()) < 60
+    os.utime(path, (seen - LAPSE + 20,) * 2)  # time passes
+    with pytest.raises(UsageError, match="elsewhere"):
+        claim(folder)
+    os.utime(path, (seen - LAPSE - 1,) * 2)
+    assert json.loads(claim(folder))["host"] == socket.gethostname()
+
+
+def test_an_owner_whose_clock_is_ahead_keeps_its_lock_for_as_long_as_it_beats(folder):
+    path = foreign_lock(folder)
+    for _ in range(3):
+        os.utime(path, (time.time() + 86400,) * 2)
+        with pytest.raises(UsageError, match="elsewhere"):
+            claim(folder)
+
+
 def test_a_requeued_slurm_job_takes_over_its_own_lock_at_once(folder, monkeypatch):
     foreign_lock(folder, slurm_job_id="4711")
     with pytest.raises(UsageError):
@@ -210,6 +243,28 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, old):
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({"file": old} if old else {})
 
 
+def test_what_the_disk_refuses_is_said_even_where_torch_covers_it(tmp_path):
+    path = tmp_path / "state.pt"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (10, 5000, 300_000, 600_000):  # where a file ends, and torch.save raises OSError or RuntimeError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as refused:
+                write_atomically(path, lambda file: torch.save([torch.randn(150_000)], file))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert refused.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_the_disk_has_no_part_in_stays_what_it_is(tmp_path):
+    try:
+        raise FileNotFoundError(errno.ENOENT, "another file")
+    except FileNotFoundError:
+        with pytest.raises(RuntimeError, match="gave up"):
+            write_atomically(tmp_path / "file", torn)
+
+
 def test_json_without_a_meaning_is_never_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "summary.json", {"loss": float("nan")})
@@ -219,43 +274,75 @@ def test_json_without_a_meaning_is_never_written(tmp_path):
 # Metrics and summary
 
 
-def test_a_torn_last_line_of_the_metrics_counts_for_nothing(folder):
+DAMAGE = [
+    b'{"epoch": 2, "lo',
+    b"\xff\x00\xfe",
+    b"[1]",
+    b"7",
+    b"null",
+    b'{"epoch": 7}',
+    b'{"loss": 1}',
+    b"[" * 10**5,
+    b"",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: repr(damage[:20]))
+def test_metrics_are_read_up_to_a_line_that_is_damaged_or_out_of_order(folder, damage):
     with folder.claim():
-        for epoch in range(3):
-            folder.append_metrics({"epoch": epoch, "loss": 0.1 * epoch})
-        with (folder.path / "metrics.jsonl").open("a") as file:
-            file.write('{"epoch": 3, "lo')
-        assert [row["epoch"] for row in folder.metrics()] == [0, 1, 2]
-        folder.cut_metrics(2)
-        folder.append_metrics({"epoch": 2, "loss": 0.7})
-    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"epoch": 0, "loss": 0.0},
-        {"epoch": 1, "loss": 0.1},
-        {"epoch": 2, "loss": 0.7},
-    ]
+        assert folder.metrics() == []
+        lines = [json.dumps({"epoch": epoch, "loss": 0.1 * epoch}).encode() for epoch in range(4)]
+        lines[2] = damage
+        (folder.path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+        assert folder.metrics() == [{"epoch": 0, "loss": 0.0}, {"epoch": 1, "loss": 0.1}]
 
 
-def test_a_summary_is_absent_read_or_damaged(folder):
+ENDED = {"finished_at": "today", **dict.fromkeys(runs.SUMMARY_NUMBERS), "saved": 0.5}
+
+
+def test_a_summary_is_absent_or_read(folder):
     assert folder.summary() is None
     assert not folder.path.exists()  # nothing is written before a claim
     with folder.claim():
-        write_json(folder.path / "summary.json", {"status": "finished"})
-        assert folder.summary() == {"status": "finished"}
-        (folder.path / "summary.json").write_text('{"status": ')
-        with pytest.raises(UsageError, match="damaged"):
+        for summary in ({"status": "finished", **ENDED}, {"status": "failed", "error": "why", **ENDED}):
+            write_json(folder.path / "summary.json", summary)
+            assert folder.summary() == summary
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"status": ',
+        b"",
+        b"\xff\xfe",
+        b"{}",
+        b"[]",
+        b"null",
+        b"[" * 10**5,
+        b'{"status": "finished"}',
+        *(
+            json.dumps({"status": "finished", **ENDED, **wrong}).encode()
+            for wrong in ({"status": []}, {"status": "fin"}, {"status": "failed"}, {"finished_at": 3}, {"saved": "0.5"})
+        ),
+    ],
+    ids=lambda content: repr(content[:30]),
+)
+def test_a_summary_that_does_not_say_how_a_run_ended_is_damaged(folder, content):
+    with folder.claim():
+        (folder.path / "summary.json").write_bytes(content)
+        with pytest.raises(UsageError, match="damaged; force=true"):
             folder.summary()
 
 
 # Checkpoints
 
 
+def state(epoch, step=0, elapsed=0.0, **more):
+    return {"epoch": epoch, "step": step, "elapsed": elapsed, **more}
+
+
 def saved(folder, number):
-    """Save state ``number``, later than what was saved before by any clock's measure."""
-    folder.save_checkpoint({"epoch": number, "weights": torch.full((4,), float(number))})
-    for path in (folder.path / name for name in CHECKPOINTS):
-        if path.exists() and torch.load(path, weights_only=True)["epoch"] == number:
-            os.utime(path, (1e9 + number, 1e9 + number))
+    folder.save_checkpoint(state(number, weights=torch.full((4,), float(number))))
 
 
 def on_disk(folder):
@@ -276,9 +363,9 @@ def test_checkpoints_alternate_and_the_newest_is_loaded(folder):
             if before:
                 assert sum(now[name] != before[name] for name in CHECKPOINTS) == 1
             before = now
-            state = folder.load_checkpoint(said.append)
-            assert state["epoch"] == number
-            assert torch.equal(state["weights"], torch.full((4,), float(number)))
+            loaded = folder.load_checkpoint(said.append)
+            assert loaded["epoch"] == number
+            assert torch.equal(loaded["weights"], torch.full((4,), float(number)))
         folder.remove_checkpoints()
         assert folder.load_checkpoint(said.append) is None
     assert said == []
@@ -287,7 +374,7 @@ def test_checkpoints_alternate_and_the_newest_is_loaded(folder):
 def test_checkpoints_saved_within_one_tick_of_the_clock_still_keep_the_last_two(folder):
     with folder.claim():
         for number in range(40):
-            folder.save_checkpoint({"epoch": number})
+            folder.save_checkpoint(state(number))
             assert folder.load_checkpoint(pytest.fail)["epoch"] == number
             if number:
                 assert sorted(on_disk(folder).values()) == [number - 1, number]
@@ -297,12 +384,11 @@ def test_checkpoints_saved_within_one_tick_of_the_clock_still_keep_the_last_two(
 def test_a_damaged_checkpoint_falls_back_with_a_message_and_both_are_a_mistake(folder, damage):
     def spoil(name):
         path = folder.path / name
-        times, content = path.stat(), path.read_bytes()
+        content = path.read_bytes()
         if damage == "not a state":
             torch.save([1, 2], path)
         else:
             path.write_bytes({"half": content[: len(content) // 2], "empty": b"", "garbage": b"\0" * 999}[damage])
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     said = []
     with folder.claim():
@@ -317,6 +403,48 @@ def test_a_damaged_checkpoint_falls_back_with_a_message_and_both_are_a_mistake(f
         spoil(next(name for name in CHECKPOINTS if name != newest))
         with pytest.raises(UsageError, match="force=true"):
             folder.load_checkpoint(said.append)
+
+
+def test_no_flipped_bit_of_a_checkpoint_is_taken_for_what_was_written(folder, tmp_path):
+    with folder.claim():
+        saved(folder, 0)
+        saved(folder, 7)
+        name = max(on_disk(folder).items(), key=lambda item: item[1])[0]
+        path = folder.path / name
+        content = path.read_bytes()
+        rng, unharmed = random.Random(0), 0
+        for bit in rng.sample(range(8 * len(content)), 300):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            said = []
+            loaded = folder.load_checkpoint(said.append)
+            unharmed += not said  # the bit was one of the padding
+            expected = 0 if said else 7
+            assert loaded == state(expected, id="run", weights=loaded["weights"])
+            assert torch.equal(loaded["weights"], torch.full((4,), float(expected)))
+    assert unharmed < 250
+
+
+@pytest.mark.parametrize("later", [state(4), state(3, 5, 0.1), state(3, 2, 0.2)], ids=["epoch", "step", "seconds"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_checkpoint_that_got_furthest_is_loaded_and_the_other_written_over_whatever_the_clock_says(
+    folder, later, first
+):
+    earlier = state(3, 2, 0.1)
+    with folder.claim():
+        for one in (later, earlier) if first else (earlier, later):
+            folder.save_checkpoint(one)
+        for name in CHECKPOINTS:
+            loaded = torch.load(folder.path / name, weights_only=True)
+            os.utime(folder.path / name, (10, 10) if loaded["epoch"] == later["epoch"] else (99, 99))
+    again = RunFolder(folder.path.parents[1], "run")
+    with again.claim():
+        assert again.load_checkpoint(pytest.fail) == {"id": "run", **later}
+        again.save_checkpoint(state(9))
+        left = [torch.load(folder.path / name, weights_only=True) for name in CHECKPOINTS]
+        assert {"id": "run", **later} in left
+        assert {"id": "run", **state(9)} in left
 
 
 def test_a_checkpoint_of_another_run_is_refused(folder, tmp_path):
@@ -337,14 +465,14 @@ def test_a_full_disk_keeps_both_checkpoints(folder, monkeypatch):
         saved(folder, 1)
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            folder.save_checkpoint({"epoch": 2})
+            folder.save_checkpoint(state(2))
         assert sorted(on_disk(folder).values()) == [0, 1]
     assert {p.name for p in folder.path.iterdir()} == set(CHECKPOINTS)
 
 
 def test_nothing_in_a_checkpoint_needs_unsafe_loading(folder):
     with folder.claim():
-        folder.save_checkpoint({"epoch": 0, "weights": torch.ones(2), "nested": {"step": 1}})
+        folder.save_checkpoint(state(0, weights=torch.ones(2), nested={"step": 1}))
         (path,) = (folder.path / name for name in CHECKPOINTS if (folder.path / name).exists())
         assert torch.load(path, weights_only=True)["id"] == "run"
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import Failed
+from .errors import GOES_ON, Failed
+from .files import printable
 
 TIMEOUT = timedelta(seconds=50)  # of silence, after which another process counts as dead
 
@@ -56,10 +57,7 @@ class Processes:
         except RuntimeError as error:
             if self.size == 1 or not _of_a_connection(error):
                 raise
-            raise Lost(
-                f"process {self.rank} of {self.size} lost another one of its run; the same command goes on from the "
-                "latest checkpoint"
-            ) from None
+            raise Lost(f"process {self.rank} of {self.size} lost another one of its run; {GOES_ON}") from None
 
     def share(self, values: Tensor) -> Tensor:
         """Return this process's share of ``values`` (B, …): in order, of sizes that differ by one at the most."""
@@ -102,7 +100,7 @@ class Processes:
         """Return the text of the first process that has one."""
         if self.size == 1:
             return text
-        encoded = torch.tensor(list((text or "").encode()), dtype=torch.uint8)
+        encoded = torch.tensor(list(printable(text or "").encode()), dtype=torch.uint8)
         longest = int(self._reduced(torch.tensor(len(encoded)), dist.ReduceOp.MAX))
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(encoded)] = encoded

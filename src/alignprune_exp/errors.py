@@ -1,5 +1,19 @@
 """How a run can end other than well, each with one sentence for the user; never a traceback."""
 
+from __future__ import annotations
+
+import errno
+import re
+
+GOES_ON = "the same command goes on from the latest checkpoint"
+_FIRST = {  # what to do about a system's error before that
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.ENOMEM: "free some memory",
+}
+_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+
 
 class UsageError(Exception):
     """A mistake that the user can mend.
@@ -37,3 +51,27 @@ class Stopped(Ended):
     """The run was asked to stop and left a checkpoint; the same command goes on."""
 
     status = 130
+
+
+def of_the_machine(error: OSError | MemoryError | RuntimeError) -> str | None:
+    """Return what to say of an error that is the machine's and no bug: its disk, or its memory; else None."""
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        first = _FIRST.get(error.errno or 0, "mend that")
+        return f"{error.strerror or error}{where}; {first}, and {GOES_ON}"
+    if "DataLoader worker" in str(error):
+        return f"a process that reads images died, as where memory runs out; set fewer workers, and {GOES_ON}"
+    if not is_of_memory(error):
+        return None
+    whose = "the GPU has" if "CUDA" in str(error) else "this machine has"
+    amount = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    return (
+        f"{whose} too little free memory{f' for {amount[1]} more' if amount else ''}; free some, and {GOES_ON}, or set "
+        "a smaller batch_size, which is another run"
+    )
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory has run out, as Python, NumPy, PyTorch and CUDA do."""
+    of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_MEMORY)
+    return of_torch or isinstance(error, MemoryError)

@@ -1,15 +1,20 @@
-"""Files that appear whole or not at all, and the place for what can be computed again."""
+"""Files that appear whole or not at all, names that can be written, and the place for what can be computed again."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then move it into place: whole or not at all."""
+    """Let ``write`` fill a file beside ``path``, then move it into place: whole or not at all.
+
+    Raises OSError, with the path, for what the disk refuses, even where ``write`` hides it behind an error of its own.
+    """
+    handled = sys.exc_info()[1]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -17,9 +22,26 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception) and (refused := _of_the_disk(error, handled)) is not None:
+            raise OSError(refused.errno, refused.strerror, str(path)) from None
         raise
+
+
+def _of_the_disk(error: BaseException | None, before: BaseException | None) -> OSError | None:
+    """Return the system's error below one of torch.save's writer, unless it was raised ``before``."""
+    while error is not None and error is not before:
+        if isinstance(error, OSError) and error.errno:
+            return error
+        error = error.__context__
+    return None
+
+
+def printable(text: str | bytes) -> str:
+    """Return a text, or a file's name, with ``\\xNN`` for every byte that is not of UTF-8: one that can be written."""
+    encoded = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    return encoded.decode("utf-8", "backslashreplace")
 
 
 def cache_folder(name: str) -> Path:

@@ -187,7 +187,7 @@ class Loop:
                 self._exchange()
                 self.elapsed = clock.total()
                 save()
-                raise Stopped(f"epoch {pruning.epoch}, step {self.step}")
+                raise stopped(setup.id, pruning.epoch, self.step)
             progress.show(f"epoch {now.number + 1}/{setup.epochs}  step {self.step}/{steps}")
 
     def _stops(self, stop: threading.Event) -> bool:
@@ -271,3 +271,8 @@ class Loop:
         self.reference.samples = state["reference"]
         if self.log is not None:
             self.log.load_state_dict(state["log"])
+
+
+def stopped(id: str, epoch: int, step: int) -> Stopped:
+    where = f"epoch {epoch}, step {step}"
+    return Stopped(f"run {id} stopped in {where} and left a checkpoint; the same command goes on from there")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import os
 import platform
@@ -15,14 +17,63 @@ import numpy as np
 import torch
 
 from .diagnostics import detection_auroc, dynamics, kept_noise
+from .files import write_atomically
 from .loop import Epoch, Loop
 from .pruning import SCORES, Choice, DynamicPruning
-from .runs import write_atomically
+from .runs import RunFolder, write_text
 from .setup import Setup
 
 FROM_THE_BANK = ("loss", "das", "spearman", "cosine", "small_loss", "settled")  # scores that every run can log
 
 Row = dict[str, Any]
+
+
+class Record:
+    """The metrics of the epochs so far, and their dynamics: the process that trains holds them, the files are copies.
+
+    A checkpoint carries it, so that a run never goes on from files that somebody else may have changed.
+
+    Attributes:
+        rows: those of ``metrics.jsonl``, one an epoch.
+        dynamics: the content of ``dynamics.parquet``; None before there is an epoch.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.dynamics: bytes | None = None
+        self._table: Any = None
+
+    def add(self, row: Row, dynamics: list[Row]) -> None:
+        """Take in an epoch: its row of metrics and its rows of dynamics."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.rows.append(row)
+        new = pa.Table.from_pylist(dynamics)
+        self._table = new if self._table is None else pa.concat_tables([self._table, new]).combine_chunks()
+        file = io.BytesIO()
+        pq.write_table(self._table, file)
+        self.dynamics = file.getvalue()
+
+    def write(self, folder: RunFolder) -> None:
+        """Write both files, whole, whatever has become of them. Raises Failed if the folder is not owned any more."""
+        folder.check_owned()
+        write_text(folder.path / "metrics.jsonl", self._metrics())
+        if (dynamics := self.dynamics) is not None:
+            write_atomically(folder.path / "dynamics.parquet", lambda file: file.write(dynamics))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self._metrics(), "dynamics": self.dynamics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        import pyarrow.parquet as pq
+
+        self.rows = [json.loads(line) for line in state["metrics"].splitlines()]
+        self.dynamics = state["dynamics"]
+        self._table = pq.read_table(io.BytesIO(self.dynamics)) if self.dynamics is not None else None
+
+    def _metrics(self) -> str:
+        return "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
 
 
 def epoch_rows(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, list[Row]]:
@@ -103,10 +154,8 @@ def bank_scores(setup: Setup, pruning: DynamicPruning) -> dict[str, np.ndarray]:
     return dict(zip(scores, pruning.several_scores(list(scores.values())), strict=True))
 
 
-def summary(
-    setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequence[Row], status: str, error: str | None = None
-) -> Row:
-    """Return ``summary.json``: what the run was and what came out."""
+def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequence[Row], error: str | None) -> Row:
+    """Return ``summary.json``: what the run was and what came out, or the ``error`` that ended it."""
     config = setup.config
     pruned = [row for row in rows if row["epoch"] in setup.plan.pruned(config.epochs)]
     of_training = rows[setup.warmup :]
@@ -116,7 +165,7 @@ def summary(
     return {
         "id": setup.id,
         "config_id": setup.config_id,
-        "status": status,
+        "status": "failed" if error else "finished",
         **({"error": error} if error else {}),
         "dataset": config.dataset.name,
         "noise": config.noise.name,

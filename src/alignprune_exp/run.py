@@ -18,8 +18,8 @@ from . import record
 from .config import Config, NoTracking
 from .console import epoch_line, say
 from .distributed import Lost, Processes
-from .errors import Failed, Stopped, UsageError
-from .loop import Loop, Spent
+from .errors import GOES_ON, Failed, Stopped, UsageError
+from .loop import Loop, Spent, stopped
 from .network import Network
 from .pruning import (
     Choice,
@@ -35,7 +35,7 @@ from .pruning import (
 from .pruning.seeding import generator
 from .record import Row
 from .reference import Reference
-from .runs import RunFolder, owner_alive, write_json, write_parquet, write_text
+from .runs import RunFolder, owner_alive, write_json, write_text
 from .setup import Setup, make_pruning
 from .tracking import Tracker
 
@@ -119,15 +119,14 @@ class Run:
     Attributes:
         loop: the phase that it is in; None before a choice without a warm-up.
         choice: what a static criterion has chosen, once it has.
-        rows, drawn: the record so far: of ``metrics.jsonl``, and of ``dynamics.parquet``.
+        record: what the epochs so far have left.
     """
 
     def __init__(self, config: Config, processes: Processes | None = None) -> None:
         self.setup = setup = Setup.of(config, processes or Processes())
         self.reference = Reference(setup)
         self.choice: Choice | None = None
-        self.rows: list[Row] = []
-        self.drawn: list[Row] = []
+        self.record = record.Record()
         self.loop: Loop | None = None
         if isinstance(setup.plan, Pruner):
             self.loop = self._phase(setup.plan, config.epochs)
@@ -155,36 +154,44 @@ class Run:
         setup, writes = self.setup, self.setup.processes.rank == 0
         config = setup.config
         self._resume(folder)
-        environment = record.environment(setup, command, len(self.rows))
+        environment = record.environment(setup, command, len(self.record.rows))
         if writes:
-            write_text(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
-            write_json(folder.path / "environment.json", environment)
-            if setup.data.skipped:
-                write_text(folder.path / "skipped.txt", "".join(f"{line}\n" for line in setup.data.skipped))
+            self._write(folder, environment)
         tracking = config.tracking if writes else NoTracking(name="none")
         mirrored = config.model_dump() | {"environment": environment}
         tracker = Tracker(tracking, setup.id, group, folder.path, mirrored, say)
         say(self._beginning())
         try:
-            with _stop_signals() as stop:
-                for loop in self._phases(folder, stop):
-                    self._walk(loop, folder, stop, tracker)
+            with _stop_signals() as stop, self._images_turn_bad():
+                error = self._walk(folder, stop, tracker)
+            summary = record.summary(setup, self.loop, self.choice, self.record.rows, error)
             if writes:
-                record.write_samples(folder.path / "samples.parquet", setup, loop)
-            summary = record.summary(setup, self.loop, self.choice, self.rows, "finished")
-        except NonFiniteLossError as error:
-            summary = record.summary(setup, self.loop, self.choice, self.rows, "failed", str(error))
-        except BaseException as error:
-            tracker.finish({"status": "stopped" if isinstance(error, Stopped) else "interrupted"})
+                self._write(folder, environment)
+                if error is None:
+                    record.write_samples(folder.path / "samples.parquet", setup, self._running)
+                write_json(folder.path / "summary.json", summary)
+        except BaseException as ended:
+            tracker.finish({"status": "stopped" if isinstance(ended, Stopped) else "interrupted"})
             raise
-        if writes:
-            write_json(folder.path / "summary.json", summary)
         tracker.finish(summary)
         if summary["status"] == "failed":
             raise Failed(f"run {setup.id}: {summary['error']}; the record is in {folder.path}")
         if writes and not config.keep_checkpoints:
             folder.remove_checkpoints()
         return summary
+
+    @property
+    def _running(self) -> Loop:
+        assert self.loop is not None
+        return self.loop
+
+    def _write(self, folder: RunFolder, environment: Row) -> None:
+        """Write all that there is of the record before the run has ended."""
+        self.record.write(folder)
+        write_text(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.setup.config.model_dump())))
+        write_json(folder.path / "environment.json", environment)
+        if self.setup.data.skipped:
+            write_text(folder.path / "skipped.txt", "".join(f"{line}\n" for line in self.setup.data.skipped))
 
     def _beginning(self) -> str:
         setup, config = self.setup, self.setup.config
@@ -196,9 +203,13 @@ class Run:
         ]
         if setup.processes.size > 1:
             parts.append(f"{setup.processes.size} processes")
-        if self.rows or step:
-            parts.append(f"resumed at epoch {len(self.rows)}, step {step}")
+        if self.record.rows or step:
+            parts.append(f"resumed at {self._where}")
         return ", ".join(parts)
+
+    @property
+    def _where(self) -> str:
+        return f"epoch {len(self.record.rows)}, step {self.loop.step if self.loop else 0}"
 
     def _phases(self, folder: RunFolder, stop: threading.Event) -> Iterator[Loop]:
         """Yield the phases that are left, each when the one before it has ended."""
@@ -208,39 +219,44 @@ class Run:
             self._choose(self.setup.plan)
             self._save(folder)
             self._stop_if(stop)
-        assert self.loop is not None
-        yield self.loop
+        yield self._running
 
-    def _walk(self, loop: Loop, folder: RunFolder, stop: threading.Event, tracker: Tracker) -> None:
-        """Train the epochs of a phase that are left, writing the record as they end."""
-        setup = self.setup
-        while loop.pruning.epoch < loop.pruning.epochs:
-            try:
-                now = loop.epoch(stop, lambda: self._save(folder))
-            except Stopped as where:
-                raise self._stopped(where) from None
-            row, drawn = record.epoch_rows(setup, loop, now)
-            self.rows.append(row)
-            self.drawn.extend(drawn)
-            if setup.processes.rank == 0:
-                folder.append_metrics(row)
-                write_parquet(folder.path / "dynamics.parquet", self.drawn)
-            self._save(folder)
-            tracker.log(row)
-            recent = [row["seconds"] for row in self.rows[-5:]]
-            left = sum(recent) / len(recent) * (setup.epochs - len(self.rows))
-            say(epoch_line(row, setup.epochs, left))
-            if len(self.rows) < setup.epochs:
-                self._stop_if(stop)
+    def _walk(self, folder: RunFolder, stop: threading.Event, tracker: Tracker) -> str | None:
+        """Train the epochs that are left, writing the record as they end; return why they cannot go on, if so."""
+        setup, rows = self.setup, self.record.rows
+        for loop in self._phases(folder, stop):
+            while loop.pruning.epoch < loop.pruning.epochs:
+                try:
+                    now = loop.epoch(stop, lambda: self._save(folder))
+                except NonFiniteLossError as error:
+                    return str(error)
+                row, drawn = record.epoch_rows(setup, loop, now)
+                self.record.add(row, drawn)
+                if setup.processes.rank == 0:
+                    self.record.write(folder)
+                self._save(folder)
+                tracker.log(row)
+                recent = [row["seconds"] for row in rows[-5:]]
+                say(epoch_line(row, setup.epochs, sum(recent) / len(recent) * (setup.epochs - len(rows))))
+                if len(rows) < setup.epochs:
+                    self._stop_if(stop)
+        return None
 
     def _stop_if(self, stop: threading.Event) -> None:
         if self.setup.processes.any(stop.is_set()):
-            raise self._stopped(f"epoch {len(self.rows)}, step 0")
+            raise stopped(self.setup.id, len(self.record.rows), 0)
 
-    def _stopped(self, where: object) -> Stopped:
-        return Stopped(
-            f"run {self.setup.id} stopped in {where} and left a checkpoint; the same command goes on from there"
-        )
+    @contextmanager
+    def _images_turn_bad(self) -> Iterator[None]:
+        """Turn a mistake in the data, which came after it was looked at, into Failed: there is a record already."""
+        try:
+            yield
+        except UsageError as error:
+            failed = Failed(
+                f"run {self.setup.id} ended in {self._where}: {error}; with the images as they were, {GOES_ON}"
+            )
+            failed.speaks = True  # of several processes this one alone has seen it
+            raise failed from None
 
     def _choose(self, criterion: Criterion) -> None:
         """Choose by what the warm-up has left, and begin the phase that trains on it, from scratch."""
@@ -267,50 +283,43 @@ class Run:
     def _save(self, folder: RunFolder) -> None:
         if self.setup.processes.rank > 0:
             return
-        assert self.loop is not None
+        loop = self._running
         choice = self.choice and {
             "indices": torch.from_numpy(self.choice.indices),
             "facts": dict(self.choice.facts),
-            "seconds": self.loop.spent.seconds,
-            "samples": self.loop.spent.samples,
+            "seconds": loop.spent.seconds,
+            "samples": loop.spent.samples,
         }
         folder.save_checkpoint(
             {
                 "precision": self.setup.precision,
                 "device": self.setup.device.type,
-                "epoch": self.loop.pruning.epoch,
+                "epoch": loop.pruning.epoch,
                 "choice": choice,
-                **self.loop.state_dict(),
+                "record": self.record.state_dict(),
+                **loop.state_dict(),
             }
         )
 
     def _resume(self, folder: RunFolder) -> None:
-        """Load the latest checkpoint, cut the record back to it, and read metrics and dynamics so far."""
-        processes = self.setup.processes
+        """Go back to the latest checkpoint, if there is one."""
         state = folder.load_checkpoint(say)
-        epochs = step = 0
         if state is not None:
             self._check_precision(state)
             try:
                 if (choice := state["choice"]) is not None:
                     taken = Choice(choice["indices"].numpy().copy(), choice["facts"])
                     self._take(taken, Spent(choice["seconds"], choice["samples"]))
-                assert self.loop is not None
-                self.loop.load_state_dict(state)
+                self._running.load_state_dict(state)
+                self.record.load_state_dict(state["record"])
             except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
                 raise UsageError(
                     f"the checkpoint in {folder.path} was left by another version of this program and cannot be gone "
                     "on from; start again with force=true"
                 ) from None
-            epochs, step = state["epoch"], state["step"]
-        if not processes.same(epochs * 2**32 + step):
+        step = self.loop.step if self.loop else 0
+        if not self.setup.processes.same(len(self.record.rows) * 2**32 + step):
             raise Failed(f"the processes do not see the same checkpoint in {folder.path}; put it on a disk they share")
-        if processes.rank == 0:
-            folder.cut_metrics(epochs)
-        self.rows = [row for row in folder.metrics() if row["epoch"] < epochs]
-        if len(self.rows) != epochs:
-            raise UsageError(f"{folder.path}/metrics.jsonl is damaged; force=true starts again and keeps this folder")
-        self.drawn = [row for row in folder.dynamics() if row["epoch"] < epochs] if epochs else []
 
     def _check_precision(self, state: dict[str, Any]) -> None:
         setup = self.setup

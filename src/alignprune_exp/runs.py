@@ -1,4 +1,4 @@
-"""A run on disk: identity, lock, metrics, checkpoints, summary. The record is the truth."""
+"""A run on disk: identity, lock, checkpoints, and what its record says. The record is the truth."""
 
 from __future__ import annotations
 
@@ -10,17 +10,35 @@ import os
 import socket
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import Elsewhere, UsageError
-from .files import write_atomically
+from .errors import Elsewhere, Failed, UsageError, is_of_memory
+from .files import printable, write_atomically
 
 HEARTBEAT = 60.0  # seconds between signs of life in the lock
 LAPSE = 300.0  # seconds of silence after which another host's lock counts for nothing
 CHECKPOINTS = ("checkpoint-a.pt", "checkpoint-b.pt")
+RECORD = (
+    "config.yaml",
+    "environment.json",
+    "skipped.txt",
+    "metrics.jsonl",
+    "dynamics.parquet",
+    "samples.parquet",
+    "summary.json",
+)
+SUMMARY_NUMBERS = (  # each may be unknown
+    "test_accuracy_final",
+    "saved",
+    "kept_noise_mean",
+    "noise_rate",
+    "detection_auroc_last",
+    "seconds_total",
+)
 
 
 def run_id(identity: Mapping[str, Any]) -> str:
@@ -30,18 +48,11 @@ def run_id(identity: Mapping[str, Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(printable(text).encode()))
 
 
 def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    write_atomically(path, lambda file: pq.write_table(pa.Table.from_pylist(rows), file))
 
 
 def run_folders(results: Path) -> list[Path]:
@@ -75,28 +86,42 @@ def finished_configs(results: Path) -> frozenset[str]:
     )
 
 
+def _tells_how_a_run_ended(summary: Any) -> bool:
+    if not isinstance(summary, dict) or summary.get("status") not in ("finished", "failed"):
+        return False
+    numbers = [summary.get(key, "missing") for key in SUMMARY_NUMBERS]
+    said = summary.get("finished_at" if summary["status"] == "finished" else "error")
+    return isinstance(said, str) and all(isinstance(number, int | float | None) for number in numbers)
+
+
 class RunFolder:
     """``<results>/runs/<id>/``. Nothing is written before ``claim``."""
 
     def __init__(self, results: Path, id: str) -> None:
         self.id = id
         self.path = results / "runs" / id
+        self._latest: Path | None = None  # the checkpoint that was written or loaded last
+        self._lock: Lock | None = None
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of an ended run, else None. Raises UsageError if it cannot be read."""
         path = self.path / "summary.json"
         try:
-            return json.loads(path.read_text())
+            summary = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
-            raise UsageError(f"{path} is damaged; force=true runs it again and keeps this folder") from None
+        except (ValueError, RecursionError):
+            summary = None
+        if not _tells_how_a_run_ended(summary):
+            raise UsageError(f"{path} is damaged; force=true runs it again and keeps this folder")
+        return summary
 
     def was_requeued(self) -> bool:
         """Return whether this very Slurm job began the run, did not end it, and was queued again."""
         job = os.environ.get("SLURM_JOB_ID")
         environment = read_json(self.path / "environment.json") or {}
-        return job is not None and environment.get("slurm_job_id") == job and self.summary() is None
+        ended = (self.path / "summary.json").exists()
+        return job is not None and environment.get("slurm_job_id") == job and not ended
 
     @contextmanager
     def claim(self, anew: bool = False) -> Iterator[None]:
@@ -106,23 +131,23 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = Lock(self.path / "lock")
+            self._lock = Lock(self.path / "lock")
         except OSError as error:
             raise UsageError(
                 f"the results folder cannot be written: {error.strerror} ({error.filename}); set paths.results=DIR"
             ) from None
         if anew and any(entry.name != "lock" for entry in self.path.iterdir()):
             self._set_aside()
-            lock.release()
+            self._lock.release()
             self.path.mkdir(exist_ok=True)
-            lock = Lock(self.path / "lock")
-        for name in (*CHECKPOINTS, "metrics.jsonl", "dynamics.parquet"):
+            self._lock = Lock(self.path / "lock")
+        for name in (*CHECKPOINTS, *RECORD):
             for half in self.path.glob(f".{name}.*"):  # of a process that was killed while it wrote
                 half.unlink()
         try:
             yield
         finally:
-            lock.release()
+            self._lock.release()
 
     def _set_aside(self) -> None:
         for number in range(1, 1000):
@@ -138,71 +163,82 @@ class RunFolder:
         raise UsageError(f"{self.path} has been run again 999 times; remove some of {self.id}~*")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of ``metrics.jsonl``, up to the first that is torn."""
+        """Return the rows of ``metrics.jsonl``, one an epoch from the first on, up to one that is torn or damaged."""
         rows: list[dict[str, Any]] = []
         try:
-            text = (self.path / "metrics.jsonl").read_text()
+            lines = (self.path / "metrics.jsonl").read_bytes().splitlines()
         except FileNotFoundError:
             return rows
-        for line in text.splitlines():
+        for line in lines:
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(row, dict) or row.get("epoch") != len(rows):
+                break
+            rows.append(row)
         return rows
 
-    def dynamics(self) -> list[dict[str, Any]]:
-        """Return the rows of ``dynamics.parquet``."""
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self.path / "dynamics.parquet").to_pylist()
-
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def cut_metrics(self, epochs: int) -> None:
-        """Keep the rows of the first ``epochs`` epochs."""
-        rows = [row for row in self.metrics() if row["epoch"] < epochs]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    def check_owned(self) -> None:
+        """Raise Failed if the folder was removed, or taken over by another process, since it was claimed."""
+        if self._lock is None or not self._lock.held():
+            raise Failed(
+                f"run {self.id} has lost its folder {self.path}, which was removed, or taken over by another process; "
+                "the same command goes on from what is there"
+            )
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Write ``state`` over the older of the two checkpoints."""
-        import torch
+        """Write ``state`` over the checkpoint that was neither written nor loaded last.
 
-        paths = [self.path / name for name in CHECKPOINTS]
-        oldest = min(paths, key=lambda path: path.stat().st_mtime_ns if path.exists() else 0)
-        write_atomically(oldest, lambda file: torch.save({"id": self.id, **state}, file))
-
-    def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """Return the latest checkpoint that can be used, or None if there is none.
-
-        A damaged one is named through ``say``, and the one before it is taken. Raises UsageError if none is
-        left, or if one belongs to another run.
+        Raises Failed where the folder is not owned any more.
         """
         import torch
 
+        self.check_owned()
+        a, b = (self.path / name for name in CHECKPOINTS)
+        path = b if self._latest == a else a
+        write_atomically(path, lambda file: torch.save({"id": self.id, **state}, file))
+        self._latest = path
+
+    def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:
+        """Return the checkpoint that got furthest, by what it holds, or None if there is none.
+
+        A damaged one is named through ``say``, and the other one is taken. Raises UsageError if neither can be read,
+        or if one belongs to another run.
+        """
         paths = [path for path in (self.path / name for name in CHECKPOINTS) if path.exists()]
-        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        furthest, latest = None, (-1, 0, 0.0)
+        for path in paths:
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                owner = state["id"]
+                state = _read_checkpoint(path)
+                owner, reached = state["id"], (state["epoch"], state["step"], state["elapsed"])
             except Exception as error:  # torch.load raises many kinds on damaged files
+                if is_of_memory(error):
+                    raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]
-                say(f"{path} is damaged ({reason}); going back to the checkpoint before it")
+                say(f"{path} is damaged ({reason}) and is left out")
                 continue
             if owner != self.id:
                 raise UsageError(f"{path} belongs to run {owner}, not to {self.id}; remove it, or set force=true")
-            return state
-        if paths:
+            if reached > latest:
+                furthest, latest, self._latest = state, reached, path
+        if paths and furthest is None:
             raise UsageError(f"no checkpoint in {self.path} can be read; force=true starts again and keeps this folder")
-        return None
+        return furthest
 
     def remove_checkpoints(self) -> None:
         for name in CHECKPOINTS:
             (self.path / name).unlink(missing_ok=True)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds. Raises BadZipFile for a flipped bit: torch.load compares no checksum."""
+    import torch
+
+    with zipfile.ZipFile(path) as archive:
+        if (name := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{name} does not match its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class Lock:
@@ -211,6 +247,8 @@ class Lock:
     The kernel's lock on the file keeps processes of one host apart and falls with its owner. What the file
     says keeps hosts apart that do not share kernel locks: host, pid and a heartbeat (the file's time). Another
     host's lock lapses after ``LAPSE`` seconds of silence, and at once for the same Slurm job, which was requeued.
+    The silence after a heartbeat that is dated further ahead than that, by a clock that was wrong, counts from when
+    it is first seen.
 
     Raises Elsewhere if another process owns it.
     """
@@ -224,21 +262,25 @@ class Lock:
             raise Elsewhere(self._running(owner))
         self._file.seek(0)
         self._file.truncate()
-        mine = {
+        self._mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         }
-        self._file.write(json.dumps(mine))
+        self._file.write(json.dumps(self._mine))
         self._file.flush()
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
 
+    def held(self) -> bool:
+        """Return whether the file is still there, and says that this process owns it."""
+        return _same_file(self._path, self._file) and _parse(self._file) == self._mine
+
     def release(self) -> None:
         self._stop.set()
         self._heart.join()
-        if _same_file(self._path, self._file):
+        if self.held():
             self._path.unlink(missing_ok=True)
         self._file.close()
 
@@ -263,7 +305,10 @@ class Lock:
         probe.touch()  # this file system's time, not this host's
         now = probe.stat().st_mtime
         probe.unlink()
-        return now - os.fstat(self._file.fileno()).st_mtime > LAPSE
+        silent = now - os.fstat(self._file.fileno()).st_mtime
+        if silent < -LAPSE:
+            os.utime(self._file.fileno())  # an owner who lives will date it ahead again
+        return silent > LAPSE
 
     def _running(self, owner: Mapping[str, Any] | None) -> str:
         who = f" (host {owner['host']}, process {owner['pid']})" if owner else ""
@@ -271,7 +316,8 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            os.utime(self._file.fileno())
+            with suppress(OSError):  # a disk that is away for a moment
+                os.utime(self._file.fileno())
 
 
 def _same_file(path: Path, file: IO[str]) -> bool:
@@ -300,13 +346,16 @@ def _parse(file: IO[str]) -> dict[str, Any] | None:
 
 
 def owner_alive(folder: Path) -> bool:
-    """Return whether a process seems to be running in ``folder``, without touching its lock."""
+    """Return whether a process seems to be running in ``folder``, without touching its lock.
+
+    A heartbeat that is dated further ahead than ``LAPSE`` tells nothing, and counts for none.
+    """
     path = folder / "lock"
     owner = read_json(path)
     if owner is None:
         return False
     if owner.get("host") != socket.gethostname():
-        return time.time() - path.stat().st_mtime <= LAPSE
+        return abs(time.time() - path.stat().st_mtime) <= LAPSE
     try:
         os.kill(int(owner["pid"]), 0)
     except ProcessLookupError:

@@ -31,7 +31,7 @@ from .commandline import (
     refuse_clashes,
 )
 from .console import speaks
-from .errors import Elsewhere, Ended, Stopped, UsageError
+from .errors import GOES_ON, Elsewhere, Ended, Stopped, UsageError, of_the_machine
 
 if TYPE_CHECKING:
     from .sweep import Job
@@ -127,7 +127,7 @@ def _report(work: Callable[[], object]) -> int:
         complain(error)
         return error.status if isinstance(error, Elsewhere) else 2
     except KeyboardInterrupt:
-        complain("stopped at once; the same command goes on from the latest checkpoint")
+        complain(f"stopped at once; {GOES_ON}, if there is one")
         return 130
     except Ended as error:
         complain(error, error.speaks)
@@ -135,9 +135,10 @@ def _report(work: Callable[[], object]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has read enough
         return 1
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        complain(f"{error.strerror or error}{where}; the same command goes on from the latest checkpoint")
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (sentence := of_the_machine(error)) is None:
+            raise
+        complain(sentence, speaker=True)
         return 1
     return 0
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from alignprune_exp.data.source import (
     stratified,
 )
 from alignprune_exp.errors import UsageError
+from alignprune_exp.files import printable
 from alignprune_exp.pruning.seeding import generator
 
 OF_A_RUN = ("subset", "test_subset", "flip", "crop")  # keys of a config's dataset that are no business of its files
@@ -89,11 +91,11 @@ class _Encoded:
 @dataclass(frozen=True)
 class _Files:
     root: Path
-    paths: np.ndarray
+    paths: np.ndarray  # encoded, relative to it, S (n,)
     image_size: int | None
 
     def read(self, row: int) -> np.ndarray:
-        path = self.root / str(self.paths[row])
+        path = self.root / os.fsdecode(self.paths[row])
         return decode(path, f"{path} (row {row})", "replace or delete that file", self._fitted)
 
     def _fitted(self, image: Image.Image) -> Image.Image:
@@ -344,9 +346,9 @@ def _image_folder(name: str, root: Path | None, image_size: int | None) -> Sourc
                     f"{root / split / label} has no {', '.join(IMAGE_SUFFIXES)} file: add images or delete that folder"
                 )
             for file in found:
-                paths.append(file.relative_to(root).as_posix())
+                paths.append(os.fsencode(file.relative_to(root)))
                 labels.append(number)
-                content.update(f"{paths[-1]}\0{file.stat().st_size}\n".encode())
+                content.update(paths[-1] + f"\0{file.stat().st_size}\n".encode())
         if not paths:
             raise UsageError(f"{root / split} has no image at all: put the images of each class into {split}/CLASS")
         listed = np.array(paths)
@@ -355,7 +357,7 @@ def _image_folder(name: str, root: Path | None, image_size: int | None) -> Sourc
     train, test = split_images("train"), split_images(held_out)
     return Source(
         name=name,
-        classes=tuple(classes),
+        classes=tuple(printable(name) for name in classes),
         superclass=None,
         train=train,
         test=test,

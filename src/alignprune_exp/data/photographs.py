@@ -25,9 +25,18 @@ import numpy as np
 from PIL import Image
 
 from alignprune_exp.console import Progress
-from alignprune_exp.data.source import IMAGE_SUFFIXES, Images, Source, brief, decode, existing, hub_names, rgb
+from alignprune_exp.data.source import (
+    IMAGE_SUFFIXES,
+    Images,
+    Source,
+    brief,
+    decode,
+    existing,
+    hub_names,
+    rgb,
+)
 from alignprune_exp.errors import UsageError
-from alignprune_exp.files import cache_folder, write_atomically
+from alignprune_exp.files import cache_folder, printable, write_atomically
 
 # By channel, of the training pixels of ILSVRC-12 in 0..1 units: what torchvision's weights were trained with.
 STATISTICS = (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225]))
@@ -134,7 +143,7 @@ class Photographs:
         return None
 
     def _decoded(
-        self, row: int, work: Callable[[Image.Image], Image.Image], remedy: str = f"replace it, {_SKIP}"
+        self, row: int, work: Callable[[Image.Image], Image.Image], remedy: str = f"replace or delete it, {_SKIP}"
     ) -> np.ndarray:
         file, name = self._file(row)
         return decode(file, name, remedy, work)
@@ -424,7 +433,7 @@ def webvision(
     def read(survey: Survey) -> Index:
         synsets = root / "info" / "synsets.txt"
         survey.stamp(synsets.parent)
-        lines = [line.decode() for _, line in survey.lines(synsets)] if synsets.is_file() else []
+        lines = [os.fsdecode(line) for _, line in survey.lines(synsets)] if synsets.is_file() else []
         names = [line.partition(" ")[2].split(",")[0] or line for line in lines[:classes]]
         names += [f"class {c}" for c in range(len(names), classes)]
         splits = {
@@ -645,7 +654,7 @@ def _source(
     }
     return Source(
         name=str(key[0]),
-        classes=index.classes,
+        classes=tuple(printable(name) for name in index.classes),
         superclass=None,
         train=images["train"],
         test=images["test"],

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from alignprune_exp.errors import UsageError
+from alignprune_exp.files import printable
 from alignprune_exp.pruning.reference import class_shares
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -51,7 +52,7 @@ class Images:
     Attributes:
         labels: int64 (n,).
         store: decodes single images.
-        paths: str or encoded (n,), relative to the root, where each image has one.
+        paths: encoded, relative to the root, S (n,), where each image has one.
     """
 
     labels: np.ndarray
@@ -113,7 +114,7 @@ class Images:
         return [one(place) for place in range(len(rows))]
 
     def _name(self, row: int) -> str:
-        return f"image {row}" if self.paths is None else f"{self.paths[row]} (row {row})"
+        return f"image {row}" if self.paths is None else f"{printable(self.paths[row])} (row {row})"
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ class Source:
         superclass: the superclass number of each class, int64 (C,), -1 where unknown.
         train: the training split.
         test: the evaluation split.
-        fingerprint: sha256 of the content, as hex.
+        fingerprint: sha256, as hex, of what tells one content from another. For ``digits`` and CIFAR that is every
+            byte. For images in files of their own, and for ``parquet``, it is every image's path, size in bytes and
+            label, since reading all pixels takes hours: images swapped under the same names and sizes go unnoticed.
         official_order: whether the order of the images is known, by checksum, to be that of the original
             publication, so that labels published apart from the images belong to these very images.
         asymmetric: the data set's own map of asymmetric label noise, from class to class.

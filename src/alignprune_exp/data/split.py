@@ -47,10 +47,9 @@ class Split:
 
     @property
     def paths(self) -> np.ndarray | None:
-        """The image files relative to the root, str (n,), where each image is a file of its own."""
-        if (paths := self.source.paths) is None:
-            return None
-        return np.char.decode(paths[self.rows], "utf-8", "replace") if paths.dtype.kind == "S" else paths[self.rows]
+        """The image files relative to the root, str (n,) as `printable` writes them, where each image has one."""
+        paths = self.source.paths
+        return None if paths is None else np.char.decode(paths[self.rows], "utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class TrainingData:
         noise_rate: the fraction of training labels that differ from the clean ones; NaN where unknown.
         pairing: for human labels ``verified`` where the image order is the official one, else ``unverified``;
             empty for other noise.
-        fingerprint: sha256 of the data set's content and, for human labels, of these.
+        fingerprint: that of the data set; for human labels sha256 of it and of these.
         mean: of the training pixels by channel, float64 (C,), in 0..1 units.
         std: likewise.
         skipped: what was left out of the data set since it could not be read, one line each.

@@ -120,7 +120,7 @@ class Loss(Score):
 
 
 class Aligned(Score):
-    """A score that compares each trajectory with the reference's, by ``formula``, of (W, B) losses and (W,) reference.
+    """A score that compares each trajectory with the reference's, by ``formula``: of (W, B) losses and a reference (W,).
 
     Attributes:
         centred: whether the formula takes both about their means.
@@ -128,7 +128,7 @@ class Aligned(Score):
     """
 
     aligned = True
-    formula: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+    formula: ClassVar[Callable[..., Tensor]]
     centred: ClassVar[bool] = True
     ranked: ClassVar[bool] = False
 
