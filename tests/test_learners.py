@@ -18,7 +18,8 @@ from alignprune_exp import learners
 from alignprune_exp.commandline import checked, config_dir, inert_keys
 from alignprune_exp.config import identity, validate
 from alignprune_exp.errors import UsageError
-from alignprune_exp.learners import Step, clean_probability, mix, sharpen, targets
+from alignprune_exp.learners import Step
+from alignprune_exp.learners.dividemix import clean_probability, mix, sharpen, targets
 from alignprune_exp.pruning import PRUNERS, NonFiniteLossError
 from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.run import Run

@@ -120,7 +120,7 @@ class Loss(Score):
 
 
 class Aligned(Score):
-    """A score that compares each trajectory with the reference's, by ``formula``: of (W, B) losses and a reference (W,).
+    """A score that compares trajectories with the reference's, by ``formula``: of losses (W, B) and a reference (W,).
 
     Attributes:
         centred: whether the formula takes both about their means.

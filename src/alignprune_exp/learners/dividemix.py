@@ -1,14 +1,10 @@
-"""Robust learners: what the loss of a step is made of. A pruner chooses which samples are seen, a learner what for.
-
-Shape legend: B samples of a batch, C classes, N samples of the run, V augmented views of an image.
-"""
+"""DivideMix: two networks that tell clean labels from noisy ones for each other."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -16,167 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .pruning import NonFiniteLossError
-from .pruning.seeding import generator
+from .. import config as schema
+from ..config import Config
+from ..pruning import NonFiniteLossError
+from ..pruning.seeding import generator
+from .base import Forward, Learner, Step, one_hot
 
 if TYPE_CHECKING:
-    from . import config as schema
-    from .data.batches import Batch
-
-Forward = Callable[..., Tensor]  # of images, and of a network's number: float32 logits, in the precision of the run
-
-
-@dataclass(frozen=True)
-class Step:
-    """One batch to learn from.
-
-    Attributes:
-        index: sample indices (B,), on the device.
-        images: (V · B, channels, H, W), one view of all samples after the other.
-        labels: as given, (B,).
-        epoch: counted from 0.
-        number: of the step in its epoch, from 0.
-        steps: in this epoch.
-        share: this process's part of the batch, times the number of processes, whose gradients are averaged.
-    """
-
-    index: Tensor
-    images: Tensor
-    labels: Tensor
-    epoch: int
-    number: int
-    steps: int
-    share: float = 1.0
-
-
-class Learner(nn.Module):
-    """Owns the networks and what it knows about every sample: its ``state_dict`` is all there is to save.
-
-    Attributes:
-        networks: of which the first is the one whose plain losses are recorded.
-        views: augmented views V that a step needs.
-    """
-
-    views = 1
-
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
-    def forward(self, images: Tensor, network: int | None = None) -> Tensor:
-        """Return the logits (B, C) of one network, or the mean of all networks' logits."""
-        if network is not None or len(self.networks) == 1:
-            return self.networks[network or 0](images)
-        return torch.stack([each(images).float() for each in self.networks]).mean(0)
-
-    def begin_epoch(self, epoch: int, batches: Iterable[Batch], forward: Forward) -> None:
-        """Look at the epoch's samples, as ``batches`` without augmentation, before its first step."""
-
-    def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        """Return for each sample (B,): its plain cross-entropy, the loss to train on, and the predicted class.
-
-        The plain one is that of the given label from the first network's float32 logits, whatever is trained on.
-        """
-        raise NotImplementedError
-
-    def after_backward(self) -> None:
-        """Update what is known about the step's samples by the gradients of its loss."""
-
-    def passes(self, epoch: int) -> int:
-        """Return how often each selected sample passes through a network in an epoch, with gradient or without."""
-        return 1
-
-
-class CrossEntropy(Learner):
-    """Cross-entropy of the given label, smoothed by ``smoothing``."""
-
-    def __init__(self, networks: Sequence[nn.Module], smoothing: float) -> None:
-        super().__init__(networks)
-        self.smoothing = smoothing
-
-    def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        logits = forward(step.images)
-        log_p = F.log_softmax(logits, dim=1)
-        plain = F.nll_loss(log_p, step.labels, reduction="none")
-        smoothing = self.smoothing
-        smoothed = (1 - smoothing) * plain - smoothing * log_p.mean(1) if smoothing else plain
-        return plain, smoothed, logits.detach().argmax(1)
-
-
-class ELR(Learner):
-    """Early-learning regularisation (Liu et al., NeurIPS 2020, section 4).
-
-    A running average t of each sample's predictions p, moved whenever the sample is trained on, holds on to what was
-    learned early: the loss is CE + λ·log(1 − ⟨p, t⟩). As in the authors' code, p is clamped to [1e-4, 1 − 1e-4] and,
-    where it enters t, normalised again; the t of the loss includes the p of the step.
-
-    On CIFAR they train by SGD at 0.02, weight decay 1e-3, plain momentum: CIFAR-10 for 150 epochs, in a cosine that
-    restarts every 10, or with asymmetric noise for 120, at a hundredth of the rate each from 40 and 80 on; CIFAR-100
-    for 150, so from 80 and 120 on. Ours is the optimiser of the run, by its scale or data set, in one cycle.
-    """
-
-    def __init__(self, networks: Sequence[nn.Module], config: schema.Elr, n: int, classes: int) -> None:
-        super().__init__(networks)
-        self.beta, self.coefficient = config.beta, config.coefficient
-        self.target_NC: Tensor
-        self.register_buffer("target_NC", torch.zeros(n, classes))
-
-    def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        logits = forward(step.images)
-        plain = F.cross_entropy(logits, step.labels, reduction="none")
-        p_BC = logits.softmax(1).clamp(1e-4, 1 - 1e-4)
-        q_BC = p_BC.detach() / p_BC.detach().sum(1, keepdim=True)
-        t_BC = self.beta * self.target_NC.index_select(0, step.index) + (1 - self.beta) * q_BC
-        self.target_NC.index_copy_(0, step.index, t_BC)
-        agreement = (p_BC * t_BC).sum(1)
-        return plain, plain + self.coefficient * (1 - agreement).log(), logits.detach().argmax(1)
-
-
-class SOP(Learner):
-    """Sparse over-parameterisation (Liu et al., ICML 2022, algorithm 1).
-
-    Every sample has parameters u (one, for its given class) and v (one for each other class); u² − v² stands for its
-    label's error and is added to the prediction. The cross-entropy of that, clamped and normalised as in the authors'
-    code, moves the network and u; the squared distance of label and (one-hot prediction + u² − v²) moves v. Both are
-    moved by plain gradient descent, at rates of their own, in the rows of the batch alone.
-
-    In one version of the authors' code the squared distance moves u as well; this is the paper's rule.
-
-    On CIFAR they train the network by SGD at 0.02, weight decay 1e-3, plain momentum, in a cosine over 300 epochs, on
-    images that AutoAugment and Cutout have changed. Ours is the optimiser of the run, by its scale or data set, in one
-    cycle, on its flips and crops. Values for CIFAR-N are those of Prune4ReL's scripts, which train SOP+.
-    """
-
-    def __init__(self, networks: Sequence[nn.Module], config: schema.Sop, n: int, classes: int, seed: int) -> None:
-        super().__init__(networks)
-        self.lr_u, self.lr_v = config.lr_u, config.lr_v
-        self.u_N: Tensor
-        self.v_NC: Tensor
-        drawn = generator(seed, "over-parameterisation").standard_normal((n, 1 + classes), np.float32)
-        start = torch.from_numpy(drawn) * config.std
-        self.register_buffer("u_N", start[:, 0].contiguous())
-        self.register_buffer("v_NC", start[:, 1:].contiguous())
-
-    def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        logits = forward(step.images)
-        plain = F.cross_entropy(logits, step.labels, reduction="none")
-        given_BC = one_hot(step.labels, logits)
-        predicted = logits.detach().argmax(1)
-        self._index = step.index
-        self._u_B = self.u_N.index_select(0, step.index).requires_grad_()
-        self._v_BC = self.v_NC.index_select(0, step.index).requires_grad_()
-        more_BC = (self._u_B[:, None].square() * given_BC).clamp(max=1)
-        less_BC = (self._v_BC.square() * (1 - given_BC)).clamp(max=1)
-        p_BC = (logits.softmax(1) + more_BC - less_BC.detach()).clamp(min=1e-4)
-        p_B = (p_BC / p_BC.sum(1, keepdim=True)).gather(1, step.labels[:, None]).squeeze(1)
-        hard_BC = one_hot(predicted, logits)
-        distance = (hard_BC + more_BC.detach() - less_BC - given_BC).square().sum(1)
-        return plain, -p_B.clamp(min=1e-4).log() + distance, predicted
-
-    def after_backward(self) -> None:
-        for values, rows, lr in ((self.u_N, self._u_B, self.lr_u), (self.v_NC, self._v_BC, self.lr_v)):
-            assert rows.grad is not None
-            values.index_copy_(0, self._index, rows.detach() - lr * rows.grad)
+    from ..data.batches import Batch
 
 
 class DivideMix(Learner):
@@ -205,11 +48,12 @@ class DivideMix(Learner):
     of the rate from 150 on. Ours is the optimiser of the run, by its scale or data set, in one cycle.
     """
 
+    count = 2
     views = 2
 
-    def __init__(self, networks: Sequence[nn.Module], config: schema.DivideMix, n: int, seed: int) -> None:
-        super().__init__(networks)
-        self.config, self.seed = config, seed
+    def __init__(self, networks: Sequence[nn.Module], config: Config, n: int, classes: int) -> None:
+        super().__init__(networks, config, n, classes)
+        self.config, self.seed = cast(schema.DivideMix, config.learner), config.seed
         self.clean_2N: Tensor  # the probability that a label is clean, by which each network splits
         self.plain_N: Tensor
         self.predicted_N: Tensor
@@ -326,11 +170,6 @@ def targets(
     return sharpen(torch.where(labelled_B[:, None], refined_BC, guessed_BC), temperature)
 
 
-def one_hot(classes_B: Tensor, like_BC: Tensor) -> Tensor:
-    """Return (B, C) of the kind of ``like_BC``, 1 at each sample's class; unlike torch's, without waiting to check."""
-    return torch.zeros_like(like_BC).scatter_(1, classes_B[:, None], 1.0)
-
-
 def sharpen(p_BC: Tensor, temperature: float) -> Tensor:
     """Return p^(1/T), normalised."""
     return (p_BC.log() / temperature).softmax(1)
@@ -341,15 +180,3 @@ def mix(images: Tensor, target: Tensor, share: float, partner: Tensor) -> tuple[
     share = max(share, 1 - share)
     first, second = (share * each + (1 - share) * each.index_select(0, partner) for each in (images, target))
     return first, second
-
-
-def build(config: schema.Config, network: Callable[[], nn.Module], n: int, classes: int) -> Learner:
-    """Return the learner of a run on ``n`` samples; ``network`` makes a freshly initialised network."""
-    learner = config.learner
-    if learner.name == "elr":
-        return ELR([network()], learner, n, classes)
-    if learner.name == "sop":
-        return SOP([network()], learner, n, classes, config.seed)
-    if learner.name == "dividemix":
-        return DivideMix([network(), network()], learner, n, config.seed)
-    return CrossEntropy([network()], config.label_smoothing)
