@@ -235,7 +235,7 @@ def joblib_sweep(results, *overrides):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while sum((f / "metrics.jsonl").exists() and len(metrics(f)) >= 2 for f in runs(results).values()) < 2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

@@ -541,6 +541,51 @@ def test_a_signal_in_the_middle_of_an_epoch_leaves_a_checkpoint_there(
     assert_same_results(only_run(tmp_path), undisturbed())
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["the data loads", "the folder is claimed"])
+def test_a_signal_before_training_starts_gets_one_sentence_and_leaves_nothing_in_the_way(
+    tmp_path, undisturbed, monkeypatch, capsys, number, when
+):
+    of, name = {"the data loads": (experiment_module, "load_data"), "the folder is claimed": (Experiment, "_resume")}[
+        when
+    ]
+    work, before = getattr(of, name), signal.getsignal(number)
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), number)
+        return work(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of, name, signalled)
+        with pytest.raises(SystemExit) as ended:
+            launch(tmp_path)
+    assert ended.value.code == 130
+    assert signal.getsignal(number) == before
+    assert capsys.readouterr().err.splitlines() == [
+        "stopped at once; the same command goes on from the latest checkpoint, if there is one"
+    ]
+    assert not list(tmp_path.rglob("*.*"))
+    assert not list(tmp_path.rglob("lock"))
+    assert launch(tmp_path) == 0
+    assert_same_results(only_run(tmp_path), undisturbed())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_gets_one_sentence(tmp_path, number):
+    """As a module of that name is imported, the first that the entry point needs."""
+    (tmp_path / "hydra.py").write_text(f"import os; os.kill(os.getpid(), {int(number)}); raise ImportError")
+    process = subprocess.run(
+        [sys.executable, "-m", "alignprune_exp.train"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 130
+    assert process.stderr.startswith("stopped at once; the same command goes on")
+    assert len(process.stderr.splitlines()) == 1, process.stderr
+
+
 def run_apart(results, *overrides):
     return subprocess.Popen(
         [sys.executable, "-m", "alignprune_exp.train", *LONG, f"paths.results={results}", *overrides],

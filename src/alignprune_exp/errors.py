@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 GOES_ON = "the same command goes on from the latest checkpoint"
+STOPPED_AT_ONCE = f"stopped at once; {GOES_ON}, if there is one"
 _FIRST = {  # what to do about a system's error before that
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -75,3 +80,16 @@ def is_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory has run out, as Python, NumPy, PyTorch and CUDA do."""
     of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_MEMORY)
     return of_torch or isinstance(error, MemoryError)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM interrupt as SIGINT does, where nothing else answers it; a run that trains stops after a step."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

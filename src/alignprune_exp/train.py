@@ -14,6 +14,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from .errors import STOPPED_AT_ONCE, Elsewhere, Ended, Stopped, UsageError, of_the_machine, terminable
+
+if __name__ == "__main__":
+    # Before the imports below, which take a moment in which one may be stopped too; and under its real name, so that
+    # jobs sent to other processes find what they need.
+    try:
+        with terminable():
+            from alignprune_exp.train import main as entry
+
+            sys.exit(entry())
+    except KeyboardInterrupt:
+        print(STOPPED_AT_ONCE, file=sys.stderr)
+        sys.exit(Stopped.status)
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -31,7 +45,6 @@ from .commandline import (
     refuse_clashes,
 )
 from .console import speaks
-from .errors import GOES_ON, Elsewhere, Ended, Stopped, UsageError, of_the_machine
 
 if TYPE_CHECKING:
     from .sweep import Job
@@ -121,14 +134,14 @@ def _report(work: Callable[[], object]) -> int:
             time.sleep(UNTIL_SAID)
 
     try:
-        with explained():
+        with terminable(), explained():
             work()
     except UsageError as error:
         complain(error)
         return error.status if isinstance(error, Elsewhere) else 2
     except KeyboardInterrupt:
-        complain(f"stopped at once; {GOES_ON}, if there is one")
-        return 130
+        complain(STOPPED_AT_ONCE)
+        return Stopped.status
     except Ended as error:
         complain(error, error.speaks)
         return error.status
@@ -155,10 +168,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(task)()
 
     return _report(work) or task.status
-
-
-if __name__ == "__main__":
-    # Under its real name, so that jobs sent to other processes find what they need.
-    from alignprune_exp.train import main as entry
-
-    sys.exit(entry())
