@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from alignprune_exp.diagnostics import detection_auroc, dynamics, kept_noise
+from alignprune_exp.diagnostics import detection_auroc, dynamics, kept_noise, within_class
 from alignprune_exp.pruning import Selection
 
 
@@ -140,3 +140,23 @@ def test_a_group_without_samples_has_no_quantiles_and_no_nan():
     )
     assert {row["group"] for row in rows if row["kind"] == "loss_quantile"} == {"clean"}
     assert np.isfinite([row["value"] for row in rows]).all()
+
+
+@given(st.data())
+def test_within_class_is_what_a_loop_over_the_classes_gives(data):
+    n = data.draw(st.integers(0, 30))
+    labels = np.array(data.draw(st.lists(st.sampled_from([0, 3, 10**12]), min_size=n, max_size=n)), np.int64)
+    some = st.floats(-1e6, 1e6) | st.just(np.nan) | st.just(0.1)
+    scores = np.array(data.draw(st.lists(some, min_size=n, max_size=n)), np.float64)
+    expected = np.full(n, np.nan)
+    for c in set(labels):
+        members = np.flatnonzero((labels == c) & ~np.isnan(scores))
+        if len(members):
+            equal = np.ptp(scores[members]) == 0
+            expected[members] = 0 if equal else (scores[members] - scores[members].mean()) / scores[members].std()
+    np.testing.assert_allclose(within_class(scores, labels), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_within_class_of_equal_scores_and_of_one_is_exactly_0():
+    assert within_class(np.full(7, 0.1, np.float32), np.zeros(7, int)).tolist() == [0.0] * 7
+    assert within_class(np.array([5.0, np.nan, 7.0]), np.array([0, 0, 1])).tolist()[::2] == [0.0, 0.0]

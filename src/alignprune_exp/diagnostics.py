@@ -33,6 +33,23 @@ def detection_auroc(scores: NDArray[np.floating], noisy: Mask) -> float | None:
     return float((above.sum() + tied.sum() / 2) / (len(clean_scores) * len(noisy_scores)))
 
 
+def within_class(scores: NDArray[np.floating], labels: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Return scores (n,) less the mean of their given class, over its standard deviation.
+
+    A class of one sample, or of equal scores, has 0; samples without a score (NaN) have none and do not count.
+    """
+    standardised = np.full(len(scores), np.nan)
+    known = ~np.isnan(scores)
+    _, first, c = np.unique(labels[known], return_index=True, return_inverse=True)
+    values = scores[known].astype(np.float64)
+    values -= values[first][c]  # from here on equal scores are exactly 0
+    count = np.bincount(c)
+    values -= (np.bincount(c, values) / count)[c]
+    spread = np.sqrt(np.bincount(c, values**2) / count)[c]
+    standardised[known] = np.divide(values, spread, out=np.zeros(len(values)), where=spread > 0)
+    return standardised
+
+
 def kept_noise(selection: Selection, noisy: Mask | None) -> tuple[float | None, float | None]:
     """Return the noisy fraction of a selection, plain and by gradient weight; None where it is unknown."""
     if noisy is None:
