@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, names that can be written, and the place for what can be computed again."""
+"""Files that appear whole or not at all, what can be written into them, and the place of what can be computed again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a text begins that spreadsheets compute
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -42,6 +47,20 @@ def printable(text: str | bytes) -> str:
     """Return a text, or a file's name, with ``\\xNN`` for every byte that is not of UTF-8: one that can be written."""
     encoded = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
     return encoded.decode("utf-8", "backslashreplace")
+
+
+def csv(frame: pd.DataFrame) -> str:
+    """Return a table as CSV, where a text that a spreadsheet would take for a formula stands behind a ``'``."""
+
+    def plain(cell: Any) -> Any:
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
+    texts = {
+        name: column.map(plain)
+        for name, column in frame.items()
+        if any(isinstance(cell, str) and cell.startswith(FORMULA) for cell in column)
+    }
+    return frame.assign(**texts).rename(columns=plain).to_csv(index=False, lineterminator="\n")
 
 
 def cache_folder(name: str) -> Path:

@@ -28,7 +28,7 @@ FROM_THE_BANK = ("loss", "das", "spearman", "cosine", "small_loss", "settled")  
 Row = dict[str, Any]
 
 
-class Record:
+class Journal:
     """The metrics of the epochs so far, and their dynamics: the process that trains holds them, the files are copies.
 
     A checkpoint carries it, so that a run never goes on from files that somebody else may have changed.

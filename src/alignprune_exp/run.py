@@ -119,14 +119,14 @@ class Run:
     Attributes:
         loop: the phase that it is in; None before a choice without a warm-up.
         choice: what a static criterion has chosen, once it has.
-        record: what the epochs so far have left.
+        journal: what the epochs so far have left.
     """
 
     def __init__(self, config: Config, processes: Processes | None = None) -> None:
         self.setup = setup = Setup.of(config, processes or Processes())
         self.reference = Reference(setup)
         self.choice: Choice | None = None
-        self.record = record.Record()
+        self.journal = record.Journal()
         self.loop: Loop | None = None
         if isinstance(setup.plan, Pruner):
             self.loop = self._phase(setup.plan, config.epochs)
@@ -154,7 +154,7 @@ class Run:
         setup, writes = self.setup, self.setup.processes.rank == 0
         config = setup.config
         self._resume(folder)
-        environment = record.environment(setup, command, len(self.record.rows))
+        environment = record.environment(setup, command, len(self.journal.rows))
         if writes:
             self._write(folder, environment)
         tracking = config.tracking if writes else NoTracking(name="none")
@@ -164,7 +164,7 @@ class Run:
         try:
             with _stop_signals() as stop, self._images_turn_bad():
                 error = self._walk(folder, stop, tracker)
-            summary = record.summary(setup, self.loop, self.choice, self.record.rows, error)
+            summary = record.summary(setup, self.loop, self.choice, self.journal.rows, error)
             if writes:
                 self._write(folder, environment)
                 if error is None:
@@ -187,7 +187,7 @@ class Run:
 
     def _write(self, folder: RunFolder, environment: Row) -> None:
         """Write all that there is of the record before the run has ended."""
-        self.record.write(folder)
+        self.journal.write(folder)
         write_text(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.setup.config.model_dump())))
         write_json(folder.path / "environment.json", environment)
         if self.setup.data.skipped:
@@ -203,13 +203,13 @@ class Run:
         ]
         if setup.processes.size > 1:
             parts.append(f"{setup.processes.size} processes")
-        if self.record.rows or step:
+        if self.journal.rows or step:
             parts.append(f"resumed at {self._where}")
         return ", ".join(parts)
 
     @property
     def _where(self) -> str:
-        return f"epoch {len(self.record.rows)}, step {self.loop.step if self.loop else 0}"
+        return f"epoch {len(self.journal.rows)}, step {self.loop.step if self.loop else 0}"
 
     def _phases(self, folder: RunFolder, stop: threading.Event) -> Iterator[Loop]:
         """Yield the phases that are left, each when the one before it has ended."""
@@ -223,7 +223,7 @@ class Run:
 
     def _walk(self, folder: RunFolder, stop: threading.Event, tracker: Tracker) -> str | None:
         """Train the epochs that are left, writing the record as they end; return why they cannot go on, if so."""
-        setup, rows = self.setup, self.record.rows
+        setup, rows = self.setup, self.journal.rows
         for loop in self._phases(folder, stop):
             while loop.pruning.epoch < loop.pruning.epochs:
                 try:
@@ -231,9 +231,9 @@ class Run:
                 except NonFiniteLossError as error:
                     return str(error)
                 row, drawn = record.epoch_rows(setup, loop, now)
-                self.record.add(row, drawn)
+                self.journal.add(row, drawn)
                 if setup.processes.rank == 0:
-                    self.record.write(folder)
+                    self.journal.write(folder)
                 self._save(folder)
                 tracker.log(row)
                 recent = [row["seconds"] for row in rows[-5:]]
@@ -244,7 +244,7 @@ class Run:
 
     def _stop_if(self, stop: threading.Event) -> None:
         if self.setup.processes.any(stop.is_set()):
-            raise stopped(self.setup.id, len(self.record.rows), 0)
+            raise stopped(self.setup.id, len(self.journal.rows), 0)
 
     @contextmanager
     def _images_turn_bad(self) -> Iterator[None]:
@@ -296,7 +296,7 @@ class Run:
                 "device": self.setup.device.type,
                 "epoch": loop.pruning.epoch,
                 "choice": choice,
-                "record": self.record.state_dict(),
+                "record": self.journal.state_dict(),
                 **loop.state_dict(),
             }
         )
@@ -311,14 +311,14 @@ class Run:
                     taken = Choice(choice["indices"].numpy().copy(), choice["facts"])
                     self._take(taken, Spent(choice["seconds"], choice["samples"]))
                 self._running.load_state_dict(state)
-                self.record.load_state_dict(state["record"])
+                self.journal.load_state_dict(state["record"])
             except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
                 raise UsageError(
                     f"the checkpoint in {folder.path} was left by another version of this program and cannot be gone "
                     "on from; start again with force=true"
                 ) from None
         step = self.loop.step if self.loop else 0
-        if not self.setup.processes.same(len(self.record.rows) * 2**32 + step):
+        if not self.setup.processes.same(len(self.journal.rows) * 2**32 + step):
             raise Failed(f"the processes do not see the same checkpoint in {folder.path}; put it on a disk they share")
 
     def _check_precision(self, state: dict[str, Any]) -> None:

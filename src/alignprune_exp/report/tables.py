@@ -15,8 +15,11 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from ..config import Config, make_pruner
+from ..console import one_line
 from ..errors import UsageError
-from ..runs import RunFolder, read_json, run_folders
+from ..files import csv
+from ..records import Damaged, Record, config_ids_of, read_record
+from ..runs import run_folders
 from ..suites import Suite
 
 CONFIDENCE = 0.95
@@ -27,32 +30,17 @@ PAPER_PRINTED = {"full": "–", "infobatch": "+0.6", "infobatch_das": "+2.7", "s
 OVERHEAD = ("select", "score", "reference", "refresh")  # parts of an epoch that are there for pruning's sake
 
 
-@dataclass(frozen=True)
-class Record:
-    """One finished run."""
-
-    folder: Path
-    summary: dict[str, Any]
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        return read_json(self.folder / "environment.json") or {}
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return RunFolder(self.folder.parents[1], self.folder.name).metrics()
-
-
 class Records(dict[str, Record]):
     """The finished runs by config id.
 
     Attributes:
-        damaged: the ids of damaged records, with their config ids (empty where unknown).
+        damaged: what is wrong with each damaged record, and its config ids, as `config_ids_of` returns them.
         others: ids of runs left out since another run of the same config, on other data, stands in their place.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.damaged: dict[str, str] = {}
+        self.damaged: list[tuple[Damaged, set[str]]] = []
         self.others: dict[str, str] = {}
 
 
@@ -84,21 +72,30 @@ class Table:
         long: one row a run: suite, scale, row, column, seed, every number of the summary, run id, and what its
             config, environment and metrics add (reference_size, precision, data_fingerprint, overhead, auroc_<score>
             at the end).
-        folders: the folder of each run in it, by id.
+        records: the record of each run in it, by id.
         notes: footnotes.
+        undrawn: why the figures lack what they should show of a run, by its id; known once they are drawn.
     """
 
     suite: Suite
     scale: str
     long: pd.DataFrame
     accuracy: str = "test_accuracy_final"
-    folders: dict[str, Path] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    undrawn: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The table's file name without its suffix."""
         return f"{self.suite.name}_{self.scale}" + ("_best" if self.accuracy == "test_accuracy_best" else "")
+
+    @property
+    def footnotes(self) -> list[str]:
+        """The notes, and what is not drawn."""
+        if not self.undrawn:
+            return self.notes
+        return [*self.notes, f"Not drawn, since their dynamics are damaged: {_with_reasons(self.undrawn)}."]
 
     @cached_property
     def rows(self) -> list[str]:
@@ -137,17 +134,15 @@ def read_records(folders: Iterable[Path]) -> Records:
     found = Records()
     for folder in folders:
         for path in run_folders(folder):
-            if not (path / "summary.json").exists():
+            try:
+                record = read_record(path)
+            except Damaged as error:
+                found.damaged.append((error, config_ids_of(path)))
                 continue
-            summary = read_json(path / "summary.json")
-            if summary is None or not _whole(summary):
-                config_id = (summary or read_json(path / "environment.json") or {}).get("config_id")
-                found.damaged[path.name] = config_id or ""
+            if record is None:
                 continue
-            if summary["status"] != "finished":
-                continue
-            known = found.setdefault(summary["config_id"], Record(path, summary))
-            key = "test_accuracy_final"
+            summary, key = record.summary, "test_accuracy_final"
+            known = found.setdefault(summary["config_id"], record)
             if known.summary["id"] != summary["id"]:
                 found.others[summary["id"]] = summary["config_id"]
             elif known.summary["commit"] == summary["commit"] and known.summary[key] != summary[key]:
@@ -155,35 +150,31 @@ def read_records(folders: Iterable[Path]) -> Records:
     return found
 
 
-def _whole(summary: Mapping[str, Any]) -> bool:
-    keys = ("id", "config_id", "commit", "test_accuracy_final")
-    return summary.get("status") == "failed" or (
-        summary.get("status") == "finished" and all(key in summary for key in keys)
-    )
-
-
 def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bool = False) -> Table:
     """Return the suite's table from whatever of its runs there is; ``best`` takes best instead of final accuracy."""
     rows = []
-    folders = {}
+    shown = {}
     for cell in suite.cells:
         if (record := records.get(cell.config_id)) is None:
             continue
-        folders[record.summary["id"]] = record.folder
+        shown[record.summary["id"]] = record
+        place = {
+            "suite": suite.name,
+            "scale": scale,
+            "row": label(cell.axes, suite.rows),
+            "column": label(cell.axes, suite.columns),
+        }
         rows.append(
             {
-                "suite": suite.name,
-                "scale": scale,
-                "row": label(cell.axes, suite.rows),
-                "column": label(cell.axes, suite.columns),
-                **{key: value for key, value in record.summary.items() if key != "finished_at"},
+                **place,
+                **{key: value for key, value in record.summary.items() if key not in (*place, "finished_at")},
                 **_beside(record, cell.config),
                 "reference_size": cell.config.reference.size,
                 "seed": int(cell.axes.get("seed", 0)),
             }
         )
     long = pd.DataFrame(rows, columns=None if rows else ["row", "column", "seed"])
-    table = Table(suite, scale, long, f"test_accuracy_{'best' if best else 'final'}", folders)
+    table = Table(suite, scale, long, f"test_accuracy_{'best' if best else 'final'}", shown)
     if rows:
         _footnote(table)
     if isinstance(records, Records):
@@ -198,23 +189,22 @@ def _beside(record: Record, config: Config) -> dict[str, Any]:
     pruner makes shorter.
     """
     pruned = make_pruner(config.pruner).pruned(config.epochs)
-    environment, rows = record.environment, record.metrics()
+    environment, rows = record.environment, record.rows
     kept = {
         key: [row[key] for row in rows if row["epoch"] in pruned and row.get(key) is not None]
         for key in ("kept_noise", "kept_noise_weighted")
     }
     total = sum(row["seconds"] - row["seconds_test"] for row in rows)
     spent = {part: sum(row.get(f"seconds_{part}") or 0.0 for row in rows) for part in OVERHEAD}
-    last = rows[-1] if rows else {}
     noise = [row["reference_noise"] for row in rows if row.get("reference_noise") is not None]
     return {
-        "precision": environment.get("precision"),
-        "data_fingerprint": environment.get("data_fingerprint"),
+        "precision": environment["precision"],
+        "data_fingerprint": environment["data_fingerprint"],
         "overhead": sum(spent.values()) / total if total else None,
         **{f"share_{part}": seconds / total if total else None for part, seconds in spent.items()},
         **({"reference_noise": float(np.mean(noise))} if noise else {}),
         **{f"{key}_mean": float(np.mean(known)) for key, known in kept.items() if known},
-        **{key: value for key, value in last.items() if key.startswith("auroc_")},
+        **{key: value for key, value in rows[-1].items() if key.startswith("auroc_")},
     }
 
 
@@ -294,10 +284,16 @@ def _footnote(table: Table) -> None:
 
 def _footnote_skipped(table: Table, records: Records) -> None:
     of_suite = {cell.config_id for cell in table.suite.cells}
-    if damaged := sorted(id for id, config_id in records.damaged.items() if config_id in of_suite):
-        table.notes.append(f"Skipped, since their records are damaged: {', '.join(damaged)}.")
+    lacking = of_suite - {record.summary["config_id"] for record in table.records.values()}
+    damaged = {error.folder.name: error.reason for error, ids in records.damaged if not ids or ids & lacking}
+    if damaged and lacking:
+        table.notes.append(f"Left out, since their records are damaged: {_with_reasons(damaged)}.")
     if others := sorted(id for id, config_id in records.others.items() if config_id in of_suite):
         table.notes.append(f"Left out, since runs of the same configs on other data are shown: {', '.join(others)}.")
+
+
+def _with_reasons(left_out: Mapping[str, str]) -> str:
+    return ", ".join(f"{id} ({reason})" for id, reason in sorted(left_out.items()))
 
 
 def _short(value: Any) -> str:
@@ -529,12 +525,12 @@ def wide_csv(table: Table) -> str:
             line["runs"] = " ".join(_ids(runs))
             lines.append(line)
     order = ["row", "column", "accuracy", "n", "mean", "std", "saved", "bold", "difference", "low", "high"]
-    return pd.DataFrame(lines, columns=[*order, "paper", "runs"]).to_csv(index=False, lineterminator="\n")
+    return csv(pd.DataFrame(lines, columns=[*order, "paper", "runs"]))
 
 
 def long_csv(table: Table) -> str:
     """Return one line a run, with every number of its summary."""
-    return table.long.to_csv(index=False, lineterminator="\n")
+    return csv(table.long)
 
 
 def markdown(table: Table) -> str:
@@ -542,22 +538,30 @@ def markdown(table: Table) -> str:
     parts = [f"# {table.suite.name}, scale={table.scale}"]
     for block in blocks(table):
         body = [[f"**{cell.text}**" if cell.bold else cell.text for cell in cells] for cells in block.body]
-        lines = [block.head, ["---"] * len(block.head), *body]
-        parts += [f"## {block.title}", block.caption]
-        parts.append("\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines))
-    return "\n\n".join([*parts, *table.notes]) + "\n"
+        parts += [f"## {_markdown(block.title)}", _markdown(block.caption), _markdown_table([block.head, *body])]
+    return "\n\n".join([*parts, *map(_markdown, table.footnotes)]) + "\n"
+
+
+def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells, the first of which is the head."""
+    texts = [[_markdown(text) for text in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [texts[0], ["---"] * len(texts[0]), *texts[1:]])
+
+
+def _markdown(text: str) -> str:
+    """Return a text for a cell or a paragraph, in which there are no tags and no links."""
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 
 def digest(table: Table) -> str:
     """Return the accuracies alone as Markdown: mean ± std, a star where the pairing of labels is unverified."""
     unverified = set(table.long.loc[table.long["pairing"] == "unverified", "column"])
     lines = [[_corner(table), *(f"{column}*" if column in unverified else column for column in table.columns)]]
-    lines.append(["---"] * len(lines[0]))
     for row in table.rows:
         cells = (table.runs(row, column)[table.accuracy].tolist() for column in table.columns)
         spreads = [mean_and_std(values) if values else None for values in cells]
         lines.append([row, *(MISSING if spread is None else _spread(*spread) for spread in spreads)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _markdown_table(lines)
 
 
 def filled(text: str, tables: Iterable[Table]) -> str:
@@ -575,7 +579,7 @@ def filled(text: str, tables: Iterable[Table]) -> str:
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
-_LATEX = str.maketrans(
+_SPECIAL = str.maketrans(
     {
         **{character: f"\\{character}" for character in "_%&#${}"},
         "±": r"$\pm$",
@@ -594,22 +598,23 @@ _LATEX = str.maketrans(
 )
 
 
+def _latex(text: str) -> str:
+    return one_line(text).translate(_SPECIAL)
+
+
 def latex(table: Table) -> str:
     """Return the table for LaTeX with booktabs, to be read in with ``\\input``; the runs stand in comments."""
     parts = [f"% {table.suite.name}, scale={table.scale}; needs \\usepackage{{booktabs}}"]
     for block in blocks(table):
         if block.title == "Runs":
-            parts += ["% " + " ".join(cell.text for cell in cells) for cells in block.body]
+            parts += ["% " + one_line(" ".join(cell.text for cell in cells)) for cells in block.body]
             continue
-        head = " & ".join(text.translate(_LATEX) for text in block.head)
+        head = " & ".join(map(_latex, block.head))
         lines = [
-            " & ".join(
-                f"\\textbf{{{cell.text.translate(_LATEX)}}}" if cell.bold else cell.text.translate(_LATEX)
-                for cell in cells
-            )
+            " & ".join(f"\\textbf{{{_latex(cell.text)}}}" if cell.bold else _latex(cell.text) for cell in cells)
             for cells in block.body
         ]
-        caption = f"{table.suite.name}, scale={table.scale}. {block.title}. {block.caption}".translate(_LATEX)
+        caption = _latex(f"{table.suite.name}, scale={table.scale}. {block.title}. {block.caption}")
         parts += [
             "\\begin{table}[ht]\n\\centering\\small",
             f"\\caption{{{caption}}}",
@@ -618,5 +623,5 @@ def latex(table: Table) -> str:
             *(line + " \\\\" for line in lines),
             "\\bottomrule\n\\end{tabular}\n\\end{table}",
         ]
-    notes = [f"\\par\\noindent\\footnotesize {note.translate(_LATEX)}" for note in table.notes]
+    notes = [f"\\par\\noindent\\footnotesize {_latex(note)}" for note in table.footnotes]
     return "\n".join([*parts, *notes]) + "\n"
