@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..files import write_atomically
@@ -296,4 +298,31 @@ def against(table: Table) -> Figure | None:
         axis.legend(fontsize="small")
     fixed = [name for name in names if name != number and name not in others]
     figure.suptitle(", ".join([table.suite.name, *(next(iter(values[name])) for name in fixed)]))
+    return figure
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A sample to show the method by: what it is, its losses (N,), its score, and whether it is kept."""
+
+    what: str
+    losses: NDArray[np.floating]
+    score: float
+    kept: bool
+
+
+def method(samples: Sequence[Followed], reference: NDArray[np.floating], epochs: int) -> Figure:
+    """Trajectories of some samples beside the reference's (N,), after ``epochs`` epochs, a panel a sample."""
+    figure, axes = _panels(len(samples), 1.9)
+    x = np.arange(epochs - len(reference), epochs) + 1
+    top = 1.1 * max(float(sample.losses.max()) for sample in samples)
+    for axis, sample in zip(axes, samples, strict=True):
+        colour = COLOURS["clean" if sample.kept else "noisy"]
+        axis.plot(x, reference, color=COLOURS["reference"], lw=2.5, alpha=0.6, label="reference set")
+        axis.plot(x, sample.losses, color=colour, marker="o", ms=3, lw=1.2, label="this sample")
+        fate = "kept" if sample.kept else "left out"
+        axis.set(title=f"{sample.what}: DAS {sample.score:+.2f}, {fate}", xlabel="epoch", ylim=(0, top))
+        axis.title.set_color(colour)
+    axes[0].set(ylabel="loss")
+    axes[0].legend(fontsize="small")
     return figure
