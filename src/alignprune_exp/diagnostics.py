@@ -23,14 +23,15 @@ def detection_auroc(scores: NDArray[np.floating], noisy: Mask) -> float | None:
     ½ is chance; below, the score prefers noise. Ties count half; samples without a score (NaN) do not count.
     None where there are no noisy or no clean samples.
     """
-    noisy = noisy[~np.isnan(scores)]
-    scores = scores[~np.isnan(scores)]
-    clean_scores, noisy_scores = np.sort(scores[~noisy]), scores[noisy]
-    if len(clean_scores) == 0 or len(noisy_scores) == 0:
+    from scipy.stats import rankdata
+
+    known = ~np.isnan(scores)
+    clean = ~noisy[known]
+    n_clean, n_noisy = int(clean.sum()), int((~clean).sum())
+    if n_clean == 0 or n_noisy == 0:
         return None
-    above = len(clean_scores) - np.searchsorted(clean_scores, noisy_scores, "right")
-    tied = np.searchsorted(clean_scores, noisy_scores, "right") - np.searchsorted(clean_scores, noisy_scores)
-    return float((above.sum() + tied.sum() / 2) / (len(clean_scores) * len(noisy_scores)))
+    above = rankdata(scores[known])[clean].sum() - n_clean * (n_clean + 1) / 2  # pairs with the clean one above
+    return float(above / (n_clean * n_noisy))
 
 
 def kept_noise(selection: Selection, noisy: Mask | None) -> tuple[float | None, float | None]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .selection import proportional
+
 
 def class_shares(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return the classes that ``labels`` (N,) hold, ascending, and how many of ``size`` samples each one gets.
@@ -16,10 +18,7 @@ def class_shares(labels: np.ndarray, size: int, rng: np.random.Generator) -> tup
     Shares are proportional, by largest remainder; ``rng`` orders equal remainders. No class gets more than it has.
     """
     classes, counts = np.unique(labels, return_counts=True)
-    quota, remainder = np.divmod(counts * size, len(labels))
-    order = np.lexsort((rng.random(len(classes)), -remainder))
-    quota[order[: size - quota.sum()]] += 1
-    return classes, quota
+    return classes, proportional(counts, size, rng.random(len(classes)))
 
 
 def most_trusted(trust: np.ndarray, labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

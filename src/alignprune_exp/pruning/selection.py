@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -173,6 +174,18 @@ def kept(n: int, ratio: float) -> int:
 def share(n: int, budget: float) -> int:
     """⌊budget · n⌋, and at least one sample."""
     return max(1, floor(budget * n))
+
+
+def proportional(members: Sequence[int] | Ints, size: int, ties: Floats | None = None) -> Ints:
+    """Divide ``size`` over groups (G,) of so many members, in proportion, by largest remainder.
+
+    Of equal remainders the lowest in ``ties`` (G,) win; without these, the first. No group gets more than it has.
+    """
+    counts = np.asarray(members, np.int64)
+    quota, remainder = np.divmod(counts * size, counts.sum())
+    order = np.lexsort((np.arange(len(counts)) if ties is None else ties, -remainder))
+    quota[order[: size - quota.sum()]] += 1
+    return quota
 
 
 def everything(n: int) -> Selection:

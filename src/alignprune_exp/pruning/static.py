@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .selection import Floats, Ints, Plan, best, share
+from .selection import Floats, Ints, Plan, best, proportional, share
 
 ROWS = 1 << 14  # samples in float64 at a time
 TILE = 1 << 25  # cosines at a time: 128 MiB
@@ -473,16 +473,6 @@ def typicality(embeddings: Floats, labels: Ints) -> NDArray[np.float64]:
         distance = np.linalg.norm(members - members.mean(0), axis=1)
         away[group] = np.abs(distance - np.median(distance))
     return away
-
-
-def proportional(members: list[int], size: int) -> list[int]:
-    """Divide ``size`` over groups of so many members, in proportion, by largest remainder; the first of equals win."""
-    total = sum(members)
-    shares = [size * count // total for count in members]
-    by_remainder = sorted(range(len(members)), key=lambda group: -(size * members[group] % total))
-    for group in by_remainder[: size - sum(shares)]:
-        shares[group] += 1
-    return shares
 
 
 @dataclass(frozen=True)
