@@ -24,8 +24,11 @@ from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
 from alignprune_exp import run as run_module
+from alignprune_exp import setup
 from alignprune_exp.commandline import checked, config_dir
-from alignprune_exp.errors import Stopped, UsageError
+from alignprune_exp.errors import Failed, Stopped, UsageError
+from alignprune_exp.learners.ce import CrossEntropy
+from alignprune_exp.pruning import DynamicPruning
 from alignprune_exp.run import Run
 from alignprune_exp.runs import CHECKPOINTS, RunFolder
 from alignprune_exp.train import main
@@ -106,40 +109,32 @@ def undisturbed(tmp_path_factory):
 
 
 class Stop:
-    """Stands in for the signals: asks an experiment to stop after a chosen number of its training steps."""
+    """Stands in for the signals: asks a run to stop after a chosen number of its training steps."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self):
         self.event = threading.Event()
         self.steps = []  # (epoch, samples in the batch) of each step
+
+    def run(self, config, steps):
+        """Go on with the run of ``config``; return whether it was stopped."""
+        before, update = len(self.steps), DynamicPruning.update
+        self.event.clear()
 
         @contextmanager
         def signals():
             yield self.event
 
-        monkeypatch.setattr(run_module, "_stop_signals", signals)
-
-    def after(self, steps, experiment):
-        self.event.clear()
-        update = experiment.loop.pruning.update
-        done = []
-
-        def counted(*args, **kwargs):
-            done.append(1)
-            self.steps.append((experiment.loop.pruning.epoch, len(args[0])))
-            if len(done) == steps:
+        def counted(pruning, index, *args, **kwargs):
+            self.steps.append((pruning.epoch, len(index)))
+            if len(self.steps) == before + steps:
                 self.event.set()
-            return update(*args, **kwargs)
+            return update(pruning, index, *args, **kwargs)
 
-        experiment.loop.pruning.update = counted
-
-    def run(self, config, steps):
-        """Go on with the run of ``config``; return whether it was stopped."""
-        one = Run(config)
-        self.after(steps, one)
-        folder = RunFolder(Path(config.paths.results), one.setup.id)
-        with folder.claim():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, "_stop_signals", signals)
+            patch.setattr(DynamicPruning, "update", counted)
             try:
-                one.train(folder, "test")
+                trained(Run(config))
             except Stopped:
                 return True
         return False
@@ -147,14 +142,22 @@ class Stop:
 
 def in_the_sixth_epoch(monkeypatch, happens):
     """Let something happen before the second step of the sixth epoch."""
-    logits = Experiment._training_logits
+    losses = CrossEntropy.losses
 
-    def disturbed(self, images):
-        if (self.pruning.epoch, self.step) == (5, 1):
+    def disturbed(self, step, forward):
+        if (step.epoch, step.number) == (5, 1):
             happens()
-        return logits(self, images)
+        return losses(self, step, forward)
 
-    monkeypatch.setattr(Experiment, "_training_logits", disturbed)
+    monkeypatch.setattr(CrossEntropy, "losses", disturbed)
+
+
+def trained(one):
+    """Train a run, or go on with it; return its folder."""
+    folder = RunFolder(Path(one.setup.config.paths.results), one.setup.id)
+    with folder.claim():
+        one.train(folder, "test")
+    return folder.path
 
 
 def checkpoints(folder):
@@ -171,11 +174,10 @@ def truncate(path):
 
 
 @pytest.fixture
-def half_done(tmp_path, monkeypatch):
+def half_done(tmp_path):
     """The folder of a run stopped in the middle of its sixth epoch, and its config."""
     config = config_of(tmp_path)
-    with monkeypatch.context() as patch:
-        assert Stop(patch).run(config, 24)
+    assert Stop().run(config, 24)
     folder = only_run(tmp_path)
     assert len(checkpoints(folder)) == 2
     assert 3 <= len(metrics_of(folder)) < EPOCHS
@@ -263,21 +265,17 @@ def test_each_epoch_says_what_ranked_it(undisturbed):
 
 
 def test_the_last_score_of_a_sample_is_recomputed_from_its_trajectory(tmp_path):
-    config = config_of(tmp_path)
-    one = Run(config)
-    ends, losses = [], []
-    end_epoch = one.loop.pruning.end_epoch
+    one = Run(config_of(tmp_path))
+    pruning, ends, losses = one.loop.pruning, [], []
+    end_epoch = pruning.end_epoch
 
     def noted(reference_loss):
         end_epoch(reference_loss)
         ends.append(reference_loss)
-        losses.append(one.loop.pruning.trajectories.last_N.double().numpy().copy())
+        losses.append(pruning.trajectories.last_N.double().numpy().copy())
 
-    one.loop.pruning.end_epoch = noted
-    folder = RunFolder(tmp_path, one.setup.id)
-    with folder.claim():
-        one.train(folder, "test")
-    samples = pd.read_parquet(folder.path / "samples.parquet")
+    pruning.end_epoch = noted
+    samples = pd.read_parquet(trained(one) / "samples.parquet")
     window, reference = np.stack(losses[-WINDOW:]), np.array(ends[-WINDOW:])
     expected = [np.corrcoef(window[:, i], reference)[0, 1] for i in range(len(samples))]
     np.testing.assert_allclose(samples["score_das"], expected, atol=1e-5)
@@ -302,43 +300,34 @@ def test_how_often_a_run_evaluates_changes_nothing_else(undisturbed):
 
 
 class Observed:
-    """Listens to one experiment: the logits of each training step, and what each epoch recorded."""
+    """Listens to a run: the logits of each training step, and what each epoch recorded."""
 
-    def __init__(self, config):
-        self.experiment = one = Run(config)
+    def __init__(self, one):
         self.steps, self.returned, self.epochs = [], [], []
-        logits = []
+        logits, pruning = [], one.loop.pruning
         one.loop.network.learner.register_forward_hook(lambda model, _, output: logits.append(output.detach().float()))
-        update, end_epoch = one.loop.pruning.update, one.loop.pruning.end_epoch
+        update, end_epoch = pruning.update, pruning.end_epoch
 
         def noted_update(index, *args, **kwargs):
             loss = update(index, *args, **kwargs)
-            weights = dict(zip(one.loop.pruning.selection.indices, one.loop.pruning.selection.weights, strict=True))
-            self.steps.append(
-                (one.loop.pruning.epoch, index, logits[-1], torch.tensor([weights[int(i)] for i in index]))
-            )
+            weights = dict(zip(pruning.selection.indices, pruning.selection.weights, strict=True))
+            self.steps.append((pruning.epoch, index, logits[-1], torch.tensor([weights[int(i)] for i in index])))
             self.returned.append(loss.item())
             return loss
 
         def noted_end(reference_loss):
             end_epoch(reference_loss)
-            self.epochs.append(one.loop.pruning.trajectories.last_N.clone())
+            self.epochs.append(pruning.trajectories.last_N.clone())
 
-        one.loop.pruning.update, one.loop.pruning.end_epoch = noted_update, noted_end
-
-    def run(self, results):
-        folder = RunFolder(results, self.experiment.setup.id)
-        with folder.claim():
-            self.experiment.train(folder, "test")
-        return folder.path
+        pruning.update, pruning.end_epoch = noted_update, noted_end
 
 
 @pytest.mark.parametrize("recorded", ["plain", "smoothed"])
 def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(tmp_path, recorded):
-    config = config_of(tmp_path, "label_smoothing=0.2", f"recorded={recorded}", "epochs=5", "precision=fp32")
-    seen = Observed(config)
-    folder = seen.run(tmp_path)
-    labels = torch.from_numpy(seen.experiment.setup.data.train.labels)
+    one = Run(config_of(tmp_path, "label_smoothing=0.2", f"recorded={recorded}", "epochs=5", "precision=fp32"))
+    seen = Observed(one)
+    folder = trained(one)
+    labels = torch.from_numpy(one.setup.data.train.labels)
     plain_sum = {}
     for (epoch, index, logits, weights), returned in zip(seen.steps, seen.returned, strict=True):
         plain = F.cross_entropy(logits, labels[index], reduction="none")
@@ -348,33 +337,32 @@ def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(t
         torch.testing.assert_close(seen.epochs[epoch][index], expected, rtol=1e-5, atol=1e-6)
         plain_sum[epoch] = plain_sum.get(epoch, 0) + plain.double().sum().item()
     for row in metrics_of(folder):
-        trained = round(row["kept_fraction"] * len(labels))
-        assert row["train_loss"] == pytest.approx(plain_sum[row["epoch"]] / trained, rel=1e-5)
+        kept = round(row["kept_fraction"] * len(labels))
+        assert row["train_loss"] == pytest.approx(plain_sum[row["epoch"]] / kept, rel=1e-5)
 
 
 def independently(one, images, labels):
     """Losses in eval mode, from the uint8 images, without the batches of the package."""
-    x = (images.double().movedim(-1, 1) if images.shape[-1] == len(one.setup.data.mean) else images.double()) / 255
-    mean, std = (torch.from_numpy(np.asarray(v)).view(1, -1, 1, 1) for v in (one.setup.data.mean, one.setup.data.std))
-    was_training = one.loop.network.learner.training
-    one.loop.network.learner.eval()
+    data, learner = one.setup.data, one.loop.network.learner
+    x = (images.double().movedim(-1, 1) if images.shape[-1] == len(data.mean) else images.double()) / 255
+    mean, std = (torch.from_numpy(np.asarray(v)).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    was_training = learner.training
+    learner.eval()
     with torch.no_grad():
-        logits = one.loop.network.learner(((x - mean) / std).float())
-    one.loop.network.learner.train(was_training)
+        logits = learner(((x - mean) / std).float())
+    learner.train(was_training)
     return F.cross_entropy(logits, torch.from_numpy(np.asarray(labels)), reduction="none")
 
 
 @pytest.mark.parametrize("overrides", [(), ("reference.size=60", "reference.noise=0.5", "label_smoothing=0.2")])
 def test_the_reference_and_test_losses_equal_an_independent_evaluation(tmp_path, overrides):
     one = Run(config_of(tmp_path, "precision=fp32", "epochs=5", *overrides))
-    folder = RunFolder(tmp_path, one.setup.id)
-    with folder.claim():
-        one.train(folder, "test")
-    last = metrics_of(folder.path)[-1]
-    for split, key in ((one.setup.data.reference, "reference_loss"), (one.setup.data.test, "test_loss")):
+    last = metrics_of(trained(one))[-1]
+    reference = one.setup.data.reference
+    for split, key in ((reference, "reference_loss"), (one.setup.data.test, "test_loss")):
         images = torch.stack([split[i][0] for i in range(len(split))])
         assert last[key] == pytest.approx(independently(one, images, split.labels).double().mean().item(), rel=1e-5)
-    right = one.setup.data.reference.labels == one.setup.data.reference.clean_labels
+    right = reference.labels == reference.clean_labels
     assert len(right) == (60 if overrides else 3)
     assert (~right).sum() == (30 if overrides else 0)
 
@@ -383,32 +371,31 @@ def test_refresh_records_the_evaluated_loss_of_the_unseen_and_leaves_batch_norm_
     one = Run(config_of(tmp_path, "score.unseen=refresh", "precision=fp32", "epochs=6"))
     train = one.setup.data.train
     images = torch.stack([train[i][0] for i in range(len(train))])
-    unseen, end_epoch = one.loop.pruning.unseen, one.loop.pruning.end_epoch
+    pruning, learner = one.loop.pruning, one.loop.network.learner
+    unseen, end_epoch = pruning.unseen, pruning.end_epoch
     expected, refreshed = {}, []
 
     def noted_unseen():
         samples = unseen()
-        expected["buffers"] = {name: value.clone() for name, value in one.loop.network.learner.named_buffers()}
+        expected["buffers"] = {name: value.clone() for name, value in learner.named_buffers()}
         expected["samples"] = samples.clone()
         expected["losses"] = independently(one, images[samples], train.labels[samples]) if len(samples) else None
         return samples
 
     def noted_end(reference_loss):
-        for name, value in one.loop.network.learner.named_buffers():
+        for name, value in learner.named_buffers():
             assert torch.equal(value, expected["buffers"][name]), name
-        selected = one.loop.pruning.selection.indices
+        selected = pruning.selection.indices
         end_epoch(reference_loss)
         samples = expected["samples"]
-        assert sorted([*selected, *samples.tolist()]) == list(range(one.loop.pruning.n))
+        assert sorted([*selected, *samples.tolist()]) == list(range(pruning.n))
         if len(samples):
-            recorded = one.loop.pruning.trajectories.last_N[samples]
+            recorded = pruning.trajectories.last_N[samples]
             torch.testing.assert_close(recorded, expected["losses"], rtol=1e-4, atol=1e-5)
         refreshed.append(len(samples))
 
-    one.loop.pruning.unseen, one.loop.pruning.end_epoch = noted_unseen, noted_end
-    folder = RunFolder(tmp_path, one.setup.id)
-    with folder.claim():
-        one.train(folder, "test")
+    pruning.unseen, pruning.end_epoch = noted_unseen, noted_end
+    trained(one)
     assert refreshed[0] == 0
     assert max(refreshed) > 50
     assert any(name.endswith("num_batches_tracked") for name in expected["buffers"])
@@ -424,7 +411,7 @@ def test_carry_and_mask_do_not_forward_the_unseen(undisturbed):
 
 def test_the_split_is_the_same_for_every_method_of_a_study(tmp_path):
     def split(*overrides):
-        data = Run(config_of(tmp_path, *overrides)).data
+        data = Run(config_of(tmp_path, *overrides)).setup.data
         return data, tuple(part.rows.tolist() for part in (data.train, data.reference, data.test))
 
     first, rows = split()
@@ -451,10 +438,10 @@ def test_the_split_is_the_same_for_every_method_of_a_study(tmp_path):
 
 
 def test_training_on_the_reference_enlarges_n_by_its_clean_samples(tmp_path):
-    apart = Run(config_of(tmp_path, "reference.size=30"))
-    joined = Run(config_of(tmp_path, "reference.size=30", "reference.train=true"))
-    assert apart.pruning.n == 270
-    assert joined.pruning.n == 300
+    apart = Run(config_of(tmp_path, "reference.size=30")).setup
+    joined = Run(config_of(tmp_path, "reference.size=30", "reference.train=true")).setup
+    assert apart.n == 270
+    assert joined.n == 300
     assert apart.id != joined.id
     train, reference = joined.data.train, joined.data.reference
     assert np.array_equal(reference.rows, apart.data.reference.rows)
@@ -485,11 +472,9 @@ def test_the_bank_has_the_precision_that_is_asked_for(tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize("unseen", ["carry", "refresh"])
-def test_stopped_after_any_step_of_an_epoch_a_run_resumes_bit_identically(
-    tmp_path, undisturbed, monkeypatch, capsys, unseen
-):
+def test_stopped_after_any_step_of_an_epoch_a_run_resumes_bit_identically(tmp_path, undisturbed, capsys, unseen):
     setting = f"score.unseen={unseen}"
-    stop = Stop(monkeypatch)
+    stop = Stop()
     assert not stop.run(config_of(tmp_path / "counted", setting), 10**9)
     of_epoch = [i + 1 for i, (epoch, _) in enumerate(stop.steps) if epoch == 5]  # ranked by DAS, some unseen
     assert len(of_epoch) >= 3
@@ -506,8 +491,8 @@ def test_stopped_after_any_step_of_an_epoch_a_run_resumes_bit_identically(
         assert_same_results(folder, undisturbed(setting))
 
 
-def test_stopped_again_and_again_a_run_ends_bit_identically(tmp_path, undisturbed, monkeypatch):
-    stop = Stop(monkeypatch)
+def test_stopped_again_and_again_a_run_ends_bit_identically(tmp_path, undisturbed):
+    stop = Stop()
     setting = ("pruner=topk", "score=spearman", "score.unseen=mask")
     config, stops = config_of(tmp_path, *setting), 0
     while stop.run(config, 3):
@@ -516,8 +501,8 @@ def test_stopped_again_and_again_a_run_ends_bit_identically(tmp_path, undisturbe
     assert_same_results(only_run(tmp_path), undisturbed(*setting))
 
 
-def test_stopped_in_the_last_step_a_run_finishes(tmp_path, undisturbed, monkeypatch):
-    stop = Stop(monkeypatch)
+def test_stopped_in_the_last_step_a_run_finishes(tmp_path, undisturbed):
+    stop = Stop()
     stop.run(config_of(tmp_path / "counted"), 10**9)
     assert not stop.run(config_of(tmp_path / "stopped"), len(stop.steps))
     assert_same_results(only_run(tmp_path / "stopped"), undisturbed())
@@ -546,9 +531,7 @@ def test_a_signal_in_the_middle_of_an_epoch_leaves_a_checkpoint_there(
 def test_a_signal_before_training_starts_gets_one_sentence_and_leaves_nothing_in_the_way(
     tmp_path, undisturbed, monkeypatch, capsys, number, when
 ):
-    of, name = {"the data loads": (experiment_module, "load_data"), "the folder is claimed": (Experiment, "_resume")}[
-        when
-    ]
+    of, name = {"the data loads": (setup, "load_data"), "the folder is claimed": (run_module.Run, "_resume")}[when]
     work, before = getattr(of, name), signal.getsignal(number)
 
     def signalled(*arguments):
@@ -684,7 +667,7 @@ def test_no_usable_checkpoint_is_a_mistake_that_names_force(tmp_path, half_done,
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, half_done, undisturbed, capsys):
-    other = half_done.with_name(Run(config_of(tmp_path, "seed=1")).id)
+    other = half_done.with_name(Run(config_of(tmp_path, "seed=1")).setup.id)
     half_done.rename(other)
     assert launch(tmp_path, "seed=1") == 2
     error = capsys.readouterr().err
@@ -706,7 +689,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, half_done, capsys)
 def test_resuming_in_another_precision_is_refused(tmp_path, half_done, monkeypatch, capsys):
     was = json.loads((half_done / "environment.json").read_text())["precision"]
     here = "fp32" if was == "bf16" else "bf16"
-    monkeypatch.setattr(run_module, "resolve_precision", lambda asked, device: here)
+    monkeypatch.setattr("alignprune_exp.setup.resolve_precision", lambda asked, device: here)
     assert launch(tmp_path) == 2
     assert "precision" in capsys.readouterr().err
     assert json.loads((half_done / "environment.json").read_text())["precision"] == was
@@ -792,7 +775,7 @@ def test_a_finished_run_is_not_run_again(tmp_path, capsys, monkeypatch):
     assert launch(tmp_path) == 0
     folder = only_run(tmp_path)
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
-    monkeypatch.setattr(Experiment, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Run, "train", lambda *_: pytest.fail("trained again"))
     capsys.readouterr()
     assert launch(tmp_path) == 0
     assert "finished already" in capsys.readouterr().out
@@ -848,7 +831,7 @@ def test_a_failed_run_says_why_and_force_tries_again(tmp_path, capsys, monkeypat
     folder = only_run(tmp_path)
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(Experiment, "train", lambda *_: pytest.fail("trained again"))
+        patch.setattr(Run, "train", lambda *_: pytest.fail("trained again"))
         assert launch(tmp_path, *DIVERGES) == 1
     error = capsys.readouterr().err
     assert "step 1" in error
@@ -865,12 +848,12 @@ def test_a_loss_that_turns_bad_later_leaves_the_checkpoint_before_it(tmp_path, m
 
     def broken(step, forward):
         plain, smoothed, predicted = losses(step, forward)
-        bad = one.loop.pruning.epoch == 4 and one.loop.step >= 2
+        bad = step.epoch == 4 and step.number >= 2
         return (plain * math.nan, smoothed * math.nan, predicted) if bad else (plain, smoothed, predicted)
 
     one.loop.network.learner.losses = broken
-    monkeypatch.setattr(run_module, "Experiment", lambda config, processes: one)
-    with pytest.raises(run_module.Failed, match="epoch 4, step 2"):
+    monkeypatch.setattr(run_module, "Run", lambda config, processes: one)
+    with pytest.raises(Failed, match="epoch 4, step 2"):
         run_module.run(config, "test")
     folder = only_run(tmp_path)
     assert summary_of(folder)["status"] == "failed"
@@ -882,9 +865,9 @@ def test_a_loss_that_turns_bad_later_leaves_the_checkpoint_before_it(tmp_path, m
         assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
-def test_a_stop_after_a_bad_step_leaves_no_checkpoint_of_it(tmp_path, monkeypatch):
-    stop = Stop(monkeypatch)
-    with pytest.raises(run_module.Failed, match="epoch 0, step 1"):
+def test_a_stop_after_a_bad_step_leaves_no_checkpoint_of_it(tmp_path):
+    stop = Stop()
+    with pytest.raises(Failed, match="epoch 0, step 1"):
         stop.run(config_of(tmp_path, *DIVERGES), 3)
     assert checkpoints(only_run(tmp_path)) == []
     assert summary_of(only_run(tmp_path))["status"] == "failed"

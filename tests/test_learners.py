@@ -23,8 +23,8 @@ from alignprune_exp.learners.dividemix import clean_probability, mix, sharpen, t
 from alignprune_exp.pruning import PRUNERS, NonFiniteLossError
 from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.run import Run
-from alignprune_exp.runs import RunFolder, run_id
-from test_experiment import Stop, assert_same_results, metrics_of, only_run
+from alignprune_exp.runs import run_id
+from test_experiment import Stop, assert_same_results, metrics_of, only_run, trained
 
 N, B, C, PIXELS = 12, 6, 4, 5
 LEARNERS = ("ce", "elr", "sop", "dividemix")
@@ -529,13 +529,6 @@ def tiny(results, learner, *overrides):
     return config.model_copy(update={"paths": config.paths.model_copy(update={"results": str(results)})})
 
 
-def walk(experiment, results):
-    folder = RunFolder(results, experiment.setup.id)
-    with folder.claim():
-        experiment.train(folder, "test")
-    return folder.path
-
-
 CHOICES = [(pruner, score) for pruner in PRUNERS for score in ("loss", "das")]
 CHOICES = [(p, s) for p, s in CHOICES if s == "loss" or PRUNERS[p].uses_scores]
 
@@ -548,8 +541,8 @@ def test_every_learner_composes_with_every_pruner_and_score(learner, tmp_path):
         settings |= {"warmup": 1} if "warmup" in settings else {}
         values |= {"pruner": settings, "score": values["score"] | {"name": score}}
         one = Run(validate(values))
-        rows = metrics_of(walk(one, tmp_path))
-        assert len(rows) == one.loop.pruning.epochs
+        rows = metrics_of(trained(one))
+        assert len(rows) == one.setup.epochs
         assert all(math.isfinite(row["train_loss"]) for row in rows)
         if pruner != "full":
             assert min(row["kept_fraction"] for row in rows) < 1, (pruner, score)
@@ -562,13 +555,10 @@ def test_every_learner_composes_with_every_pruner_and_score(learner, tmp_path):
 def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp_path):
     """Every recorded loss is the first network's plain one: in training, or after the warm-up in eval mode before."""
     one = Run(tiny(tmp_path, learner, "pruner=infobatch", "score=loss", "precision=fp32"))
-    labels = torch.from_numpy(one.labels)
+    labels = torch.from_numpy(one.setup.data.train.labels)
+    pruning, network = one.loop.pruning, one.loop.network.learner
     passed, noted, epochs = [0], {}, []
-    losses, begin, end = (
-        one.loop.network.learner.losses,
-        one.loop.network.learner.begin_epoch,
-        one.loop.pruning.end_epoch,
-    )
+    losses, begin, end = network.losses, network.begin_epoch, pruning.end_epoch
 
     def counted(forward):
         def count(images, *network):
@@ -580,14 +570,14 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
     def beginning(epoch, batches, forward):
         begin(epoch, batches, counted(forward))
         if learner == "dividemix" and epoch >= 2:
-            one.loop.network.learner.eval()
+            network.eval()
             with torch.no_grad():
-                for index, images, _ in one.batches.evaluation(one.loop.pruning.selection.indices):
-                    noted.update(zip(index.tolist(), one.loop.network.learner(images, 0), strict=True))
+                for index, images, _ in one.setup.train_batches.evaluation(pruning.selection.indices):
+                    noted.update(zip(index.tolist(), network(images, 0), strict=True))
 
     def watched(step, forward):
         seen = []
-        handle = one.loop.network.learner.networks[0].register_forward_hook(lambda *args: seen.append(args[2].detach()))
+        handle = network.networks[0].register_forward_hook(lambda *args: seen.append(args[2].detach()))
         result = losses(step, counted(forward))
         handle.remove()
         if learner != "dividemix" or step.epoch < 2:
@@ -595,20 +585,16 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
         return result
 
     def ended(reference):
-        chosen = torch.from_numpy(one.loop.pruning.selection.indices)
+        chosen = torch.from_numpy(pruning.selection.indices)
         expected = F.cross_entropy(torch.stack([noted[i] for i in chosen.tolist()]), labels[chosen], reduction="none")
         end(reference)
-        torch.testing.assert_close(one.loop.pruning.trajectories.last_N[chosen], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pruning.trajectories.last_N[chosen], expected, rtol=1e-4, atol=1e-5)
         epochs.append((len(chosen), passed[0]))
         noted.clear()
         passed[0] = 0
 
-    one.loop.network.learner.losses, one.loop.network.learner.begin_epoch, one.loop.pruning.end_epoch = (
-        watched,
-        beginning,
-        ended,
-    )
-    rows = metrics_of(walk(one, tmp_path))
+    network.losses, network.begin_epoch, pruning.end_epoch = watched, beginning, ended
+    rows = metrics_of(trained(one))
     reference = len(one.setup.data.reference)
     assert [row["samples_forwarded"] for row in rows] == [count + reference for _, count in epochs]
     assert rows[-1]["samples_seen"] == sum(kept for kept, _ in epochs)
@@ -618,10 +604,10 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_stopped_within_an_epoch_a_run_resumes_bit_identically(learner, tmp_path, monkeypatch):
-    walk(Run(tiny(tmp_path / "undisturbed", learner, "pruner=infobatch")), tmp_path / "undisturbed")
+def test_stopped_within_an_epoch_a_run_resumes_bit_identically(learner, tmp_path):
+    trained(Run(tiny(tmp_path / "undisturbed", learner, "pruner=infobatch")))
     config = tiny(tmp_path / "stopped", learner, "pruner=infobatch")
-    stop = Stop(monkeypatch)
+    stop = Stop()
     stops = sum(stop.run(config, steps) for steps in (2, 3, 5, 1, 2))
     assert stops == 5
     assert not stop.run(config, 10**9)

@@ -25,6 +25,8 @@ from torchvision.transforms import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+from alignprune_exp.experiment import Experiment
+
 import make_miniature
 from alignprune_exp import suspects
 from alignprune_exp.commandline import checked, config_dir
@@ -35,7 +37,6 @@ from alignprune_exp.data.datasets import load
 from alignprune_exp.data.photographs import Cut, resized_crop
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
-from alignprune_exp.experiment import Experiment
 from alignprune_exp.models import build
 from alignprune_exp.report.figures import save_all
 from alignprune_exp.report.html import page

@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from alignprune_exp.pruning import PRUNERS, DynamicPruning, Evidence, Pruner, Selection, pruners
+from alignprune_exp.pruning import PRUNERS, Criterion, DynamicPruning, Evidence, Fixed, Pruner, Selection, pruners
 from alignprune_exp.pruning.kmeans import cluster
 
 LATE = 10**6  # a run so long that pruning does not end
@@ -461,14 +461,17 @@ def test_budgets_hold_in_every_pruning_epoch_of_a_run(pruner, score):
 
 def trained_epochs(pruner, epochs, n):
     """What a run trains on, all its epochs together, in multiples of n."""
-    pruning, rng = DynamicPruning(range(n), epochs, pruner, "loss"), torch.Generator().manual_seed(0)
-    for _ in range(pruning.epochs):
-        if pruning.must_choose:
-            pruning.choose(Evidence(labels=np.arange(n) % 3, **dict.fromkeys(pruner.needs & PER_SAMPLE, np.arange(n))))
+    rng, warmup = torch.Generator().manual_seed(0), 0
+    if isinstance(pruner, Criterion):
+        warmup = pruner.warmup_epochs(epochs)
+        evidence = Evidence(labels=np.arange(n) % 3, **dict.fromkeys(pruner.needs & PER_SAMPLE, np.arange(n)))
+        pruner = Fixed(indices=pruner.choose(evidence, np.random.default_rng(0)).indices)
+    pruning = DynamicPruning(range(n), epochs, pruner, "loss")
+    for _ in range(epochs):
         index = torch.from_numpy(pruning.order())
         pruning.update(index, torch.rand(len(index), generator=rng))
         pruning.end_epoch()
-    return pruning.times_selected.sum() / n
+    return warmup + pruning.times_selected.sum() / n
 
 
 PER_SAMPLE = {"losses", "forgotten"}

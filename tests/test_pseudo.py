@@ -2,14 +2,10 @@
 
 import json
 import sys
-import threading
 from collections import Counter
-from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from cleanlab import count, rank
@@ -18,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from alignprune_exp import run as run_module
 from alignprune_exp.commandline import checked, config_dir
-from alignprune_exp.errors import Stopped
 from alignprune_exp.pruning import DynamicPruning, NonFiniteLossError
 from alignprune_exp.pruning.reference import class_shares, confident_thresholds, label_quality, most_trusted
 from alignprune_exp.pruning.scores import pearson, spearman
 from alignprune_exp.run import Run
-from alignprune_exp.runs import CHECKPOINTS, RunFolder, run_folders
+from alignprune_exp.runs import run_folders
+from alignprune_exp.setup import load_data
 from alignprune_exp.suites import load_suite
 from alignprune_exp.train import main
+from test_experiment import Stop, assert_same_results, checkpoints, metrics_of, only_run, trained
 
 EPOCHS, WARMUP, EVERY = 10, 3, 2
 SMALL = ("threads=1", f"epochs={EPOCHS}", "score.window=3", "dataset.subset=300", "dataset.test_subset=100")
@@ -246,54 +242,53 @@ def config_of(results, *overrides):
 
 
 class Watched:
-    """An experiment that notes each epoch's reference set, and what each choice was made of."""
+    """A run that notes each epoch's reference set, and what each choice was made of."""
 
     def __init__(self, config):
         self.one = one = Run(config)
+        self.labels = one.setup.data.train.labels
         self.selections, self.references, self.choices, self.trajectory = [], [], [], []
         self.forwarded = 0
-        end_epoch, choose = one.loop.pruning.end_epoch, one._choose_reference
+        reference, pruning, learner = one.reference, one.loop.pruning, one.loop.network.learner
+        end_epoch, choose = pruning.end_epoch, reference.choose
 
         def ended(reference_loss):
-            self.selections.append(one.loop.pruning.selection.indices.tolist())
-            self.references.append(one.reference.samples.tolist())
+            self.selections.append(pruning.selection.indices.tolist())
+            self.references.append(reference.samples.tolist())
             end_epoch(reference_loss)
 
-        def chose():
+        def chose(*args):
             before = self.forwarded
-            said = choose()
+            said = choose(*args)
             assert self.forwarded - before == said
             if said:
-                state = {name: value.clone() for name, value in one.loop.network.learner.state_dict().items()}
-                trust = one.loop.pruning.scores("small_loss")
-                self.choices.append((one.loop.pruning.epoch, trust, state, one.reference.samples.tolist()))
-            self.trajectory.append(one.loop.pruning.trajectories.history().reference_W.tolist())
+                state = {name: value.clone() for name, value in learner.state_dict().items()}
+                trust = pruning.scores("small_loss")
+                self.choices.append((pruning.epoch, trust, state, reference.samples.tolist()))
+            self.trajectory.append(pruning.trajectories.history().reference_W.tolist())
             return said
 
         def counted(module, args):
             self.forwarded += 0 if module.training else len(args[0])
 
-        one.loop.pruning.end_epoch, one._choose_reference = ended, chose
-        self.hook = one.loop.network.learner.register_forward_pre_hook(counted)
+        pruning.end_epoch, reference.choose = ended, chose
+        self.hook = learner.register_forward_pre_hook(counted)
 
     def run(self):
-        folder = RunFolder(Path(self.one.config.paths.results), self.one.setup.id)
-        with folder.claim():
-            self.one.train(folder, "test")
+        self.rows = metrics_of(trained(self.one), seconds=True)
         self.hook.remove()
-        self.rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
         return self
 
 
 def outputs(one, state):
     """The network's logits for all training images as they are, computed without the run's own code."""
-    train = one.setup.data.train
-    x = torch.stack([train[i][0] for i in range(len(train))]).double() / 255
-    mean, std = (torch.from_numpy(v).view(1, -1, 1, 1) for v in (one.setup.data.mean, one.setup.data.std))
-    one.loop.network.learner.load_state_dict(state)
-    one.loop.network.learner.eval()
+    data, learner = one.setup.data, one.loop.network.learner
+    x = torch.stack([data.train[i][0] for i in range(len(data.train))]).double() / 255
+    mean, std = (torch.from_numpy(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    learner.load_state_dict(state)
+    learner.eval()
     with torch.no_grad():
-        return one.loop.network.learner(((x - mean) / std).float())
+        return learner(((x - mean) / std).float())
 
 
 @pytest.fixture(scope="module")
@@ -307,9 +302,9 @@ def watched(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_nothing_is_held_out(watched, kind):
-    one = watched[kind].one
-    assert one.setup.data.reference is None
-    assert one.loop.pruning.n == len(one.labels) == 300
+    run = watched[kind]
+    assert run.one.setup.data.reference is None
+    assert run.one.loop.pruning.n == len(run.labels) == 300
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -318,10 +313,10 @@ def test_the_set_is_chosen_after_the_warm_up_and_again_every_so_many_epochs(watc
     assert [epoch for epoch, *_ in run.choices] == CHOSEN_AFTER
     sets = [[], *(chosen for *_, chosen in run.choices)]
     assert run.references == [sets[sum(after <= epoch for after in CHOSEN_AFTER)] for epoch in range(EPOCHS)]
-    counts = np.bincount(run.one.labels)
+    counts = np.bincount(run.labels)
     for chosen in sets[1:]:
         assert len(set(chosen)) == 30
-        assert (np.abs(np.bincount(run.one.labels[chosen], minlength=10) - counts * 30 / 300) < 1).all()
+        assert (np.abs(np.bincount(run.labels[chosen], minlength=10) - counts * 30 / 300) < 1).all()
     assert sets[1] != sets[2]
 
 
@@ -335,12 +330,12 @@ def best_by_class(trust, labels, chosen):
 def test_small_loss_chooses_the_lowest_mean_loss_of_each_class(watched):
     run = watched["small_loss"]
     for _, trust, _, chosen in run.choices:
-        best_by_class(trust, run.one.labels, chosen)
+        best_by_class(trust, run.labels, chosen)
 
 
 def test_cleanlab_chooses_the_best_label_quality_of_each_class(watched):
     run = watched["cleanlab"]
-    labels = torch.from_numpy(run.one.labels)
+    labels = torch.from_numpy(run.labels)
     for _, _, state, chosen in run.choices:
         p = outputs(run.one, state).softmax(1).double()
         best_by_class(quality(p.numpy(), labels.numpy())[0], labels.numpy(), chosen)
@@ -349,7 +344,7 @@ def test_cleanlab_chooses_the_best_label_quality_of_each_class(watched):
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_reference_loss_is_that_of_the_chosen_with_their_given_labels_and_its_trajectory_a_chain(watched, kind):
     run = watched[kind]
-    labels = torch.from_numpy(run.one.labels)
+    labels = torch.from_numpy(run.labels)
     loss = [row["reference_loss"] for row in run.rows]
     begins = dict(enumerate(loss, 1))  # by epoch: what the loss of its set was when it began
     for after, _, state, chosen in run.choices:
@@ -391,18 +386,21 @@ def test_what_is_forwarded_for_the_reference_is_counted(watched, kind):
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_record_says_how_noisy_the_set_was(watched, kind):
     run = watched[kind]
-    noisy = run.one.noisy
+    noisy = run.one.setup.noisy
     for row, chosen in zip(run.rows, run.references, strict=True):
         assert row["reference_noise"] == (noisy[chosen].mean() if chosen else None)
     assert run.rows[WARMUP]["reference_noise"] < 0.35  # where half of all labels are wrong
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_no_clean_label_has_a_say(watched, tmp_path, kind):
-    run = Watched(config_of(tmp_path, "precision=fp32", *EVERY_KIND[kind]))
-    run.one.noisy = np.random.default_rng(0).permutation(run.one.noisy)
-    run.one.setup.data.train.clean_labels[:] = 0
-    run.run()
+def test_no_clean_label_has_a_say(watched, tmp_path, monkeypatch, kind):
+    def lying(config):
+        data = load_data(config)
+        data.train.clean_labels[:] = np.random.default_rng(0).permutation(data.train.clean_labels)
+        return data
+
+    monkeypatch.setattr("alignprune_exp.setup.load_data", lying)
+    run = Watched(config_of(tmp_path, "precision=fp32", *EVERY_KIND[kind])).run()
     undisturbed = watched[kind]
     assert run.selections == undisturbed.selections
     assert run.references == undisturbed.references
@@ -423,59 +421,23 @@ def test_a_trusted_set_is_as_noisy_as_it_was_made(tmp_path):
 # --- stopped and resumed
 
 
-def run_until(config, monkeypatch, steps=None):
-    """Go on with a run, to its end or until ``steps`` of its steps are done; return the folder."""
-    stop, done = threading.Event(), []
-
-    @contextmanager
-    def signals():
-        yield stop
-
-    monkeypatch.setattr(run_module, "_stop_signals", signals)
-    one = Run(config)
-    update = one.loop.pruning.update
-
-    def counted(*args, **kwargs):
-        done.append(one.loop.pruning.epoch)
-        if len(done) == steps:
-            stop.set()
-        return update(*args, **kwargs)
-
-    one.loop.pruning.update = counted
-    folder = RunFolder(Path(config.paths.results), one.setup.id)
-    with folder.claim():
-        if steps is None:
-            one.train(folder, "test")
-        else:
-            with pytest.raises(Stopped):
-                one.train(folder, "test")
-    return folder.path, done
-
-
-def assert_same_results(folder, other):
-    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, other)]
-    rows = [[{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run] for run in rows]
-    assert rows[0] == rows[1]
-    for name in ("dynamics.parquet", "samples.parquet"):
-        frames = [pd.read_parquet(f / name) for f in (folder, other)]
-        pd.testing.assert_frame_equal(*frames, check_exact=True)
-
-
 @pytest.mark.parametrize(
     ("kind", "epochs"),
     [("small_loss", (WARMUP - 1, 6)), ("cleanlab", (6,)), ("population", (6,))],
 )
-def test_stopped_within_epochs_a_run_ends_bit_identically(tmp_path, monkeypatch, kind, epochs):
-    whole, steps = run_until(config_of(tmp_path / "whole", *EVERY_KIND[kind]), monkeypatch)
+def test_stopped_within_epochs_a_run_ends_bit_identically(tmp_path, kind, epochs):
+    whole, stop = Stop(), Stop()
+    assert not whole.run(config_of(tmp_path / "whole", *EVERY_KIND[kind]), 10**9)
+    steps = [epoch for epoch, _ in whole.steps]
     for epoch in epochs:  # before there is a set, and with the second
         config = config_of(tmp_path / str(epoch), *EVERY_KIND[kind])
-        folder, _ = run_until(config, monkeypatch, steps.index(epoch) + 2)
-        latest = max((folder / name for name in CHECKPOINTS), key=lambda path: path.stat().st_mtime_ns)
-        state = torch.load(latest, weights_only=True)
+        assert stop.run(config, steps.index(epoch) + 2)
+        folder = only_run(tmp_path / str(epoch))
+        state = torch.load(checkpoints(folder)[0], weights_only=True)
         assert (state["epoch"], state["step"]) == (epoch, 2)
         assert len(state["reference"]) == (30 if kind in METHODS and epoch >= WARMUP else 0)
-        folder, _ = run_until(config, monkeypatch)
-        assert_same_results(folder, whole)
+        assert not stop.run(config, 10**9)
+        assert_same_results(folder, only_run(tmp_path / "whole"))
 
 
 # --- the command line

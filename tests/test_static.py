@@ -16,16 +16,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from alignprune_exp import models
+from alignprune_exp import optim
+from alignprune_exp.config import validate
 from alignprune_exp.data.batches import rand_augment
 from alignprune_exp.errors import UsageError
-from alignprune_exp.pruning import PRUNERS, DynamicPruning, Evidence, Static, WarmUpLog
+from alignprune_exp.network import Network
+from alignprune_exp.pruning import PRUNERS, Choice, Criterion, DynamicPruning, Evidence, Fixed, WarmUpLog
+from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.pruning.static import Neighbours, proportional, reliable
 from alignprune_exp.run import Run
-from alignprune_exp.runs import RunFolder
 from alignprune_exp.setup import make_pruning
 from alignprune_exp.train import main
-from test_experiment import Stop, checkpoints, config_of, launch, metrics_of, only_run, summary_of
+from test_experiment import Stop, checkpoints, config_of, launch, metrics_of, only_run, summary_of, trained
 
 STATIC = sorted(name for name in PRUNERS if name.startswith("static_"))
 N, C, D = 60, 4, 5
@@ -50,9 +52,7 @@ def evidence(seed=0, n=N, ties=False):
 
 
 def chosen(name, given_evidence, seed=0, **settings):
-    pruner = PRUNERS[name](**settings)
-    pruner.check(given_evidence, len(given_evidence.labels))
-    indices = pruner.choose(given_evidence, np.random.default_rng(seed)).indices.tolist()
+    indices = PRUNERS[name](**settings).choose(given_evidence, np.random.default_rng(seed)).indices.tolist()
     assert indices == sorted(set(indices))
     return indices
 
@@ -401,8 +401,6 @@ def walk(pruning, until=None):
     """Train; return the samples of each epoch, in order."""
     orders = []
     while pruning.epoch < (pruning.epochs if until is None else until):
-        if pruning.must_choose:
-            pruning.choose(evidence())
         order = torch.from_numpy(pruning.order())
         for index in order.split(16):
             pruning.update(index, 1.0 + index / N)
@@ -411,39 +409,111 @@ def walk(pruning, until=None):
     return orders
 
 
+def warm_up(epochs=2):
+    return DynamicPruning(range(N), epochs, pruner="full", seed=4)
+
+
+def go_on(indices, bank=None):
+    return DynamicPruning(range(N), 3, Fixed(indices=indices), bank=bank, seed=4)
+
+
 @pytest.mark.parametrize("name", STATIC)
 def test_a_loop_of_ones_own_warms_up_on_everything_and_keeps_to_the_choice(name):
-    pruning = DynamicPruning(range(N), epochs=3, pruner=name, warmup=2, fraction=0.3, seed=4)
+    warm = warm_up()
+    assert [len(order) for order in walk(warm)] == [N, N]
+    indices = chosen(name, evidence(), fraction=0.3)
+    pruning = go_on(indices, warm.trajectories)
+    assert (pruning.epoch, pruning.epochs) == (2, 5)
     orders = walk(pruning)
-    assert [len(order) for order in orders] == [N, N, 18, 18, 18]
-    assert len({frozenset(order) for order in orders[2:]}) == 1
-    assert len({tuple(order) for order in orders[2:]}) == 3
-    assert pruning.choice.indices.tolist() == sorted(orders[-1])
-    assert set(pruning.report()["times_selected"]) == {2, 5}
-    again = DynamicPruning(range(N), epochs=3, pruner=name, warmup=2, fraction=0.3, seed=4)
-    for epoch in range(5):
-        state = through_disk(again.state_dict())
-        again = DynamicPruning(range(N), epochs=3, pruner=name, warmup=2, fraction=0.3, seed=4)
-        again.load_state_dict(state)
-        assert walk(again, epoch + 1) == orders[epoch : epoch + 1]
+    assert [len(order) for order in orders] == [18] * 3
+    assert len({tuple(order) for order in orders}) == 3
+    assert [sorted(order) for order in orders] == [indices] * 3
+    assert pruning.times_selected.tolist() == [3 * (i in indices) for i in range(N)]
+    np.testing.assert_allclose(pruning.report()["loss"], 1 + np.arange(N) / N, rtol=1e-6)
+    assert pruning.trajectories.count_N.tolist() == [2 + 3 * (i in indices) for i in range(N)]
 
 
-def test_an_epoch_without_a_choice_is_refused():
-    pruning = DynamicPruning(range(N), epochs=3, pruner="static_el2n", warmup=1)
-    with pytest.raises(ValueError, match="chooses once, after a warm-up of 1 epochs"):
-        pruning.choose(evidence())
-    walk(pruning, until=1)
-    assert pruning.must_choose
-    with pytest.raises(ValueError, match="call choose"):
-        _ = pruning.selection
-    pruning.choose(evidence())
-    with pytest.raises(ValueError, match="has chosen already"):
-        pruning.choose(evidence())
+def test_no_random_choice_of_the_warm_up_is_made_again_after_it():
+    warm = warm_up(3)
+    first, again = walk(warm), walk(go_on(np.arange(N)))
+    assert first == again  # without the bank
+    assert not {tuple(order) for order in first} & {tuple(order) for order in walk(go_on(range(N), warm.trajectories))}
 
 
-def test_a_dynamic_pruner_does_not_choose():
-    with pytest.raises(ValueError, match="for static pruners"):
-        DynamicPruning(range(N), epochs=20).choose(evidence())
+def test_rs2_takes_the_slices_of_its_permutations_after_a_warm_up_too():
+    warm = warm_up(1)
+    walk(warm)
+    epochs = walk(DynamicPruning(range(N), 6, pruner="rs2", score="loss", budget=1 / 3, bank=warm.trajectories))
+    for of_round in (epochs[:3], epochs[3:]):
+        assert sorted(itertools.chain(*of_round)) == list(range(N))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_loop_of_ones_own_goes_on_from_its_state_in_either_phase(steps):
+    def resumed(pruning, make):
+        """Train some steps of an epoch, and the rest after a restart from the disk."""
+        parts = torch.from_numpy(pruning.order()).split(8)
+        for index in parts[:steps]:
+            pruning.update(index, 1.0 + index / N)
+        again = make()
+        again.load_state_dict(through_disk(pruning.state_dict()))
+        assert (again.epoch, again.epochs, again.first) == (pruning.epoch, pruning.epochs, pruning.first)
+        assert torch.equal(torch.cat(parts), torch.from_numpy(again.order()))
+        for index in parts[steps:]:
+            again.update(index, 1.0 + index / N)
+        again.end_epoch()
+        return again
+
+    undisturbed = warm_up()
+    walk(undisturbed)
+    indices = chosen("static_margin", evidence(), fraction=0.3)
+    whole = go_on(indices, undisturbed.trajectories)
+    walk(whole)
+    warm = warm_up()
+    while warm.epoch < 2:
+        warm = resumed(warm, warm_up)
+    pruning = go_on(indices, warm.trajectories)
+    while pruning.epoch < 5:
+        pruning = resumed(pruning, lambda: go_on(indices))
+    pd.testing.assert_frame_equal(pruning.report(), whole.report(), check_exact=True)
+    assert (pruning.trajectories.sum_N == whole.trajectories.sum_N).all()
+    with pytest.raises(ValueError, match="all 5 epochs are done"):
+        pruning.order()
+
+
+@pytest.mark.parametrize("pruner", ["static_el2n", PRUNERS["static_el2n"](warmup=1)])
+def test_a_criterion_in_a_pruners_place_is_told_where_its_own_is(pruner):
+    words = r"^pruner=.* chooses once: .* choose\(\) .* pruner=Fixed\(indices=chosen.indices\)$"
+    with pytest.raises(ValueError, match=words):
+        DynamicPruning(range(N), epochs=3, pruner=pruner)
+
+
+def test_an_unknown_pruner_is_told_only_those_that_choose_every_epoch():
+    with pytest.raises(ValueError, match=r"is unknown; use one of full, random, .*, or a Pruner") as said:
+        DynamicPruning(range(N), epochs=3, pruner="el2n")
+    assert "static_" not in str(said.value)
+
+
+@pytest.mark.parametrize("indices", [[], [3, 3], [-1, 3], [3, N], np.arange(N) < 3])
+def test_indices_that_are_not_some_of_the_samples_are_refused(indices):
+    with pytest.raises(ValueError, match=f"some of 0 to {N - 1}, each once"):
+        _ = go_on(np.array(indices)).selection
+
+
+def test_the_bank_of_another_data_set_is_refused():
+    with pytest.raises(ValueError, match=f"bank is of {N} samples, and the data set has 7"):
+        DynamicPruning(range(7), 3, "full", bank=warm_up().trajectories)
+
+
+def test_a_window_that_the_warm_up_has_filled_needs_no_epochs_of_its_own():
+    warm = warm_up(10)
+    walk(warm)
+    settings = {"pruner": "topk", "score": "das", "ratio": 0.5, "warmup": 0}
+    assert DynamicPruning(range(N), 2, bank=warm.trajectories, **settings).ranked_by == "das"
+    short = warm_up(8)
+    walk(short)
+    with pytest.raises(ValueError, match="here 2 of 2; use a window of at most 9, or 3 epochs or more"):
+        DynamicPruning(range(N), 2, bank=short.trajectories, **settings)
 
 
 @pytest.mark.parametrize(
@@ -451,16 +521,15 @@ def test_a_dynamic_pruner_does_not_choose():
     [
         ({"embeddings": None}, "embeddings, which the evidence lacks"),
         ({"reference": None}, "a reference set, which the evidence lacks"),
-        ({"labels": np.zeros(N + 1, int)}, f"{N + 1} labels for {N} samples"),
+        ({"labels": np.zeros(N + 1, int)}, f"{N} of embeddings for {N + 1} labels"),
+        ({"probabilities": np.ones((N - 1, C))}, f"{N - 1} of probabilities for {N} labels"),
         ({"probabilities": np.full((N, C), np.nan)}, "probabilities in the evidence hold NaN"),
         ({"reference": Evidence(labels=[0])}, "the reference set's embeddings, which the evidence lacks"),
     ],
 )
 def test_evidence_that_does_not_do_is_refused(change, words):
-    pruning = DynamicPruning(range(N), epochs=3, pruner="static_glister", warmup=0)
     with pytest.raises(ValueError, match=words):
-        pruning.choose(replace(evidence(), **change))
-    assert pruning.must_choose
+        chosen("static_glister", replace(evidence(), **change))
 
 
 def test_evidence_may_be_tensors():
@@ -506,29 +575,29 @@ def test_a_choice_of_everything_without_a_warm_up_is_full_training(tmp_path):
 
 
 class Seen:
-    """Stands in for DynamicPruning.choose: notes what the experiment shows it, and when."""
+    """Stands in for Criterion.choose: notes what a run shows it, and when."""
 
     def __init__(self, monkeypatch, event=None):
-        choose = DynamicPruning.choose
+        choose = Criterion.choose
         self.evidence = []
 
-        def noted(pruning, shown):
+        def noted(criterion, shown, rng):
             self.evidence.append(shown)
             if event is not None:
                 event.set()
-            return choose(pruning, shown)
+            return choose(criterion, shown, rng)
 
-        monkeypatch.setattr(DynamicPruning, "choose", noted)
+        monkeypatch.setattr(Criterion, "choose", noted)
 
 
 def test_training_begins_from_the_initialisation_and_schedule_of_any_other_run(tmp_path, monkeypatch):
-    stop = Stop(monkeypatch)
+    stop = Stop()
     Seen(monkeypatch, stop.event)
     config = config_of(tmp_path, "pruner=static_el2n", "pruner.warmup=2", "pruner.fraction=1", base=SHORT)
     assert stop.run(config, 10**9)
     state = torch.load(checkpoints(only_run(tmp_path))[0], weights_only=True)
     assert (state["epoch"], state["step"]) == (2, 0)
-    fresh = Run(config_of(tmp_path, "pruner=full", base=SHORT)).model.state_dict()
+    fresh = Run(config_of(tmp_path, "pruner=full", base=SHORT)).loop.network.learner.state_dict()
     assert all(torch.equal(state["model"][key], fresh[key]) for key in fresh)
     assert not state["optimizer"]["state"]
     assert not stop.run(config, 10**9)
@@ -539,35 +608,82 @@ def test_training_begins_from_the_initialisation_and_schedule_of_any_other_run(t
 
 def test_the_evidence_is_that_of_the_network_at_the_end_of_the_warm_up(tmp_path, monkeypatch):
     seen = Seen(monkeypatch)
-    shown = {}
-    config = config_of(tmp_path, "pruner=static_glister", "pruner.warmup=2", base=SHORT)
-    one = Run(config)
-    fresh = one._fresh
-
-    def begin_again(purpose):
-        shown.update({key: value.clone() for key, value in one.loop.network.learner.networks[0].state_dict().items()})
-        return fresh(purpose)
-
-    one._fresh = begin_again
-    folder = RunFolder(tmp_path, one.setup.id)
-    with folder.claim():
-        one.train(folder, "test")
+    one = Run(config_of(tmp_path, "pruner=static_glister", "pruner.warmup=2", base=SHORT))
+    data, warm = one.setup.data, one.loop
+    folder = trained(one)
     (found,) = seen.evidence
-    network = models.build(config.model, len(one.setup.data.mean), len(one.setup.data.classes)).eval()
-    network.load_state_dict(shown)
-    shape = (1, -1, 1, 1)
-    for part, split in ((found, one.setup.data.train), (found.reference, one.setup.data.reference)):
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32).view(shape)
-            for values in (one.setup.data.mean, one.setup.data.std)
-        )
+    network = warm.network.learner.networks[0].eval()
+    assert network is not one.loop.network.learner.networks[0]
+    mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (data.mean, data.std))
+    for part, split in ((found, data.train), (found.reference, data.reference)):
         with torch.no_grad():
             x = (split.images.float() / 255 - mean) / std
             np.testing.assert_allclose(part.probabilities, network(x).softmax(1), atol=1e-4)
             np.testing.assert_allclose(part.embeddings, network[:-1](x), atol=1e-3)
         assert (part.labels == split.labels).all()
-    losses = metrics_of(only_run(tmp_path))[:2]
+    losses = metrics_of(folder)[:2]
     assert found.losses.mean() == pytest.approx(np.mean([row["train_loss"] for row in losses]), rel=1e-5)
+
+
+def by_hand(setup):
+    """Walk the two phases of a run in a loop of one's own; return them, what was predicted, and a row an epoch."""
+    config, train, trusted = setup.config, setup.data.train, setup.data.reference
+    log, predicted, rows = WarmUpLog(setup.n), np.full(setup.n, -1), []
+
+    def seen(network, labels, batches):
+        with torch.no_grad():
+            hidden = torch.cat([network.eval()[:-1](x) for _, x, _ in batches.evaluation()])
+            logits = network[-1](hidden)
+        loss = F.cross_entropy(logits, torch.from_numpy(labels)).item()
+        return loss, Evidence(labels=labels, probabilities=logits.softmax(1), embeddings=hidden)
+
+    def walked(pruning, network):
+        optimizer = optim.build(config.optimizer, network.parameters())
+        for epoch in range(pruning.first, pruning.epochs):
+            order, total = pruning.order(), 0.0
+            steps = math.ceil(len(order) / config.batch_size)
+            network.train()
+            for step, (index, x, y) in enumerate(setup.train_batches.epoch(order, epoch)):
+                progress = (epoch - pruning.first + step / steps) / (pruning.epochs - pruning.first)
+                rate = optim.set_progress(optimizer, progress, config.optimizer)
+                logits = network(x)
+                losses = F.cross_entropy(logits, y, reduction="none")
+                loss = pruning.update(index, losses)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                predicted[index] = logits.argmax(1)
+                total += losses.detach().sum().item()
+            reference_loss, _ = seen(network, trusted.labels, setup.reference_batches)
+            pruning.end_epoch(reference_loss)
+            log.observe(pruning.trajectories.last_N.numpy(), predicted == train.labels)
+            rows.append({"train_loss": total / len(order), "reference_loss": reference_loss, "lr": rate})
+        return pruning
+
+    given = {"window": config.score.window, "seed": config.seed}
+    network = Network(setup, "warm-up model").learner.networks[0]
+    warm = walked(DynamicPruning(train, setup.warmup, pruner="full", **given), network)
+    _, evidence = seen(network, train.labels, setup.train_batches)
+    _, reference = seen(network, trusted.labels, setup.reference_batches)
+    evidence = replace(evidence, losses=log.losses, forgotten=log.forgotten, reference=reference)
+    choice = setup.plan.choose(evidence, generator(config.seed, "choose"))
+    pruning = DynamicPruning(train, config.epochs, Fixed(indices=choice.indices), bank=warm.trajectories, **given)
+    return warm, walked(pruning, Network(setup, "model").learner.networks[0]), predicted, rows
+
+
+@pytest.mark.parametrize("name", ["static_forgetting", "static_glister"])
+def test_a_run_is_the_two_phases_that_a_loop_of_ones_own_walks(tmp_path, name):
+    line = (f"pruner={name}", "pruner.warmup=2", "pruner.fraction=0.3", "batch_size=40")
+    one = Run(config_of(tmp_path, *line, base=SHORT))
+    folder = trained(one)
+    warm, pruning, predicted, rows = by_hand(one.setup)
+    for row, expected in zip(metrics_of(folder), rows, strict=True):
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    samples = pd.read_parquet(folder / "samples.parquet")
+    assert samples["predicted"].tolist() == predicted.tolist()
+    assert samples["times_selected"].tolist() == (warm.times_selected + pruning.times_selected).tolist()
+    for score in ("loss", "small_loss", "settled"):
+        np.testing.assert_array_equal(samples[f"score_{score}"], pruning.scores(score))
 
 
 MEASURED = ("seconds_train", "seconds_total", "seconds_warmup", "seconds_select", "samples_per_second", "finished_at")
@@ -584,7 +700,7 @@ def assert_same_run(folder, other):
 @pytest.mark.parametrize("name", ["static_forgetting", "static_prune4rel"])
 def test_stopped_after_any_step_and_after_the_choice_a_run_ends_bit_identically(tmp_path, monkeypatch, name):
     setting = (f"pruner={name}", "pruner.warmup=2", "batch_size=50")
-    stop = Stop(monkeypatch)
+    stop = Stop()
     assert not stop.run(config_of(tmp_path / "whole", *setting, base=SHORT), 10**9)
     whole, steps = only_run(tmp_path / "whole"), len(stop.steps)
     assert steps == 2 * 3 + 3 * 2
@@ -612,13 +728,19 @@ def test_glister_without_trusted_labels_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "results").exists()
 
 
-def test_a_static_pruner_of_ones_own_needs_a_class_and_no_more():
-    class Even(Static):
-        def choose(self, seen, rng):
-            return PRUNERS["static_random"](fraction=self.fraction).choose(seen, rng)
+class Even(Criterion):
+    """Chooses every other sample."""
 
-    pruning = DynamicPruning(range(N), epochs=2, pruner=Even(warmup=1, fraction=0.5))
-    assert [len(order) for order in walk(pruning)] == [N, 30, 30]
+    def pick(self, seen, rng):
+        return Choice(np.arange(0, len(seen.labels), 2), {"half": 0.5})
+
+
+def test_a_criterion_of_ones_own_needs_a_class_and_no_more(tmp_path):
+    even = {"name": f"{Even.__module__}.Even", "warmup": 1, "fraction": 0.5}
+    folder = trained(Run(validate(config_of(tmp_path, base=SHORT).model_dump() | {"pruner": even})))
+    times = pd.read_parquet(folder / "samples.parquet")["times_selected"].to_numpy()
+    assert (times == np.where(np.arange(len(times)) % 2, 1, 4)).all()
+    assert summary_of(folder)["choice_half"] == 0.5
 
 
 def test_a_window_longer_than_the_run_does_not_matter():

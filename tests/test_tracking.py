@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from alignprune_exp import run as run_module
+from alignprune_exp.runs import RunFolder
 from alignprune_exp.train import main
 
 SMALL = (
@@ -214,11 +214,11 @@ def test_a_run_that_a_full_disk_ends_is_closed_before_the_next_one_starts(tmp_pa
     """An open run would take the metrics of the sweep's next one: wandb.init returns it."""
     fake = wandb()
 
-    def full(self, folder):
+    def full(self, state):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Run, "_save", full)
+        patch.setattr(RunFolder, "save_checkpoint", full)
         assert launch(tmp_path) == 1
     (run,) = fake.runs
     assert len(run.exit_codes) == 1

@@ -84,7 +84,6 @@ class Loop:
     """Trains the epochs of one phase, in which one network learns from the samples of one pruning.
 
     Attributes:
-        first: number of the phase's first epoch in the run.
         step: steps done in the running epoch.
         elapsed: seconds spent on the running epoch before this process took it up.
         predicted: (n,) class that each sample was taken for when it was last trained on; -1 before.
@@ -102,7 +101,7 @@ class Loop:
     ) -> None:
         self.setup, self.pruning, self.network, self.reference = setup, pruning, network, reference
         self.log, self.spent = log, spent or Spent()
-        self.first, self.step, self.elapsed = pruning.epoch, 0, self.spent.seconds
+        self.step, self.elapsed = 0, self.spent.seconds
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=setup.device)
         self._exchanged = self.loss_sum.clone()  # of the sum, what all processes have
         self.predicted = torch.full((setup.n,), -1, dtype=torch.int64, device=setup.device)
@@ -142,7 +141,7 @@ class Loop:
             self.log.observe(pruning.trajectories.last_N.cpu().numpy(), right)
         now.forwarded = len(now.reference) + self.reference.choose(network, pruning)
         clock.lap("reference")
-        if (now.number + 1 - self.first) % config.eval_every == 0 or pruning.epoch == pruning.epochs:
+        if (now.number + 1 - pruning.first) % config.eval_every == 0 or pruning.epoch == pruning.epochs:
             now.tested = self._test(now.number)
         clock.lap("test")
         self.step, self.elapsed = 0, 0.0
@@ -171,14 +170,14 @@ class Loop:
         """Yield the epoch's steps that are left; raise Stopped, with a checkpoint left, where that was asked for."""
         setup, network, pruning = self.setup, self.network, self.pruning
         batches, processes, sizes = setup.train_batches, setup.processes, self._steps(order)
-        epoch, steps, progress = now.number - self.first, len(sizes), Progress()
+        epoch, steps, progress = now.number - pruning.first, len(sizes), Progress()
         if self.step == 0:
             network.learner.begin_epoch(epoch, batches.evaluation(now.selection.indices), network.logits)
         clock.lap("divide")
         network.learner.train()
         mine = batches.epoch(order, now.number, self.step, processes.rank, processes.size, network.learner.views)
         for index, images, labels in mine:
-            now.lr = network.schedule((epoch + self.step / steps) / (pruning.epochs - self.first))
+            now.lr = network.schedule((epoch + self.step / steps) / (pruning.epochs - pruning.first))
             share = len(index) * processes.size / sizes[self.step]
             here = index.to(setup.device, non_blocking=True)
             yield Step(here, images, labels, epoch, self.step, steps, share)

@@ -97,11 +97,11 @@ def epoch_rows(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, list[Row]]:
     )
     clock.lap("diagnostics")
     looked_at = 0
-    if now.number == loop.first:
+    if now.number == pruning.first:
         clock.laps["select"] += loop.spent.seconds
         looked_at = loop.spent.samples
-    passes = loop.network.learner.passes(now.number - loop.first)
-    trained = setup.n * (loop.first if setup.warmup else 0) + int(pruning.times_selected.sum())
+    passes = loop.network.learner.passes(now.number - pruning.first)
+    trained = setup.n * pruning.first + int(pruning.times_selected.sum())
     row = {
         "epoch": now.number,
         "phase": ("train" if loop.log is None else "warmup") if setup.chooses_once else None,

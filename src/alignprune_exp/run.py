@@ -261,12 +261,10 @@ class Run:
     def _choose(self, criterion: Criterion) -> None:
         """Choose by what the warm-up has left, and begin the phase that trains on it, from scratch."""
         setup, before, began = self.setup, self.loop, time.perf_counter()
-        n = setup.n
         network = Network(setup, "model") if before is None else before.network
         network.learner.eval()
-        evidence, samples = _evidence(setup, criterion, network, WarmUpLog(n) if before is None else before.log)
+        evidence, samples = _evidence(setup, criterion, network, WarmUpLog(setup.n) if before is None else before.log)
         try:
-            criterion.check(evidence, n)
             choice = criterion.choose(evidence, generator(setup.config.seed, "choose"))
         except ValueError as error:
             raise Failed(f"run {setup.id} cannot choose: {error}") from None

@@ -136,21 +136,17 @@ class DynamicPruning(Indexed):
         if saved is not None:
             self.pruner = self.pruner.saving(saved, epochs)
         self.score = make_score(score)
-        last = self.pruner.pruning_epochs(epochs)
-        if self.score.aligned and self.pruner.uses_scores and window + 1 > last:
-            enough = next(more for more in itertools.count(epochs) if self.pruner.pruning_epochs(more) > window)
-            shorter = f"a window of at most {last - 1}, or " if last > 3 else ""
-            raise ValueError(
-                f"a window of {window} epochs leaves {self.score.name} none to act in, since pruning lasts delta * "
-                f"epochs, here {last} of {epochs}; use {shorter}{enough} epochs or more"
-            )
+        self.trajectories = bank or Trajectories(self.n, window, unseen, device, bank_dtype)
+        if self.trajectories.n != self.n:
+            raise ValueError(f"bank is of {self.trajectories.n} samples, and the data set has {self.n}; pass its own")
+        device = self.trajectories.last_N.device
+        self.first, self.epochs = self.epoch, self.epoch + epochs
+        self._check_window()
         self.clean: Tensor | None = None
         if clean is not None:
             self.clean = torch.as_tensor(clean, dtype=torch.bool, device=device)
             if self.clean.shape != (self.n,):
                 raise ValueError(f"clean has shape {tuple(self.clean.shape)}; it must be ({self.n},), one a sample")
-        self.trajectories = Trajectories(self.n, window, unseen, device, bank_dtype) if bank is None else bank
-        self._first, self.epochs = self.epoch, self.epoch + epochs
         self.times_selected = np.zeros(self.n, np.int32)
         self._memory = np.full((self.pruner.memory, self.n), np.nan, np.float32)
         self.sampler = EpochSampler(self)
@@ -182,8 +178,9 @@ class DynamicPruning(Indexed):
             if self.epoch >= self.epochs:
                 raise ValueError(f"all {self.epochs} epochs are done; make a new DynamicPruning to train on")
             scores = np.nan_to_num(self._scores, nan=NEVER_SEEN)
-            rng = generator(self.seed, "select", self.pruner.address(self.epoch, self.n))
-            self._selection = self.pruner.select(scores, self.epoch - self._first, self.epochs - self._first, rng)
+            epoch, epochs = self.epoch - self.first, self.epochs - self.first
+            rng = generator(self.seed, "select", self.first + self.pruner.address(epoch, self.n))
+            self._selection = self.pruner.select(scores, epoch, epochs, rng)
         return self._selection
 
     def order(self) -> np.ndarray:
@@ -346,6 +343,7 @@ class DynamicPruning(Indexed):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, mid-epoch too: tensors and numbers, safe for ``torch.load(weights_only=True)``."""
         return {
+            "first": self.first,
             "trajectories": self.trajectories.state_dict(),
             "scores": torch.from_numpy(self._scores),
             "times_selected": torch.from_numpy(self.times_selected),
@@ -360,6 +358,7 @@ class DynamicPruning(Indexed):
         Raises ValueError if it is of another number of samples, window, or version of this package.
         """
         self.trajectories.load_state_dict(state["trajectories"])
+        self.first, self.epochs = state["first"], self.epochs - self.first + state["first"]
         self._scores = state["scores"].numpy().copy()
         self.times_selected = state["times_selected"].numpy().copy()
         self._step = state["step"]
@@ -369,6 +368,20 @@ class DynamicPruning(Indexed):
 
     def __reduce__(self) -> tuple[type[Indexed], tuple[Any]]:
         return Indexed, (self.dataset,)
+
+    def _check_window(self) -> None:
+        """Raise ValueError for a window that is full only when pruning is over, where the score needs a full one."""
+        if not (self.score.aligned and self.pruner.uses_scores):
+            return
+        window, epochs = self.trajectories.window, self.epochs - self.first
+        missing, last = window - self.first, self.pruner.pruning_epochs(epochs)
+        if missing >= last:
+            enough = next(more for more in itertools.count(epochs) if self.pruner.pruning_epochs(more) > missing)
+            shorter = f"a window of at most {self.first + last - 1}, or " if self.first + last > 3 else ""
+            raise ValueError(
+                f"a window of {window} epochs leaves {self.score.name} none to act in, since pruning lasts delta * "
+                f"epochs, here {last} of {epochs}; use {shorter}{enough} epochs or more"
+            )
 
     def _watch(self, losses: Tensor) -> None:
         """Note the first step with a loss that is not finite, without waiting for the device."""

@@ -62,7 +62,10 @@ class Fixed(Pruner):
     uses_scores: ClassVar[bool] = False
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
-        return unweighted(np.sort(self.indices))
+        n, indices = len(scores), np.unique(self.indices)
+        if not 0 < len(self.indices) == len(indices) or indices[0] < 0 or indices[-1] >= n:
+            raise ValueError(f"Fixed: indices are not some of 0 to {n - 1}, each once; pass those of a Choice")
+        return unweighted(indices)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion(Plan):
-    """Chooses floor(fraction * n) samples once, by what a warm-up shows. Subclass it and implement ``choose``.
+    """Chooses floor(fraction * n) samples once, by what a warm-up shows. Subclass it and implement ``pick``.
 
     >>> evidence = Evidence(labels=labels, probabilities=probabilities)                 # doctest: +SKIP
     >>> chosen = EL2N(fraction=0.5).choose(evidence, np.random.default_rng(0))          # doctest: +SKIP
@@ -150,24 +150,29 @@ class Criterion(Plan):
         return int(self.warmup) if self.warmup >= 1 or self.warmup == 0 else max(1, round(self.warmup * epochs))
 
     def choose(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
+        """Return the choice; raise ValueError for evidence that is missing, of a wrong shape, or not a number."""
+        self._check(evidence)
+        return self.pick(evidence, rng)
+
+    def pick(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
         """Return the choice, from the evidence that the criterion needs."""
         raise NotImplementedError
 
-    def check(self, evidence: Evidence, n: int) -> None:
-        """Raise ValueError for evidence that is missing, of a wrong shape, or not a number."""
+    def _check(self, evidence: Evidence) -> None:
         name = type(self).__name__
-        parts = [("", evidence, n)]
+        parts = [("", evidence)]
         if "reference" in self.needs:
             if evidence.reference is None:
                 raise ValueError(f"{name} chooses by a reference set, which the evidence lacks")
-            parts.append(("the reference set's ", evidence.reference, len(evidence.reference.labels)))
-        for whose, part, size in parts:
+            parts.append(("the reference set's ", evidence.reference))
+        for whose, part in parts:
+            size = len(part.labels)
             for needed in sorted(self.needs - {"reference"} | {"labels"}):
                 values = getattr(part, needed)
                 if values is None:
                     raise ValueError(f"{name} chooses by {whose}{needed}, which the evidence lacks")
                 if len(values) != size:
-                    raise ValueError(f"the evidence has {len(values)} {needed} for {size} samples")
+                    raise ValueError(f"the evidence has {len(values)} of {whose}{needed} for {size} labels")
                 if np.isnan(values.sum()):
                     raise ValueError(f"{whose}{needed} in the evidence hold NaN")
 
@@ -178,7 +183,7 @@ class StaticRandom(Criterion):
 
     warmup: int | float = 0
 
-    def choose(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
+    def pick(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
         n = len(evidence.labels)
         return Choice(np.sort(rng.choice(n, share(n, self.fraction), replace=False)))
 
@@ -197,7 +202,7 @@ class Ranked(Criterion):
         """Return each sample's worth (n,)."""
         raise NotImplementedError
 
-    def choose(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
+    def pick(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
         worth = self.worth(evidence)
         groups = _groups(evidence.labels, self.balanced)
         sizes = proportional([len(group) for group in groups], share(len(worth), self.fraction))
@@ -317,7 +322,7 @@ class Glister(Criterion):
         if self.rounds < 1:
             raise ValueError(f"Glister: rounds={self.rounds} is out of range; use 1 or more")
 
-    def choose(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
+    def pick(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
         assert evidence.reference is not None
         groups = _groups(evidence.labels, self.balanced)
         sizes = proportional([len(group) for group in groups], share(len(evidence.labels), self.fraction))
@@ -410,7 +415,7 @@ class Prune4ReL(Criterion):
         if self.neighbours < 1:
             raise ValueError(f"Prune4ReL: neighbours={self.neighbours} is out of range; use 1 or more")
 
-    def choose(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
+    def pick(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
         assert evidence.probabilities is not None
         assert evidence.embeddings is not None
         n = len(evidence.labels)
