@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .console import one_line
 from .errors import UsageError
 from .files import write_atomically
-from .runs import CHECKPOINTS, owner_alive, read_json
+from .runs import CHECKPOINTS, Folder, owner_alive, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,7 @@ class Damaged(UsageError):
         reason: the file's name and what is wrong with it, without any path.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(self, path: Folder, what: str) -> None:
         super().__init__(one_line(f"{path} is damaged ({what}); run it again with force=true, or remove the folder"))
         self.folder, self.reason = path.parent, one_line(f"{path.name}: {what}")
 
@@ -146,13 +146,13 @@ class Row(Values):
 class Record:
     """One finished run: its folder, and what ``summary.json``, ``environment.json`` and ``metrics.jsonl`` hold."""
 
-    folder: Path
+    folder: Folder
     summary: dict[str, Any]
     environment: dict[str, Any]
     rows: list[dict[str, Any]]
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Folder) -> Record | None:
     """Return the record of a run; None of one that has not finished. Raises Damaged.
 
     ``summary.json`` and ``metrics.jsonl`` must tell the same of the run.
@@ -191,14 +191,14 @@ def _retold(record: Record) -> Iterator[tuple[str, float | None]]:
             yield f"{key}_best", max(tested, default=None)
 
 
-def _refuse_lost(folder: Path) -> None:
+def _refuse_lost(folder: Folder) -> None:
     """Raise Damaged for a run with metrics that has neither ended, nor is running, nor can be gone on with."""
     begun = (folder / "metrics.jsonl").exists()
     if begun and not any((folder / name).exists() for name in CHECKPOINTS) and not owner_alive(folder):
         raise Damaged(folder / "summary.json", "not there, nor is a checkpoint")
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
+def read_summary(folder: Folder) -> dict[str, Any] | None:
     """Return ``summary.json`` of an ended run; None where there is none. Raises Damaged."""
     path = folder / "summary.json"
     try:
@@ -214,7 +214,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary
 
 
-def read_environment(folder: Path) -> dict[str, Any]:
+def read_environment(folder: Folder) -> dict[str, Any]:
     """Return ``environment.json``. Raises Damaged."""
     path = folder / "environment.json"
     environment = _object(path, _read(path))
@@ -222,7 +222,7 @@ def read_environment(folder: Path) -> dict[str, Any]:
     return environment
 
 
-def read_metrics(folder: Path, ended: bool = True) -> list[dict[str, Any]]:
+def read_metrics(folder: Folder, ended: bool = True) -> list[dict[str, Any]]:
     """Return the rows of ``metrics.jsonl``, by epoch. Raises Damaged.
 
     A run that has not ``ended`` may have none yet, and may have been cut off in its last line, which is left out.
@@ -247,13 +247,13 @@ def read_metrics(folder: Path, ended: bool = True) -> list[dict[str, Any]]:
     return rows
 
 
-def config_ids_of(folder: Path) -> set[str]:
+def config_ids_of(folder: Folder) -> set[str]:
     """Return the id of a run's config; of a damaged record none, where it is not told, or two that are told."""
     told = ((read_json(folder / name) or {}).get("config_id") for name in ("summary.json", "environment.json"))
     return {id for id in told if isinstance(id, str)}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Folder) -> dict[str, Any]:
     """Return ``config.yaml``, with its nodes ``dataset``, ``noise`` and ``paths``. Raises Damaged."""
     from omegaconf import OmegaConf
 
@@ -285,7 +285,7 @@ def read_dynamics(record: Record) -> pd.DataFrame:
     return frame
 
 
-def read_samples(folder: Path) -> pd.DataFrame:
+def read_samples(folder: Folder) -> pd.DataFrame:
     """Return ``samples.parquet`` of a finished run. Raises UsageError where there is none, and Damaged."""
     path = folder / "samples.parquet"
     if not path.exists():
@@ -308,7 +308,7 @@ def read_samples(folder: Path) -> pd.DataFrame:
     return frame
 
 
-def _check_ranges(path: Path, frame: pd.DataFrame, classes: int) -> None:
+def _check_ranges(path: Folder, frame: pd.DataFrame, classes: int) -> None:
     labels = (0, classes - 1)
     ranges = {"label": labels, "clean_label": labels, "predicted": (-1, classes - 1)}
     for column, (low, high) in {**ranges, "index": (0, math.inf), "times_selected": (0, math.inf)}.items():
@@ -317,7 +317,7 @@ def _check_ranges(path: Path, frame: pd.DataFrame, classes: int) -> None:
             raise Damaged(path, f"{column} from {known.min()} to {known.max()}, where {low} to {high} may be")
 
 
-def _check_with_summary(path: Path, frame: pd.DataFrame, summary: Mapping[str, Any] | None) -> None:
+def _check_with_summary(path: Folder, frame: pd.DataFrame, summary: Mapping[str, Any] | None) -> None:
     if summary is None or summary["status"] == "failed":
         raise UsageError(f"{path.parent} is no run that finished; the same command goes on with it")
     n = summary.get("samples") or len(frame)
@@ -336,7 +336,7 @@ def write_parquet(path: Path, table: pa.Table, **facts: object) -> None:
     write_atomically(path, lambda file: pq.write_table(named, file, write_page_checksum=True))
 
 
-def _read_parquet(path: Path) -> tuple[pa.Table, dict[str, str]]:
+def _read_parquet(path: Folder) -> tuple[pa.Table, dict[str, str]]:
     """Return a table of a run, and the facts in its metadata, which older versions did not write. Raises Damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -355,7 +355,7 @@ def _read_parquet(path: Path) -> tuple[pa.Table, dict[str, str]]:
     return table, facts
 
 
-def _check_column(path: Path, table: pa.Table, column: str, kind: str) -> None:
+def _check_column(path: Folder, table: pa.Table, column: str, kind: str) -> None:
     """Raise Damaged unless the column is there once with ``int``, ``text``, finite ``float``, or ``score`` (or NaN)."""
     from pyarrow import types
 
@@ -376,7 +376,7 @@ def _check_column(path: Path, table: pa.Table, column: str, kind: str) -> None:
         raise Damaged(path, f"{column} has values that are no {kind}")
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Folder) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -385,7 +385,7 @@ def _read(path: Path) -> bytes:
         raise Damaged(path, f"cannot be read: {error.strerror}") from None
 
 
-def _object(path: Path, text: bytes, where: str = "") -> dict[str, Any]:
+def _object(path: Folder, text: bytes, where: str = "") -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
@@ -395,7 +395,7 @@ def _object(path: Path, text: bytes, where: str = "") -> dict[str, Any]:
     return values
 
 
-def _check(schema: type[Values], values: Mapping[str, Any], path: Path, where: str = "") -> None:
+def _check(schema: type[Values], values: Mapping[str, Any], path: Folder, where: str = "") -> None:
     try:
         schema.model_validate(values)
     except ValidationError as error:

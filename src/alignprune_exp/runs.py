@@ -18,6 +18,9 @@ from typing import IO, Any
 
 from .errors import Elsewhere, Failed, UsageError, is_of_memory
 from .files import printable, write_atomically
+from .packs import Packed, packed_runs
+
+Folder = Path | Packed  # of a run
 
 HEARTBEAT = 60.0  # seconds between signs of life in the lock
 LAPSE = 300.0  # seconds of silence after which another host's lock counts for nothing
@@ -55,15 +58,15 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
-def run_folders(results: Path) -> list[Path]:
+def run_folders(results: Path) -> list[Folder]:
     """Return the folders of all runs under ``results``, but for those set aside, in order of their ids."""
-    try:
-        return sorted(Path(entry.path) for entry in os.scandir(results / "runs") if "~" not in entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    folders: list[Folder] = [*packed_runs(results)]
+    with suppress(FileNotFoundError, NotADirectoryError):
+        folders += [Path(entry.path) for entry in os.scandir(results / "runs") if "~" not in entry.name]
+    return sorted(folders, key=lambda folder: folder.name)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Folder) -> dict[str, Any] | None:
     """Return what a JSON file holds; None if it is not there or damaged."""
     try:
         values = json.loads(path.read_bytes())
@@ -72,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def summaries(results: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def summaries(results: Path) -> Iterator[tuple[Folder, dict[str, Any]]]:
     """Yield the folder and summary of every ended run under ``results``, but for those set aside or damaged."""
     for folder in run_folders(results):
         if (summary := read_json(folder / "summary.json")) is not None:
@@ -345,17 +348,15 @@ def _parse(file: IO[str]) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) and {"host", "pid"} <= owner.keys() else None
 
 
-def owner_alive(folder: Path) -> bool:
+def owner_alive(folder: Folder) -> bool:
     """Return whether a process seems to be running in ``folder``, without touching its lock.
 
     A heartbeat that is dated further ahead than ``LAPSE`` tells nothing, and counts for none.
     """
-    path = folder / "lock"
-    owner = read_json(path)
-    if owner is None:
+    if isinstance(folder, Packed) or (owner := read_json(folder / "lock")) is None:
         return False
     if owner.get("host") != socket.gethostname():
-        return abs(time.time() - path.stat().st_mtime) <= LAPSE
+        return abs(time.time() - (folder / "lock").stat().st_mtime) <= LAPSE
     try:
         os.kill(int(owner["pid"]), 0)
     except (ProcessLookupError, KeyError, TypeError, ValueError, OverflowError):  # the lock may be damaged

@@ -12,7 +12,7 @@ from pathlib import Path
 from .console import duration, one_line
 from .errors import UsageError
 from .records import Damaged, config_ids_of, read_environment, read_metrics, read_record, read_summary
-from .runs import owner_alive, run_folders
+from .runs import Folder, owner_alive, run_folders
 from .suites import Suite, suite_of
 
 STATES = ("missing", "damaged", "interrupted", "failed", "running", "done")  # of several folders the last counts
@@ -28,7 +28,7 @@ class State:
     left: float | None = None
 
 
-def state(folder: Path) -> State:
+def state(folder: Folder) -> State:
     """Return the state of the run in a folder."""
     try:
         if (record := read_record(folder)) is not None:
@@ -41,7 +41,7 @@ def state(folder: Path) -> State:
         return State("damaged", one_line(f"{folder.name}: {error.reason}"))
 
 
-def _unfinished(folder: Path) -> State:
+def _unfinished(folder: Folder) -> State:
     """Return the state of a run that has not ended. Raises Damaged."""
     rows = read_metrics(folder, ended=False)
     epochs = read_environment(folder).get("epochs") or 0
@@ -91,10 +91,12 @@ def overview(suite: Suite, results: Path) -> str:
     return "\n".join(lines)
 
 
-def _begun(folder: Path) -> bool:
+def _begun(folder: Folder) -> bool:
     """Return whether there is more in a folder than a process that is about to begin."""
     try:
-        return not owner_alive(folder) and any(name != "lock" for name in os.listdir(folder))
+        return (
+            isinstance(folder, Path) and not owner_alive(folder) and any(name != "lock" for name in os.listdir(folder))
+        )
     except NotADirectoryError:
         return False
     except OSError:

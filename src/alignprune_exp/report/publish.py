@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +12,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..errors import UsageError
+from ..packs import pack
 from ..records import Record, config_ids_of, read_config, read_dynamics, read_record
-from ..runs import run_folders
+from ..runs import Folder, run_folders
 from ..suites import Suite, suite_of
 
 FOLDERS = ("paths.data", "paths.results", "dataset.root", "dataset.imagenet_root")
@@ -24,26 +22,28 @@ OF_THE_MACHINE = ("host", "slurm_job_id")  # keys of environment.json that are n
 
 
 def publish(suite: Suite, results: Path) -> tuple[list[str], list[str], list[str]]:
-    """Copy the suite's finished runs from ``results/runs`` to ``results/records/runs``, scrubbed.
+    """Pack the suite's finished runs, scrubbed, from ``results/runs`` into ``results/records/<suite>_<scale>.parquet``.
 
-    Returns the ids that are new there, those that were there already, and the names of the cells without a run.
-    Each record appears whole or not at all. Raises UsageError, with nothing written, for a record there that differs,
-    and Damaged for one of either place that is damaged.
+    Returns the ids that are new, those that were published already, in whatever suite, and the names of the cells
+    without a run. The pack is written whole or not at all. Raises UsageError, with nothing written, for a run that is
+    published with another record, and Damaged for one of either place that is damaged.
     """
     wanted = {cell.config_id for cell in suite.cells}
     runs, known = _finished(results, wanted), _finished(results / "records", wanted)
-    target = results / "records" / "runs"
     new: dict[str, dict[str, bytes]] = {}
     for id, record in runs.items():
         files = compact(record)
-        place = target / id
-        if not place.exists():
+        if id not in known:
             new[id] = files
-        elif _differs(place, files):
-            raise UsageError(f"{place} holds another record of run {id}; remove it first to publish this one instead")
+        elif _differs(known[id].folder, files):
+            raise UsageError(
+                f"{known[id].folder.parent} holds another record of run {id}; take it back with git, or run that one "
+                "again with force=true"
+            )
+    target = results / "records" / f"{suite.name}_{suite.cells[0].config.scale}.parquet"
     try:
-        for id, files in new.items():
-            _write(target / id, files)
+        if new:
+            pack(target, new)
     except OSError as error:
         raise UsageError(f"the records cannot be written: {error.strerror} ({error.filename})") from None
     there = {record.summary["config_id"] for record in (*runs.values(), *known.values())}
@@ -57,11 +57,9 @@ def _finished(results: Path, wanted: set[str]) -> dict[str, Record]:
     return {record.folder.name: record for record in records if record is not None}
 
 
-def _differs(place: Path, files: Mapping[str, bytes]) -> bool:
+def _differs(folder: Folder, files: Mapping[str, bytes]) -> bool:
     """Return whether a published record is another than ``files``; the bytes of Parquet depend on its writer."""
-    if not all((place / name).is_file() for name in files):
-        return True
-    return any((place / name).read_bytes() != data for name, data in files.items() if not name.endswith(".parquet"))
+    return any((folder / name).read_bytes() != data for name, data in files.items() if not name.endswith(".parquet"))
 
 
 def compact(record: Record) -> dict[str, bytes]:
@@ -72,7 +70,7 @@ def compact(record: Record) -> dict[str, bytes]:
         "config.yaml": OmegaConf.to_yaml(OmegaConf.create(scrubbed_config(read_config(folder)))).encode(),
         "summary.json": _json(record.summary),
         "metrics.jsonl": (folder / "metrics.jsonl").read_bytes(),
-        "dynamics.parquet": _zstd(folder / "dynamics.parquet"),
+        "dynamics.parquet": (folder / "dynamics.parquet").read_bytes(),
         "environment.json": _json(scrubbed_environment(record.environment)),
     }
 
@@ -127,27 +125,6 @@ def _json(values: Any) -> bytes:
     return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _zstd(path: Path) -> bytes:
-    import pyarrow.parquet as pq
-
-    buffer = io.BytesIO()
-    pq.write_table(pq.read_table(path), buffer, compression="zstd", compression_level=15)
-    return buffer.getvalue()
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Fill a folder beside ``folder``, which readers ignore for its ``~``, then move it into place."""
-    temporary = folder.with_name(f"{folder.name}~{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        for name, data in files.items():
-            (temporary / name).write_bytes(data)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def main(arguments: Sequence[str]) -> int:
     """Publish; say what was and what is missing; return 0, or 2 for a mistake."""
     try:
@@ -158,7 +135,7 @@ def main(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     for id in new:
-        print(f"published {results / 'records' / 'runs' / id}")
+        print(f"published {id}")
     print(f"{len(new)} published, {len(known)} published before, {len(missing)} missing")
     for name in missing:
         print(f"missing   {name}")

@@ -1,0 +1,118 @@
+"""Published records: the runs of a suite in one Parquet file, a row a run, which reads like their folders."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .files import write_atomically
+
+FILES = {  # of a run's folder, by column; all texts but the dynamics, which are rows
+    "config": "config.yaml",
+    "summary": "summary.json",
+    "environment": "environment.json",
+    "metrics": "metrics.jsonl",
+    "dynamics": "dynamics.parquet",
+}
+COLUMNS = {name: column for column, name in FILES.items()}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A run's folder, or a file in it, in a pack; it stands wherever a `Path` of one is read.
+
+    Attributes:
+        pack: the Parquet file.
+        run: the run's id.
+        file: the file's name; empty for the folder.
+    """
+
+    pack: Path
+    run: str
+    file: str = ""
+
+    def __truediv__(self, name: str) -> Packed:
+        return Packed(self.pack, self.run, name)
+
+    def __str__(self) -> str:
+        return f"{self.pack}: {self.run}" + (f"/{self.file}" if self.file else "")
+
+    @property
+    def name(self) -> str:
+        return self.file or self.run
+
+    @property
+    def parent(self) -> Packed | Path:
+        return Packed(self.pack, self.run) if self.file else self.pack
+
+    def exists(self) -> bool:
+        return not self.file or self.file in COLUMNS
+
+    is_file = exists
+
+    def read_bytes(self) -> bytes:
+        """Raises FileNotFoundError for what is not packed."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self.file not in COLUMNS:
+            raise FileNotFoundError(str(self))
+        table, rows = _opened(self.pack, self.pack.stat().st_mtime_ns)
+        content = table[COLUMNS[self.file]][rows[self.run]]
+        if self.file != FILES["dynamics"]:
+            return content.as_py().encode()
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_struct_array(content.values), buffer)
+        return buffer.getvalue()
+
+
+def packed_runs(folder: Path) -> list[Packed]:
+    """Return the runs in the packs of a folder named ``records``. Raises UsageError for one that cannot be read."""
+    packs = sorted(folder.glob("*.parquet")) if folder.absolute().name == "records" else []
+    return [Packed(pack, run) for pack in packs for run in _opened(pack, pack.stat().st_mtime_ns)[1]]
+
+
+def pack(path: Path, runs: Mapping[str, Mapping[str, bytes]]) -> None:
+    """Add runs to a pack, new or not: the files of each by name, as ``FILES`` has them; in order of their ids."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    old = _opened(path, path.stat().st_mtime_ns)[0].to_pylist() if path.exists() else []
+    rows = {row["id"]: row for row in old} | {id: _row(id, files) for id, files in runs.items()}
+    table = pa.Table.from_pylist([rows[id] for id in sorted(rows)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        path,
+        lambda file: pq.write_table(table, file, compression="zstd", compression_level=15, write_page_checksum=True),
+    )
+
+
+def _row(id: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = {column: files[name].decode() for column, name in FILES.items() if column != "dynamics"}
+    dynamics = pq.read_table(pa.BufferReader(files[FILES["dynamics"]])).to_pylist()
+    return {"id": id, **texts, "dynamics": dynamics}
+
+
+@lru_cache(maxsize=64)
+def _opened(path: Path, changed: int) -> tuple[Any, dict[str, int]]:
+    """Return the table of a pack, and the row of each run; ``changed`` is when, so that a new file is read anew."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        missing = {"id", *FILES} - set(table.column_names)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{path} cannot be read as published records ({reason}): take it back with git") from None
+    return table, {id: row for row, id in enumerate(table["id"].to_pylist())}
