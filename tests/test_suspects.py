@@ -73,6 +73,13 @@ def test_by_another_score_into_a_file_found_by_id(run, tmp_path, capsys):
     assert pd.read_csv(out)["index"].tolist() == [7, 9, 10, 5, 8, 6]  # the one without a score comes last
 
 
+@pytest.mark.parametrize("name", ["0123", "0123~1"])
+def test_a_run_is_found_from_within_its_folder_also_when_it_was_set_aside(run, name, monkeypatch, capsys):
+    monkeypatch.chdir(run.rename(run.with_name(name)))
+    assert main(["."]) == 0
+    assert len(listed(capsys)[0]) == 6
+
+
 def test_paths_that_begin_like_a_formula_are_texts(run, capsys):
     write_samples(run, SAMPLES.assign(path=["=cmd()", "+1", "-1", "@x", "a=b", "\tx"]))
     assert main([str(run)]) == 0

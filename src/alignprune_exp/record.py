@@ -20,6 +20,7 @@ from .diagnostics import detection_auroc, dynamics, kept_noise
 from .files import write_atomically
 from .loop import Epoch, Loop
 from .pruning import SCORES, Choice, DynamicPruning
+from .records import write_parquet
 from .runs import RunFolder, write_text
 from .setup import Setup
 
@@ -241,6 +242,7 @@ def environment(setup: Setup, command: str, resumed_at: int) -> Row:
 def write_samples(path: Path, setup: Setup, loop: Loop) -> None:
     """Write ``samples.parquet``: a row a training sample, with every score; empty where unknown."""
     import pandas as pd
+    import pyarrow as pa
 
     pruning, train = loop.pruning, setup.data.train
     empty = np.full(setup.n, np.nan, np.float32)
@@ -258,7 +260,7 @@ def write_samples(path: Path, setup: Setup, loop: Loop) -> None:
             "times_selected": setup.warmup + pruning.times_selected,
         }
     )
-    write_atomically(path, lambda file: frame.to_parquet(file, index=False))
+    write_parquet(path, pa.Table.from_pandas(frame, preserve_index=False), classes=len(setup.data.classes))
 
 
 def commit() -> str | None:

@@ -209,7 +209,7 @@ def read_summary(folder: Folder) -> dict[str, Any] | None:
         raise Damaged(path, f"cannot be read: {error.strerror}") from None
     summary = _object(path, text)
     _check(Failed if summary.get("status") == "failed" else Finished, summary, path)
-    if summary["id"] != folder.name:
+    if summary["id"] != _id_of(folder):
         raise Damaged(path, f"of run {_shown(summary['id'])}")
     return summary
 
@@ -303,7 +303,7 @@ def read_samples(folder: Folder) -> pd.DataFrame:
     if not frame["index"].is_unique:
         raise Damaged(path, "an index is there twice")
     classes = facts.get("classes", "")
-    _check_ranges(path, frame, int(classes) if classes.isdecimal() else 2**31)
+    _check_ranges(path, frame, int(classes) if classes.isdecimal() and len(classes) < 10 else 2**31)
     _check_with_summary(path, frame, read_summary(folder))
     return frame
 
@@ -332,7 +332,9 @@ def write_parquet(path: Path, table: pa.Table, **facts: object) -> None:
     """Write a table of a run, with checksums, and with the run's id and ``facts`` in its metadata."""
     import pyarrow.parquet as pq
 
-    named = table.replace_schema_metadata({"run": path.parent.name} | {key: str(fact) for key, fact in facts.items()})
+    named = table.replace_schema_metadata(
+        {"run": _id_of(path.parent)} | {key: str(fact) for key, fact in facts.items()}
+    )
     write_atomically(path, lambda file: pq.write_table(named, file, write_page_checksum=True))
 
 
@@ -350,7 +352,7 @@ def _read_parquet(path: Folder) -> tuple[pa.Table, dict[str, str]]:
         facts = {key.decode(): fact.decode() for key, fact in (table.schema.metadata or {}).items()}
     except (pa.ArrowException, OSError, ValueError):
         raise Damaged(path, "cannot be read as Parquet") from None
-    if (owner := facts.get("run", path.parent.name)) != path.parent.name:
+    if (owner := facts.get("run", _id_of(path.parent))) != _id_of(path.parent):
         raise Damaged(path, f"of run {_shown(owner)}")
     return table, facts
 
@@ -374,6 +376,11 @@ def _check_column(path: Folder, table: pa.Table, column: str, kind: str) -> None
     gaps = values.null_count or np.isnan(numbers).any()
     if (gaps and kind != "score") or np.isinf(numbers).any():
         raise Damaged(path, f"{column} has values that are no {kind}")
+
+
+def _id_of(folder: Folder) -> str:
+    """Return the id of a folder's run; one that was set aside is called ``<id>~1``."""
+    return folder.name.partition("~")[0]
 
 
 def _read(path: Folder) -> bytes:
