@@ -17,13 +17,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from alignprune_exp.console import one_line
 from alignprune_exp.errors import UsageError
 from alignprune_exp.report.figures import save_all
 from alignprune_exp.report.html import page
 from alignprune_exp.report.mirrored import download
 from alignprune_exp.report.tables import Table, filled, latex, long_csv, make_table, markdown, read_records, wide_csv
 from alignprune_exp.runs import write_text
-from alignprune_exp.suites import load_suite, suite_names
+from alignprune_exp.suites import load_suite, option_names
 from alignprune_exp.suspects import Sheet, report_sheet
 
 
@@ -49,14 +50,20 @@ def main(arguments: Sequence[str]) -> int:
 
 def write(results: Sequence[Path], arguments: argparse.Namespace) -> int:
     records = read_records(results)
-    for id in sorted(records.damaged):
-        print(f"skipped {id}: its record is damaged", file=sys.stderr)
+    for error, _ in records.damaged:
+        print(f"left out: {error}", file=sys.stderr)
     if not records:
         places = [*map(str, arguments.results), *([arguments.wandb] if arguments.wandb else [])]
         print(f"no finished runs under {', '.join(places)}; run a suite first", file=sys.stderr)
         return 2
     scales = sorted({record.summary["scale"] for record in records.values()})
-    names = sorted(suite_names(arguments.config_dir), key=lambda name: name != "main")
+    for scale in sorted(set(scales) - set(option_names("scale", arguments.config_dir))):
+        ids = ", ".join(record.folder.name for record in records.values() if record.summary["scale"] == scale)
+        print(
+            f"left out: no config has scale={one_line(scale)}, which {ids} ran at; give --config-dir", file=sys.stderr
+        )
+        scales.remove(scale)
+    names = sorted(option_names("suite", arguments.config_dir), key=lambda name: name != "main")
     asked = [(name, scale) for scale in scales for name in names]
     with ProcessPoolExecutor() as pool:
         loading = [pool.submit(load_suite, name, [f"scale={scale}"], arguments.config_dir) for name, scale in asked]
@@ -73,6 +80,8 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> int:
     for place in (folder, drawings):
         place.mkdir(parents=True, exist_ok=True)
     images = save_all(tables, drawings)
+    for id, reason in sorted({(id, reason) for table in tables for id, reason in table.undrawn.items()}):
+        print(f"not drawn: {id} ({reason})", file=sys.stderr)
     for table in tables:
         stem = folder / table.name
         write_text(stem.with_name(f"{stem.name}.md"), markdown(table))
@@ -93,7 +102,7 @@ def _sheets(tables: Sequence[Table], data: Path | None) -> dict[str, Sheet]:
         return sheets
     for table in tables:
         runs = table.long.sort_values("noise_rate", ascending=False, kind="stable")["id"]
-        folders = [table.folders[id] for id in runs if (table.folders[id] / "samples.parquet").is_file()]
+        folders = [folder for id in runs if ((folder := table.records[id].folder) / "samples.parquet").is_file()]
         try:
             if folders:
                 sheets[table.name] = report_sheet(folders[0], data)

@@ -77,7 +77,7 @@ def tables():
 def report(tables, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     path = folder / "report.html"
-    path.write_text(page(tables, save(tables[0], folder)))
+    path.write_text(page(tables, save(tables[0], folder)[0]))
     return path
 
 

@@ -31,11 +31,10 @@ from alignprune_exp.report.tables import (
 )
 from alignprune_exp.suites import load_suite
 from alignprune_exp.train import main as train
+from recorded import HOST, SECRET, edit_json, edit_rows, write_record
 
 ROOT = Path(__file__).parents[1]
 GRID = ["scale=smoke", "dataset=digits", "noise=clean,sym0.5", "method=full,infobatch,infobatch_das"]
-HOST = "stromboli-host-17"
-SECRET = "/home/somebody/secret"
 ACCURACY = {  # by row and column, seeds 0, 1, 2
     ("full", "clean"): [70.0, 71.0, 72.0],
     ("full", "sym0.5"): [50.0, 51.0, 52.0],
@@ -44,81 +43,6 @@ ACCURACY = {  # by row and column, seeds 0, 1, 2
     ("infobatch_das", "clean"): [71.0, 73.0, 72.0],
     ("infobatch_das", "sym0.5"): [60.0, 61.0],
 }
-
-
-def write_record(results, id, config_id, accuracy, seed=0, **changes):
-    """Write a record of two epochs."""
-    folder = results / "runs" / id
-    folder.mkdir(parents=True)
-    summary = {
-        "id": id,
-        "config_id": config_id,
-        "status": "finished",
-        "dataset": "digits",
-        "noise": "sym",
-        "noise_rate": 0.5,
-        "pairing": None,
-        "pruner": "infobatch",
-        "score": "das",
-        "window": 3,
-        "seed": seed,
-        "scale": "smoke",
-        "epochs": 2,
-        "test_accuracy_final": accuracy,
-        "test_accuracy_best": accuracy + 3,
-        "saved": 0.25,
-        "kept_noise_mean": 0.4,
-        "kept_noise_weighted_mean": 0.5,
-        "detection_auroc_last": 0.6,
-        "seconds_train": 8.0,
-        "seconds_total": 12.0,
-        "samples_per_second": 1000.0,
-        "commit": "c" * 40,
-        "finished_at": "2026-01-01T00:00:00+00:00",
-    } | changes
-    environment = {
-        "platform": f"Linux-6.1-{HOST}-x86_64",
-        "precision": "fp32",
-        "host": HOST,
-        "commit": "c" * 40,
-        "command": f"python -m alignprune_exp.train paths.data={SECRET} dataset.root={SECRET} seed={seed} "
-        f"'paths.results={SECRET} x' noise.file=~/n.pt tracking.entity=somebody",
-        "data_fingerprint": "f" * 64,
-    }
-    rows = [
-        {
-            "epoch": epoch,
-            "test_accuracy": accuracy - 1 + epoch,
-            "kept_noise": 0.4,
-            "kept_fraction": 0.75,
-            "auroc_das": 0.6 + epoch / 10,
-            "auroc_loss": 0.1,
-            "seconds": 6.0,
-            "seconds_test": 2.0,
-            "seconds_select": 0.1,
-            "seconds_score": 0.2,
-            "seconds_reference": 0.1,
-        }
-        for epoch in range(2)
-    ]
-    dynamics = [
-        {"epoch": epoch, "kind": kind, "name": name, "group": group, "x": x, "value": 1.0 + x + epoch}
-        for epoch in range(2)
-        for group in ("clean", "noisy")
-        for kind, name in (("loss_quantile", "loss"), ("histogram", "das"))
-        for x in (0.25, 0.5, 0.75)
-    ]
-    (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.yaml").write_text(
-        f"dataset: {{name: cifar10, root: {SECRET}}}\nnoise: {{name: sym, file: {SECRET}/n.pt}}\n"
-        f"tracking: {{name: wandb, entity: somebody}}\npaths: {{results: {SECRET}, data: {SECRET}}}\nseed: {seed}\n"
-    )
-    pd.DataFrame(dynamics).to_parquet(folder / "dynamics.parquet")
-    (folder / "samples.parquet").write_text(SECRET)
-    (folder / "checkpoint-a.pt").write_text(SECRET)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -218,18 +142,13 @@ def test_efficiency_and_purity_come_from_metrics(results, suite):
 
 def test_footnotes_name_what_differs(results, suite):
     (first, second, *_) = sorted(results.glob("runs/*"))
-    summary = json.loads((first / "summary.json").read_text())
-    (first / "summary.json").write_text(json.dumps(summary | {"commit": "d" * 40 + "+", "pairing": "unverified"}))
-    environment = json.loads((first / "environment.json").read_text())
-    changed = environment | {"precision": "bf16", "data_fingerprint": "a" * 64}
-    (first / "environment.json").write_text(json.dumps(changed))
-    config_id = json.loads((second / "summary.json").read_text())["config_id"]
+    edit_json(first / "summary.json", commit="d" * 40 + "+", pairing="unverified")
+    edit_json(first / "environment.json", precision="bf16", data_fingerprint="a" * 64)
     (second / "summary.json").write_text('{"id": ')
-    (second / "environment.json").write_text(json.dumps({"config_id": config_id}))
     notes = "\n".join(make_table(suite, "smoke", read_records([results])).notes)
     for words in ("commits: cccccccc, dddddddd+", "precisions: bf16, fp32", "aaaaaaaa, ffffffff", "is unverified"):
         assert words in notes
-    assert f"damaged: {second.name}" in notes
+    assert f"damaged: {second.name} (summary.json: no JSON object)" in notes
 
 
 def test_published_records_hold_nothing_of_the_machine(results, suite):
@@ -271,8 +190,12 @@ def test_commands_lose_their_paths_alone():
     )
 
 
+def test_a_command_whose_quotes_do_not_end_loses_its_paths_too():
+    assert scrubbed_command("python it's seed=1 paths.data=/home/x") == "python it's seed=1 paths.data=DIR"
+
+
 def _everything(table):
-    figures = {name: encode(figure, "png") for name, figure in draw(table).items()}
+    figures = draw_and_encode(table)
     texts = [markdown(table), latex(table), wide_csv(table), long_csv(table), page([table], figures)]
     return texts, figures, {name: encode(figure, "pdf") for name, figure in draw(table).items()}
 
@@ -290,9 +213,14 @@ class _Page(HTMLParser):
     def __init__(self):
         super().__init__()
         self.ids, self.links, self.resources, self.open = set(), set(), [], []
+        self.attributes, self.text = set(), []
+
+    def handle_data(self, data):
+        self.text.append(data)
 
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
+        self.attributes |= given.keys()
         if tag not in ("meta", "link", "img", "br"):
             self.open.append(tag)
         self.ids |= {given["id"]} if "id" in given else set()
@@ -318,12 +246,16 @@ def test_the_report_is_one_page_whose_numbers_lead_to_their_runs(results, suite)
     assert "paths.data=DIR" in texts[-1]
 
 
-def _suite_records(results, name, overrides, values):
+def draw_and_encode(table):
+    return {name: encode(figure, "png") for name, figure in draw(table).items()}
+
+
+def _suite_records(results, name, overrides, values, epochs=2):
     """Write a record for every cell of a suite; ``values`` gives accuracy and saved share from its axes."""
     suite = load_suite(name, ["scale=smoke", "dataset=digits", *overrides])
     for number, cell in enumerate(suite.cells):
         accuracy, saved = values(cell.axes)
-        write_record(results, f"{number:012x}", cell.config_id, accuracy, int(cell.axes["seed"]), saved=saved)
+        write_record(results, f"{number:012x}", cell.config_id, accuracy, int(cell.axes["seed"]), epochs, saved=saved)
     return make_table(suite, "smoke", read_records([results]))
 
 
@@ -377,14 +309,13 @@ def test_purity_names_the_size_of_the_reference_set(tmp_path):
 
 def test_purity_tells_how_noisy_the_reference_set_was_where_records_know(tmp_path):
     grid = ["reference=pseudo,population", "seed=0", "dataset=cifar10", "noise=sym0.5"]
-    table = _suite_records(tmp_path, "reference_free", grid, lambda axes: (40.0, 0.25))
+    table = _suite_records(tmp_path, "reference_free", grid, lambda axes: (40.0, 0.25), epochs=4)
     assert "reference noise" not in _block(table, "Purity")["pseudo"]
     assert "reference_noise" not in table.long
-    for row, shares in (("pseudo", (None, 0.125, 0.375)), ("population", (None, None, None))):
-        (folder,) = (table.folders[id] for id in table.runs(row, "cifar10 sym0.5")["id"])
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(lines[0]) | {"epoch": epoch, "reference_noise": share} for epoch, share in enumerate(shares)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row, shares in (("pseudo", (None, 0.125, None, 0.375)), ("population", (None,) * 4)):
+        (record,) = (table.records[id] for id in table.runs(row, "cifar10 sym0.5")["id"])
+        known = [{"reference_noise": share} for share in shares]
+        edit_rows(record.folder, lambda rows, known=known: [a | b for a, b in zip(rows, known, strict=True)])
     purity = _block(make_table(table.suite, "smoke", read_records([tmp_path])), "Purity")
     assert {row: cells["reference noise"].text for row, cells in purity.items()} == {
         "pseudo": "0.250",
@@ -398,10 +329,11 @@ def test_what_only_some_runs_have_is_shown_where_they_have_it(tmp_path):
     table = _suite_records(tmp_path, "reference_free", grid, lambda axes: (40.0, 0.25))
     assert "Other evaluation sets" not in [block.title for block in blocks(table)]
     assert "warm-up" not in _block(table, "Efficiency")["pseudo"]
-    (folder,) = (table.folders[id] for id in table.runs("pseudo", "cifar10 sym0.5")["id"])
-    summary = json.loads((folder / "summary.json").read_text())
+    (record,) = (table.records[id] for id in table.runs("pseudo", "cifar10 sym0.5")["id"])
+    elsewhere = [{"test_accuracy_imagenet": value} for value in (33.0, 31.25)]
+    edit_rows(record.folder, lambda rows: [row | more for row, more in zip(rows, elsewhere, strict=True)])
     more = {"test_accuracy_imagenet_final": 31.25, "test_accuracy_imagenet_best": 33.0, "seconds_warmup": 12.0}
-    (folder / "summary.json").write_text(json.dumps(summary | more))
+    edit_json(record.folder / "summary.json", **more)
     for best, accuracy in ((False, "31.2"), (True, "33.0")):
         table = make_table(table.suite, "smoke", read_records([tmp_path]), best=best)
         shown = {row: cells["imagenet"].text for row, cells in _block(table, "Other evaluation sets").items()}
@@ -440,9 +372,10 @@ def test_a_thousand_records_are_read_in_seconds(tmp_path, suite):
         folder = tmp_path / "runs" / f"{number:012x}"
         folder.mkdir()
         config_id = config_ids[number] if number < len(config_ids) else f"other{number}"
-        changed = json.loads(summary) | {"id": folder.name, "config_id": config_id}
-        (folder / "summary.json").write_text(json.dumps(changed))
+        (folder / "summary.json").write_text(summary)
+        edit_json(folder / "summary.json", id=folder.name, config_id=config_id)
         (folder / "environment.json").write_text(environment)
+        edit_json(folder / "environment.json", config_id=config_id)
         (folder / "metrics.jsonl").write_text(metrics)
     started = time.monotonic()
     records = read_records([tmp_path])
@@ -467,7 +400,8 @@ class FakeApi:
 
 class FakeMirror:
     def __init__(self, folder, state="finished"):
-        summary, self._rows = json.loads((folder / "summary.json").read_text()), _metrics(folder)
+        summary = json.loads((folder / "summary.json").read_text())
+        self._rows = [{key: value for key, value in row.items() if value is not None} for row in _metrics(folder)]
         self.id, self.name, self.state = folder.name, "warm-sun-1", state
         self.config = {"seed": summary["seed"], "environment": json.loads((folder / "environment.json").read_text())}
         self.summary = self._rows[-1] | summary | {"_step": 1, "_runtime": 3.0, "_wandb": {"runtime": 3}}
@@ -488,7 +422,10 @@ def _of_the_grid(name, scale, own):
 def make_tables(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     module = importlib.import_module("make_tables")
-    monkeypatch.setattr(module, "suite_names", lambda own: ["mine"] if own else ["main"])
+    options = {"suite": ["main"], "scale": ["smoke"]}
+    monkeypatch.setattr(
+        module, "option_names", lambda group, own: ["mine"] if own and group == "suite" else options[group]
+    )
     monkeypatch.setattr(module, "load_suite", _of_the_grid)
     return module
 
@@ -566,6 +503,28 @@ def test_tables_need_neither_torch_nor_data():
     code = "import sys; sys.path.insert(0, 'scripts'); import make_tables, alignprune_exp.report.publish; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_what_is_damaged_is_named_wherever_tables_are_written(results, tmp_path, make_tables, capsys):
+    runs = sorted((results / "runs").iterdir())
+    edit_rows(runs[0], lambda rows: rows[:1])
+    by_seed = {json.loads((run / "summary.json").read_text())["seed"]: run for run in runs[:0:-1]}
+    assert make_tables.main([str(results), "--out", str(tmp_path / "before")]) == 0
+    for run in runs:
+        (run / "dynamics.parquet").write_bytes(b"PAR1")
+    edit_json(by_seed[2] / "summary.json", scale="enormous")
+    assert make_tables.main([str(results), "--out", str(tmp_path / "out")]) == 0
+    err = capsys.readouterr().err
+    assert f"left out: {runs[0]}/metrics.jsonl is damaged (1 of 2 epochs)" in err
+    assert f"not drawn: {runs[1].name} (dynamics.parquet: cannot be read as Parquet)" in err
+    assert f"left out: no config has scale=enormous, which {by_seed[2].name} ran at" in err
+    for name in ("tables/main_smoke.md", "tables/main_smoke.tex", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert f"Left out, since their records are damaged: {runs[0].name} (metrics.jsonl: 1 of 2 epochs)." in text
+        assert f"{runs[1].name} (dynamics.parquet: cannot be read as Parquet)" in text
+    assert (tmp_path / "before/figures/main_smoke_losses.png").exists()
+    assert not (tmp_path / "out/figures/main_smoke_losses.png").exists()
+    assert (tmp_path / "out/figures/main_smoke_kept.png").exists()
 
 
 def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tables):

@@ -15,7 +15,7 @@ from alignprune_exp.config import make_pruner
 from alignprune_exp.errors import UsageError
 from alignprune_exp.report.tables import make_table, markdown, paired_difference, read_records
 from alignprune_exp.status import main as status
-from alignprune_exp.suites import load_suite, suite_names
+from alignprune_exp.suites import load_suite, option_names
 from alignprune_exp.train import main
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -23,7 +23,7 @@ SMALL = ["dataset=digits", "noise=clean,sym0.5", "method=full,infobatch", "epoch
 SMALL += ["dataset.subset=100", "dataset.test_subset=50"]
 
 
-@pytest.mark.parametrize("name", suite_names())
+@pytest.mark.parametrize("name", option_names("suite"))
 def test_every_suite_of_the_paper_composes_at_smoke_scale(name):
     suite = load_suite(name, ["scale=smoke"])
     assert suite.cells
@@ -34,7 +34,7 @@ def test_every_suite_of_the_paper_composes_at_smoke_scale(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", ["cpu", "paper"])
-@pytest.mark.parametrize("name", suite_names())
+@pytest.mark.parametrize("name", option_names("suite"))
 def test_every_suite_of_the_paper_composes_at_every_scale(name, scale):
     assert {cell.config.scale for cell in load_suite(name, [f"scale={scale}"]).cells} == {scale}
 
@@ -91,8 +91,8 @@ def test_a_suite_of_ones_own_runs_and_is_known_to_status(own, tmp_path, capsys):
     assert "4 runs to do" in capsys.readouterr().out
     assert status(line) == 0
     assert "4 done of 4 runs" in capsys.readouterr().out
-    assert "mine" in suite_names(own)
-    assert "mine" not in suite_names()
+    assert "mine" in option_names("suite", own)
+    assert "mine" not in option_names("suite")
     assert status([f"--config-dir={own / 'nowhere'}", "suite=mine"]) == 2
     assert "nowhere is not a folder" in capsys.readouterr().err
 
@@ -233,7 +233,8 @@ def test_status_tells_done_from_missing_and_changes_nothing(swept, capsys):
     before = sorted(swept.rglob("*"))
     assert status(["suite=main", *SMALL, f"paths.results={swept}"]) == 0
     out = capsys.readouterr().out
-    assert "7 done, 1 interrupted of 8 runs" in out
+    assert "7 done, 1 damaged of 8 runs" in out
+    assert ": summary.json: not there, nor is a checkpoint" in out
     assert sorted(swept.rglob("*")) == before
 
 

@@ -9,51 +9,83 @@ from PIL import Image
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.suspects import main, report_sheet
+from recorded import write_record, write_samples
 
-CONFIG = "dataset: {name: digits, subset: null, test_subset: null, flip: false, crop: 0}"
+CONFIG = """
+dataset: {name: digits, subset: null, test_subset: null, flip: false, crop: 0}
+noise: {name: sym}
+paths: {results: results}
+"""
+SAMPLES = pd.DataFrame(
+    {
+        "index": np.arange(5, 11),
+        "path": None,
+        "label": [0, 0, 0, 1, 1, 2],
+        "clean_label": [0, 0, 1, 1, 1, 3],
+        "predicted": [0, 0, 1, 1, 0, 3],
+        "loss": [0.1, 0.2, 0.3, 2.0, 4.0, 9.0],
+        "score_loss": [0.1, 0.2, 0.3, 2.0, 4.0, 9.0],
+        "score_das": [0.5, np.nan, -0.5, 0.0, -0.9, 0.9],
+        "score_small_loss": [-0.1, -0.4, -0.2, -3.0, -2.0, -9.0],
+        "score_settled": [-0.1, -0.2, -0.9, -3.0, -4.0, -9.0],
+        "times_selected": [2, 2, 1, 1, 1, 2],
+    }
+)
 
 
 @pytest.fixture
 def run(tmp_path):
-    folder = tmp_path / "runs" / "0123"
-    folder.mkdir(parents=True)
-    (folder / "summary.json").write_text('{"id": "0123", "status": "finished", "score": "das"}')
+    folder = write_record(tmp_path, "0123", "c", 50.0, samples=6, score="loss")
     (folder / "config.yaml").write_text(CONFIG)
-    samples = pd.DataFrame(
-        {
-            "index": [5, 6, 7, 8],
-            "path": None,
-            "label": [0, 1, 2, 3],
-            "clean_label": [0, 1, 1, 3],
-            "predicted": [0, 1, 1, 2],
-            "loss": 1.0,
-            "score_das": [0.5, np.nan, -0.5, 0.0],
-            "score_small_loss": [-4.0, -1.0, -2.0, -3.0],
-        }
-    )
-    samples.to_parquet(folder / "samples.parquet")
+    write_samples(folder, SAMPLES)
     return folder
 
 
-def test_lowest_by_the_runs_own_score_come_first(run, capsys):
-    assert main([str(run), "--top", "3"]) == 0
-    frame = pd.read_csv(io.StringIO(capsys.readouterr().out))
-    assert frame["index"].tolist() == [7, 8, 5]
-    assert list(frame) == ["index", "label", "likely_label", "clean_label", "score_das", "score_small_loss"]
-    assert frame["likely_label"].tolist() == [1, 2, 0]
+def listed(capsys):
+    out, err = capsys.readouterr()
+    return pd.read_csv(io.StringIO(out)), err
+
+
+def test_the_least_settled_of_their_class_come_first_whatever_score_ranked(run, capsys):
+    assert main([str(run), "--top", "4"]) == 0
+    frame, err = listed(capsys)
+    assert frame["index"].tolist() == [7, 9, 10, 6]
+    assert list(frame)[:5] == ["index", "label", "likely_label", "clean_label", "standardised"]
+    assert list(frame)[5:] == ["score_loss", "score_das", "score_small_loss", "score_settled"]
+    assert frame["likely_label"].tolist() == [1, 0, 3, 0]
+    assert frame["standardised"].tolist() == pytest.approx([-0.5 / 0.355903, -1, 0, 0.2 / 0.355903], rel=1e-4)
+    assert err == "listed by settled, standardised within the given class, lowest first\n"
+
+
+def test_an_older_record_is_listed_by_small_loss_and_says_so(run, capsys):
+    write_samples(run, SAMPLES.drop(columns="score_settled"))
+    assert main([str(run), "--top", "2"]) == 0
+    frame, err = listed(capsys)
+    assert frame["index"].tolist() == [6, 8]
+    assert err.startswith("listed by small_loss, standardised")
+    assert err.endswith("; the run has no score settled\n")
 
 
 def test_by_another_score_into_a_file_found_by_id(run, tmp_path, capsys):
     out = tmp_path / "list.csv"
-    assert main(["0123", "--results", str(tmp_path), "--by", "small_loss", "--out", str(out)]) == 0
+    assert main(["0123", "--results", str(tmp_path), "--by", "das", "--out", str(out)]) == 0
     assert capsys.readouterr().out == ""
-    assert pd.read_csv(out)["index"].tolist() == [5, 8, 7, 6]
+    assert pd.read_csv(out)["index"].tolist() == [7, 9, 10, 5, 8, 6]  # the one without a score comes last
 
 
-def test_a_run_that_ranks_nothing_is_sorted_by_small_loss(run, capsys):
-    (run / "summary.json").write_text('{"score": null}')
+@pytest.mark.parametrize("name", ["0123", "0123~1"])
+def test_a_run_is_found_from_within_its_folder_also_when_it_was_set_aside(run, name, monkeypatch, capsys):
+    monkeypatch.chdir(run.rename(run.with_name(name)))
+    assert main(["."]) == 0
+    assert len(listed(capsys)[0]) == 6
+
+
+def test_paths_that_begin_like_a_formula_are_texts(run, capsys):
+    write_samples(run, SAMPLES.assign(path=["=cmd()", "+1", "-1", "@x", "a=b", "\tx"]))
     assert main([str(run)]) == 0
-    assert pd.read_csv(io.StringIO(capsys.readouterr().out))["index"].tolist() == [5, 8, 7, 6]
+    frame, _ = listed(capsys)
+    assert sorted(frame["path"]) == sorted(["'=cmd()", "'+1", "'-1", "'@x", "a=b", "'\tx"])
+    assert frame["standardised"].min() < 0  # numbers stay as they are
 
 
 def test_contact_sheet_shows_the_images_of_the_data_set(run, tmp_path, capsys):
@@ -66,7 +98,7 @@ def test_contact_sheet_shows_the_images_of_the_data_set(run, tmp_path, capsys):
 
 def test_report_shows_the_lowest_of_a_run_whose_images_are_at_hand(run, tmp_path):
     sheet = report_sheet(run, tmp_path, top=3)
-    assert (sheet.run, sheet.by, sheet.count) == ("0123", "das", 3)
+    assert (sheet.run, sheet.by, sheet.count) == ("0123", "settled", 3)
     image = Image.open(io.BytesIO(sheet.image))
     assert (image.format, image.width) == ("JPEG", 3 * 68)
     assert len(np.unique(np.asarray(image))) > 3
@@ -81,13 +113,36 @@ def test_report_has_no_sheet_where_the_images_are_not(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "arguments", "words"),
     [
-        (lambda run: None, ["RUN", "--by", "oracle"], ["oracle", "das, small_loss"]),
+        (lambda run: None, ["RUN", "--by", "oracle"], ["oracle", "loss, das, small_loss, settled"]),
+        (lambda run: None, ["RUN", "--by", "loss"], ["lowest loss", "cleanest", "use --by settled"]),
         (lambda run: None, ["nowhere"], ["nowhere"]),
         (lambda run: None, ["RUN", "--top", "0"], ["--top"]),
         (lambda run: None, ["RUN", "--tip"], ["--tip", "--help"]),
         (lambda run: (run / "samples.parquet").unlink(), ["RUN"], ["samples.parquet"]),
         (lambda run: (run / "samples.parquet").write_text("x"), ["RUN"], ["damaged"]),
+        (lambda run: (run / "summary.json").unlink(), ["RUN"], ["no run that finished"]),
+        (
+            lambda run: write_samples(run, SAMPLES.drop(columns=["score_settled", "score_small_loss"])),
+            ["RUN"],
+            ["--by das"],
+        ),
         (lambda run: (run / "config.yaml").unlink(), ["RUN", "--sheet", "s.png"], ["config.yaml"]),
+        (lambda run: (run / "config.yaml").write_text("[" * 9999), ["RUN", "--sheet", "s.png"], ["config.yaml"]),
+        (
+            lambda run: (run / "config.yaml").write_text(CONFIG.replace("digits", "dogits")),
+            ["RUN", "--sheet", "s.png"],
+            ["config.yaml", "data set"],
+        ),
+        (
+            lambda run: write_samples(run, SAMPLES.assign(label=[0, 0, 0, 1, 1, 10]), classes=11),
+            ["RUN", "--sheet", "s.png"],
+            ["10 classes", "label 10"],
+        ),
+        (
+            lambda run: write_samples(run, SAMPLES.assign(index=range(9990, 9996))),
+            ["RUN", "--sheet", "s.png"],
+            ["training images", "9995"],
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(run, change, arguments, words, capsys):

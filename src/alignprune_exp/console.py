@@ -58,6 +58,11 @@ def epoch_line(row: Mapping[str, Any], epochs: int, seconds_left: float) -> str:
     return "  ".join(parts)
 
 
+def one_line(text: str) -> str:
+    """Return a text on one line, with spaces in the place of what cannot be printed."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+
+
 def duration(seconds: float) -> str:
     """Return hours, minutes and seconds as people write them: 1:02:03, 2:03."""
     minutes, rest = divmod(round(seconds), 60)

@@ -41,7 +41,7 @@ def run_folders(results: Path) -> list[Path]:
     """Return the folders of all runs under ``results``, but for those set aside, in order of their ids."""
     try:
         return sorted(Path(entry.path) for entry in os.scandir(results / "runs") if "~" not in entry.name)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Return what a JSON file holds; None if it is not there or damaged."""
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 
@@ -296,7 +296,7 @@ def owner_alive(folder: Path) -> bool:
         return time.time() - path.stat().st_mtime <= LAPSE
     try:
         os.kill(int(owner["pid"]), 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, KeyError, TypeError, ValueError, OverflowError):  # the lock may be damaged
         return False
     except PermissionError:
         return True

@@ -6,74 +6,99 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .console import duration
+from .console import duration, one_line
 from .errors import UsageError
-from .runs import RunFolder, owner_alive, read_json, run_folders
+from .records import Damaged, config_ids_of, read_environment, read_metrics, read_record, read_summary
+from .runs import owner_alive, run_folders
 from .suites import Suite, suite_of
 
+STATES = ("missing", "damaged", "interrupted", "failed", "running", "done")  # of several folders the last counts
 
-def state(folder: Path) -> dict[str, Any] | None:
-    """Return what one run's folder says of it: ``config_id``, ``state``, ``seconds`` taken or ``left``, ``detail``."""
-    if (summary := read_json(folder / "summary.json")) is not None:
-        done = summary.get("status") == "finished"
-        return {
-            "config_id": summary.get("config_id"),
-            "state": "done" if done else "failed",
-            "seconds": summary.get("seconds_total"),
-            "detail": f"{summary['test_accuracy_final']:.1f} %" if done else summary.get("error", ""),
-        }
-    environment = read_json(folder / "environment.json")
-    if environment is None or "config_id" not in environment:
-        return None
-    rows = RunFolder(folder.parents[1], folder.name).metrics()
-    epochs = environment["epochs"]
+
+@dataclass(frozen=True)
+class State:
+    """What one run's folder says of it; ``taken`` and ``left`` are seconds, where known."""
+
+    name: str = "missing"
+    detail: str = ""
+    taken: float | None = None
+    left: float | None = None
+
+
+def state(folder: Path) -> State:
+    """Return the state of the run in a folder."""
+    try:
+        if (record := read_record(folder)) is not None:
+            accuracy, seconds = record.summary["test_accuracy_final"], record.summary["seconds_total"]
+            return State("done", f"{accuracy:.1f} %", taken=seconds)
+        if (summary := read_summary(folder)) is not None:
+            return State("failed", one_line(summary["error"]), taken=summary.get("seconds_total"))
+        return _unfinished(folder)
+    except Damaged as error:
+        return State("damaged", one_line(f"{folder.name}: {error.reason}"))
+
+
+def _unfinished(folder: Path) -> State:
+    """Return the state of a run that has not ended. Raises Damaged."""
+    rows = read_metrics(folder, ended=False)
+    epochs = read_environment(folder).get("epochs") or 0
+    if len(rows) > epochs:
+        raise Damaged(folder / "metrics.jsonl", f"{len(rows)} of {epochs} epochs")
     recent = [row["seconds"] for row in rows[-5:]]
     left = sum(recent) / len(recent) * (epochs - len(rows)) if recent else None
     running = owner_alive(folder)
-    detail = f"epoch {len(rows)}/{epochs}"
-    if running and left is not None:
-        detail += f", {duration(left)} left"
-    return {
-        "config_id": environment["config_id"],
-        "state": "running" if running else "interrupted",
-        "left": left,
-        "detail": detail,
-    }
+    detail = f"epoch {len(rows)}/{epochs}" + (f", {duration(left)} left" if running and left is not None else "")
+    return State("running" if running else "interrupted", detail, left=left)
 
 
 def overview(suite: Suite, results: Path) -> str:
-    """Return a line a run of the suite, then the counts and the time that the rest will take."""
-    order = ("missing", "interrupted", "failed", "running", "done")
-    known: dict[str, dict[str, Any]] = {}
+    """Return a line a run of the suite, then the damaged folders that no line shows, the counts, and the time to go.
+
+    A damaged folder whose config cannot be told may be of the suite.
+    """
+    known = {cell.config_id: State() for cell in suite.cells}
+    damaged = []
     for folder in run_folders(results):
-        found = state(folder)
-        if found is None:
+        ids = config_ids_of(folder)
+        if not ids & known.keys() and (ids or not _begun(folder)):
             continue
-        before = known.get(found["config_id"], {"state": "missing"})
-        if order.index(found["state"]) > order.index(before["state"]):
-            known[found["config_id"]] = found
-    runs: dict[str, tuple[str, dict[str, Any]]] = {}
+        found = state(folder)
+        if found.name == "damaged":
+            damaged.append(found)
+        for id in ids & known.keys():
+            known[id] = max(known[id], found, key=lambda state: STATES.index(state.name))
+    names: dict[str, str] = {}
     for cell in suite.cells:
         axes = [cell.axes[name] for name in (*suite.rows, *suite.columns)]
-        name = "  ".join([*axes, f"seed {cell.axes.get('seed', '0')}"])
-        runs.setdefault(cell.config_id, (name, known.get(cell.config_id, {"state": "missing", "detail": ""})))
-    width = max(len(name) for name, _ in runs.values())
-    lines = [f"{name:<{width}}  {found['state']:<11}  {found['detail']}".rstrip() for name, found in runs.values()]
-    counts = Counter(found["state"] for _, found in runs.values())
+        names.setdefault(cell.config_id, "  ".join([*axes, f"seed {cell.axes.get('seed', '0')}"]))
+    width = max(map(len, names.values()))
+    lines = [f"{name:<{width}}  {known[id].name:<11}  {known[id].detail}".rstrip() for id, name in names.items()]
+    lines += [f"damaged  {found.detail}" for found in damaged if found not in known.values()]
+    counts = Counter(found.name for found in known.values())
     lines.append("")
     lines.append(
-        ", ".join(f"{counts[name]} {name}" for name in reversed(order) if counts[name])
-        + f" of {len(runs)} runs at scale={suite.cells[0].config.scale}"
+        ", ".join(f"{counts[name]} {name}" for name in reversed(STATES) if counts[name])
+        + f" of {len(known)} runs at scale={suite.cells[0].config.scale}"
     )
-    taken = [found["seconds"] for _, found in runs.values() if found.get("seconds")]
-    if taken and counts["done"] < len(runs):
+    taken = [found.taken for found in known.values() if found.taken]
+    if taken and counts["done"] < len(known):
         typical = sum(taken) / len(taken)
-        rest = sum(found.get("left") or typical for _, found in runs.values() if found["state"] != "done")
+        rest = sum(found.left or typical for found in known.values() if found.name != "done")
         lines.append(f"about {duration(rest)} of computing to go, one run at a time")
     return "\n".join(lines)
+
+
+def _begun(folder: Path) -> bool:
+    """Return whether there is more in a folder than a process that is about to begin."""
+    try:
+        return not owner_alive(folder) and any(name != "lock" for name in os.listdir(folder))
+    except NotADirectoryError:
+        return False
+    except OSError:
+        return True
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,6 +111,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has read enough
+    except OSError as error:
+        print(f"the results cannot be read: {error.strerror} ({error.filename})", file=sys.stderr)
+        return 2
     return 0
 
 

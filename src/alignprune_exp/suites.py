@@ -170,9 +170,9 @@ def less_excluded(jobs: Sequence[Sequence[str]], master: DictConfig, overrides: 
     return kept
 
 
-def suite_names(own: Path | None = None) -> list[str]:
-    """Return the names of the suites there are, those of a folder of one's own included."""
-    return sorted({path.stem for folder in (config_dir(), own) if folder for path in (folder / "suite").glob("*.yaml")})
+def option_names(group: str, own: Path | None = None) -> list[str]:
+    """Return the options of a config group, such as suite or scale, those of a folder of one's own included."""
+    return sorted({path.stem for folder in (config_dir(), own) if folder for path in (folder / group).glob("*.yaml")})
 
 
 def suite_of(arguments: Iterable[str]) -> Suite:
@@ -186,7 +186,9 @@ def suite_of(arguments: Iterable[str]) -> Suite:
         if word in ("-m", "--multirun"):
             continue
         if word in ("-h", "--help"):
-            raise UsageError(f"give suite=NAME and what differs, as scale=cpu; suites: {', '.join(suite_names(own))}")
+            raise UsageError(
+                f"give suite=NAME and what differs, as scale=cpu; suites: {', '.join(option_names('suite', own))}"
+            )
         if word.partition("=")[0] in ("--config-dir", "-cd"):
             own = Path(word.partition("=")[2] or next(words, ""))
         elif word.startswith("suite="):
@@ -194,7 +196,7 @@ def suite_of(arguments: Iterable[str]) -> Suite:
         else:
             overrides.append(word)
     if len(chosen) != 1 or not chosen[0]:
-        raise UsageError(f"say which suite: suite=NAME, one of {', '.join(suite_names(own))}")
+        raise UsageError(f"say which suite: suite=NAME, one of {', '.join(option_names('suite', own))}")
     return load_suite(chosen[0], overrides, own)
 
 

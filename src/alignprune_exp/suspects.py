@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .errors import UsageError
-from .files import write_atomically
-from .runs import read_json, write_text
+from .files import csv, write_atomically
+from .pruning.cleaning import within_class
+from .records import Damaged, read_config, read_samples
+from .runs import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,11 +24,12 @@ if TYPE_CHECKING:
 
 SHEET_WIDTH = 16  # images beside each other
 TILE = 64  # pixels, the side of an image on the sheet
+CLEANING = ("settled", "small_loss")  # what samples are listed by: minus their mean loss, over all epochs if known
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A contact sheet for a report: a JPEG of the ``count`` samples of a run that are lowest in the score ``by``."""
+    """A contact sheet for a report: a JPEG of the first ``count`` suspects of a run by the score ``by``."""
 
     run: str
     by: str
@@ -39,57 +42,52 @@ def report_sheet(folder: Path, data: Path, top: int = 3 * SHEET_WIDTH) -> Sheet:
     from PIL import Image
 
     samples = read_samples(folder)
-    by = default_score(folder)
+    by = score_to_list_by(samples)
     frame = suspects(samples, by, top)
     buffer = io.BytesIO()
     Image.open(io.BytesIO(contact_sheet(_dataset(folder, data), frame))).save(buffer, "JPEG", quality=80)
     return Sheet(folder.name, by, len(frame), buffer.getvalue())
 
 
-def default_score(folder: Path) -> str:
-    """Return the score that a run ranked by; ``small_loss`` where it ranked by none."""
-    return (read_json(folder / "summary.json") or {}).get("score") or "small_loss"
+def score_to_list_by(samples: pd.DataFrame, asked: str | None = None) -> str:
+    """Return the score that is ``asked`` for, else the first of ``CLEANING`` that there is.
+
+    Raises UsageError for a score that no sample has, and for one that would list the wrong samples.
+    """
+    scores = [column for column in samples if column.startswith("score_") and samples[column].notna().any()]
+    known = [column.removeprefix("score_") for column in scores]
+    there = [name for name in CLEANING if name in known]
+    use = f"use {' or '.join(f'--by {name}' for name in there or known if name != 'loss')}"
+    if asked == "loss":
+        raise UsageError(f"--by loss would list the lowest loss first, which the cleanest samples have; {use}")
+    if asked is not None and asked not in known:
+        raise UsageError(f"--by {asked}: no sample of the run has such a score; use one of {', '.join(known)}")
+    if asked is None and not there:
+        raise UsageError(f"no sample of the run has the score {' or '.join(CLEANING)}; {use}")
+    return asked or there[0]
 
 
 def suspects(samples: pd.DataFrame, by: str, top: int) -> pd.DataFrame:
-    """Return the ``top`` samples lowest in the score ``by``, with every score.
+    """Return the ``top`` samples lowest in the score ``by``, standardised within the given class, with every score.
 
-    Before the scores stand index, path and clean label where known, and the likely label: what the network took the
-    sample for when it last trained on it.
-
-    Samples without a score (NaN) come last. Raises UsageError for a score that the run does not have.
+    Before the scores stand index, path and clean label where known, the likely label, which is what the network took
+    the sample for when it last trained on it, and what they are listed by. Samples without a score (NaN) come last.
     """
-    known = [column.removeprefix("score_") for column in samples if column.startswith("score_")]
-    if by not in known:
-        raise UsageError(f"--by {by}: the run has no such score; use one of {', '.join(known)}")
     samples = samples.rename(columns={"predicted": "likely_label"})
+    samples["standardised"] = within_class(samples[f"score_{by}"].to_numpy(), samples["label"].to_numpy())
     columns = [name for name in ("index", "path", "label", "likely_label", "clean_label") if name in samples]
     columns = [name for name in columns if samples[name].notna().any()]
-    scores = [f"score_{name}" for name in known]
-    ordered = samples.sort_values([f"score_{by}", "index"], kind="stable", na_position="last")
-    return ordered[[*columns, *scores]].head(top)
+    scores = [column for column in samples if column.startswith("score_")]
+    ordered = samples.sort_values(["standardised", "index"], kind="stable", na_position="last")
+    return ordered[[*columns, "standardised", *scores]].head(top)
 
 
 def run_folder(given: str, results: Path) -> Path:
     """Return the folder of a run that is given as a folder, or by its id under ``results``; raise UsageError."""
-    for folder in (Path(given), results / "runs" / given, results / "records" / "runs" / given):
+    for folder in (Path(given).resolve(), results / "runs" / given, results / "records" / "runs" / given):
         if (folder / "config.yaml").is_file() or (folder / "summary.json").is_file():
             return folder
     raise UsageError(f"there is no run {given}; give a run's folder, or an id under {results / 'runs'}")
-
-
-def read_samples(folder: Path) -> pd.DataFrame:
-    """Return ``samples.parquet``; raise UsageError where it is missing or damaged."""
-    import pandas as pd
-
-    path = folder / "samples.parquet"
-    if not path.is_file():
-        published = " (published records have none)" if folder.parent.parent.name == "records" else ""
-        raise UsageError(f"{path} is not there; it is written when a run finishes{published}")
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 
 def contact_sheet(dataset: Mapping[str, Any], frame: pd.DataFrame) -> bytes:
@@ -102,8 +100,12 @@ def contact_sheet(dataset: Mapping[str, Any], frame: pd.DataFrame) -> bytes:
 
     source = _source(tuple(sorted(dataset.items())))
     rows = frame["index"].to_numpy(np.int64)
-    if len(rows) and rows.max() >= len(source.train):
-        raise UsageError(f"the data set has {len(source.train)} training images, and the run saw image {rows.max()}")
+    for what, most, there in (
+        ("training images, and the run saw image", rows.max(initial=0), len(source.train)),
+        ("classes, and the run saw label", frame["label"].max(), len(source.classes)),
+    ):
+        if most >= there:
+            raise UsageError(f"the data set has {there} {what} {most}; it is another one than the run's")
     images = source.train.pixels(rows).numpy()
     across = min(SHEET_WIDTH, max(len(rows), 1))
     down = -(-len(rows) // across)
@@ -129,18 +131,22 @@ def _source(dataset: tuple[tuple[str, Any], ...]) -> Source:
 
 
 def _dataset(folder: Path, data: Path | None = None) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    """Return the data set of a run's config, under ``data`` if given. Raises UsageError."""
+    from pydantic import TypeAdapter, ValidationError
 
-    try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        dataset: dict[str, Any] = config["dataset"]
-    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException):
-        raise UsageError(f"{folder / 'config.yaml'} cannot be read, and a contact sheet needs it") from None
+    from .config import Config
+
+    dataset = read_config(folder)["dataset"]
     if data is not None and "root" in dataset:
-        dataset["root"] = str(data / dataset["name"])
+        dataset["root"] = str(data / str(dataset.get("name")))
     if dataset.get("root", "") is None:
         raise UsageError(f"{folder} is a published record, which does not say where its images lie")
+    field = Config.model_fields["dataset"]
+    kinds: Any = Annotated[field.annotation, field]
+    try:
+        TypeAdapter(kinds).validate_python(dataset)
+    except ValidationError:
+        raise Damaged(folder / "config.yaml", "no data set that there is") from None
     return dataset
 
 
@@ -154,7 +160,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = _Parser(prog="python -m alignprune_exp.suspects", description=__doc__)
     parser.add_argument("run", help="a run's folder, or its id")
     parser.add_argument("--top", type=int, default=200, help="how many samples (default 200)")
-    parser.add_argument("--by", help="the score to sort by (default: the run's own, else small_loss)")
+    parser.add_argument("--by", help=f"the score to list by, lowest first (default: {', else '.join(CLEANING)})")
     parser.add_argument("--out", type=Path, help="write the CSV there instead of printing it")
     parser.add_argument("--sheet", type=Path, help="write the images there, as a PNG")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where ids are looked up")
@@ -164,13 +170,15 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"--top {given.top} is no number of samples; use 1 or more")
         folder = run_folder(given.run, given.results)
         samples = read_samples(folder)
-        by = given.by or default_score(folder)
+        by = score_to_list_by(samples, given.by)
         frame = suspects(samples, by, given.top)
         sheet = contact_sheet(_dataset(folder), frame) if given.sheet else None
         if given.out:
-            write_text(given.out, frame.to_csv(index=False, lineterminator="\n"))
+            write_text(given.out, csv(frame))
         else:
-            sys.stdout.write(frame.to_csv(index=False, lineterminator="\n"))
+            sys.stdout.write(csv(frame))
+        lacking = f"; the run has no score {CLEANING[0]}" if given.by is None and by != CLEANING[0] else ""
+        print(f"listed by {by}, standardised within the given class, lowest first{lacking}", file=sys.stderr)
         if sheet is not None:
             write_atomically(given.sheet, lambda file: file.write(sheet))
     except UsageError as error:

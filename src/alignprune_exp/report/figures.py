@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import IO
@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ..runs import RunFolder, write_atomically
+from ..files import write_atomically
+from ..records import DYNAMICS, Damaged, Record, read_dynamics
 from .tables import Table, label, mean_and_std
 
 matplotlib.rcParams["axes.titley"] = 1.02  # left to itself, every drawing measures all ticks to place the titles
@@ -40,7 +41,8 @@ WIDE = 4  # panels beside each other at most
 def draw(table: Table) -> dict[str, Figure]:
     """Return the table's figures by name; those for which there are no numbers are left out.
 
-    A table with runs in one row alone, which compares nothing, has none.
+    A table with runs in one row alone, which compares nothing, has none. A run whose dynamics are damaged is not drawn
+    from them, and the table's ``undrawn`` says why.
     """
     if table.long["row"].nunique() < 2:
         return {}
@@ -68,38 +70,38 @@ def encode(figure: Figure, form: str) -> bytes:
     return buffer.getvalue()
 
 
-def save(table: Table, folder: Path) -> dict[str, bytes]:
-    """Write the table's figures as ``<name>.pdf`` and ``<name>.png``; return the PNGs by name."""
+def save(table: Table, folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Write the table's figures as ``<name>.pdf`` and ``<name>.png``; return the PNGs by name, and what is undrawn."""
     images = {}
     for name, figure in draw(table).items():
         for form in ("pdf", "png"):
             images[name] = encode(figure, form)
             write_atomically(folder / f"{name}.{form}", partial(_put, images[name]))
-    return images
+    return images, table.undrawn
 
 
 def save_all(tables: Sequence[Table], folder: Path) -> dict[str, bytes]:
     """Write the figures of all tables, on all processors; return the PNGs by name."""
+    images: dict[str, bytes] = {}
     with ProcessPoolExecutor() as pool:
-        parts = pool.map(save, tables, repeat(folder))
-        return {name: image for part in parts for name, image in part.items()}
+        for table, (drawn, undrawn) in zip(tables, pool.map(save, tables, repeat(folder)), strict=True):
+            table.undrawn.update(undrawn)
+            images |= drawn
+    return images
 
 
 def _put(data: bytes, file: IO[bytes]) -> None:
     file.write(data)
 
 
-@cache
-def _dynamics(folder: Path) -> pd.DataFrame:
+def _dynamics(table: Table, record: Record, kind: str) -> pd.DataFrame:
+    """Return one kind of a run's dynamics; of damaged ones nothing, which the table then says."""
     try:
-        return pd.read_parquet(folder / "dynamics.parquet")
-    except (OSError, ValueError):
-        return pd.DataFrame(columns=["epoch", "kind", "name", "group", "x", "value"])
-
-
-@cache
-def _metrics(folder: Path) -> pd.DataFrame:
-    return pd.DataFrame(RunFolder(folder.parents[1], folder.name).metrics())
+        frame = read_dynamics(record)
+    except Damaged as error:
+        table.undrawn[record.folder.name] = error.reason
+        return pd.DataFrame(columns=list(DYNAMICS))
+    return frame[frame["kind"] == kind]
 
 
 def _noisiest(table: Table) -> str:
@@ -112,9 +114,9 @@ def _noisiest(table: Table) -> str:
     return max(table.columns, key=worth)
 
 
-def _folders(table: Table, row: str, column: str) -> list[Path]:
+def _records(table: Table, row: str, column: str) -> list[Record]:
     runs = table.runs(row, column)
-    return [] if runs.empty else [table.folders[id] for id in runs["id"]]
+    return [] if runs.empty else [table.records[id] for id in runs["id"]]
 
 
 def _panels(count: int, height: float = 2.0, legend: int = 0) -> tuple[Figure, list[Axes]]:
@@ -146,9 +148,9 @@ def _panels(count: int, height: float = 2.0, legend: int = 0) -> tuple[Figure, l
 def losses(table: Table) -> Figure | None:
     """Quantile bands of the loss by epoch, one panel a row, of the first seed."""
     column = _noisiest(table)
-    rows = {row: folders[0] for row in table.rows if (folders := _folders(table, row, column))}
-    drawn = {row: _dynamics(folder) for row, folder in rows.items()}
-    drawn = {row: frame[frame["kind"] == "loss_quantile"] for row, frame in drawn.items() if len(frame)}
+    rows = {row: records[0] for row in table.rows if (records := _records(table, row, column))}
+    frames = {row: _dynamics(table, record, "loss_quantile") for row, record in rows.items()}
+    drawn = {row: frame for row, frame in frames.items() if len(frame)}
     if not drawn:
         return None
     figure, axes = _panels(len(drawn))
@@ -171,11 +173,10 @@ def scores(table: Table) -> Figure | None:
     """Histograms of DAS and of the loss, clean against noisy, at a few epochs, of the baseline's first seed."""
     column = _noisiest(table)
     baseline = table.suite.baseline
-    rows = [row for row in ([baseline] if baseline else []) + table.rows if row and _folders(table, row, column)]
+    rows = [row for row in ([baseline] if baseline else []) + table.rows if row and _records(table, row, column)]
     if not rows:
         return None
-    frame = _dynamics(_folders(table, rows[0], column)[0])
-    frame = frame[(frame["kind"] == "histogram") & frame["name"].isin(["das", "loss"])]
+    frame = _dynamics(table, _records(table, rows[0], column)[0], "histogram")
     panels = []
     for name in ("das", "loss"):
         epochs = sorted(frame.loc[frame["name"] == name, "epoch"].unique())
@@ -203,11 +204,11 @@ def scores(table: Table) -> Figure | None:
 
 def _by_epoch(table: Table, row: str, column: str, key: str) -> pd.Series:
     """Return the mean over seeds of one metric by epoch, without the epochs in which it is unknown."""
-    parts = [_metrics(folder) for folder in _folders(table, row, column)]
-    parts = [part.set_index("epoch")[key] for part in parts if key in part]
-    if not parts:
+    runs = [record.rows for record in _records(table, row, column)]
+    if not runs:
         return pd.Series(dtype=float)
-    return pd.concat([pd.to_numeric(part) for part in parts], axis=1).mean(axis=1).dropna()
+    parts = [pd.Series([row[key] for row in rows], dtype=float) for rows in runs]
+    return pd.concat(parts, axis=1).mean(axis=1).dropna()
 
 
 def _lines(table: Table, axis: Axes, column: str, key: str) -> None:

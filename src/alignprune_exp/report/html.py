@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from ..runs import read_json
 from ..suspects import Sheet
 from .publish import scrubbed_command
 from .tables import Block, Cell, Table, blocks
@@ -98,7 +97,7 @@ def page(tables: Sequence[Table], figures: Mapping[str, bytes], sheets: Mapping[
 def _section(table: Table, figures: Mapping[str, bytes], sheet: Sheet | None, sets: dict[str, tuple[str, ...]]) -> str:
     parts = [f'<section id="{_anchor(table)}">\n<h2>{escape(_title(table))}</h2>']
     parts += [_block(block, sets) for block in blocks(table)]
-    parts += [f'<p class="note">{escape(note)}</p>' for note in table.notes]
+    parts += [f'<p class="note">{escape(note)}</p>' for note in table.footnotes]
     for name, image in figures.items():
         if name.rpartition("_")[0] == table.name:
             parts.append(f'<figure class="drawn">{_image(name, image, "png")}</figure>')
@@ -140,12 +139,11 @@ def _cell(cell: Cell, sets: dict[str, tuple[str, ...]]) -> str:
 
 
 def _runs(tables: Sequence[Table]) -> list[str]:
-    folders = {id: folder for table in tables for id, folder in table.folders.items()}
+    records = {id: record for table in tables for id, record in table.records.items()}
     lines = []
-    for id, folder in sorted(folders.items()):
-        environment = read_json(folder / "environment.json") or {}
-        command = escape(scrubbed_command(str(environment.get("command", "–"))))
-        commit, precision = (escape(str(environment.get(key, "–"))[:9]) for key in ("commit", "precision"))
+    for id, record in sorted(records.items()):
+        command = escape(scrubbed_command(record.environment["command"]))
+        commit, precision = (escape(str(record.environment[key])[:9]) for key in ("commit", "precision"))
         lines.append(
             f'<tr id="run-{id}"><td>{id}</td><td class="command"><code>{command}</code></td>'
             f"<td>{commit}</td><td>{precision}</td></tr>"

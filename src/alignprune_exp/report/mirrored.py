@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..records import Finished, Row
 
 
 def download(project: str, results: Path) -> None:
@@ -32,12 +33,16 @@ def write_record(
 ) -> None:
     """Write one mirrored run as a record.
 
-    A mirrored summary also holds the last value of every logged metric, and keys of the service's own.
+    A mirrored summary also holds the last value of every logged metric, and keys of the service's own. A row lacks
+    what was None in it.
     """
     rows = [{key: value for key, value in row.items() if not key.startswith("_")} for row in history]
     logged = {key for row in rows for key in row} - {"seconds_train"}  # of which the summary has the sum
     own = {key: value for key, value in summary.items() if not key.startswith("_") and key not in logged}
+    own = {key: own[key] for key in Finished.model_fields if key in own} | own  # in the order of other records
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(own))
-    (folder / "environment.json").write_text(json.dumps(config.get("environment") or {}))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = (config.get("environment") or {}) | {"mirrored": True}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    unknown = dict.fromkeys([key for row in rows for key in row] + [*Row.model_fields])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(unknown | row) + "\n" for row in rows))

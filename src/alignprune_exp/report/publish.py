@@ -10,16 +10,15 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import UsageError
-from ..runs import read_json, summaries
+from ..records import Record, config_ids_of, read_config, read_dynamics, read_record
+from ..runs import run_folders
 from ..suites import Suite, suite_of
 
-PUBLISHED = ("config.yaml", "summary.json", "metrics.jsonl", "dynamics.parquet", "environment.json")
 FOLDERS = ("paths.data", "paths.results", "dataset.root", "dataset.imagenet_root")
 OF_THE_MACHINE = ("host", "slurm_job_id")  # keys of environment.json that are never published
 
@@ -29,15 +28,14 @@ def publish(suite: Suite, results: Path) -> tuple[list[str], list[str], list[str
 
     Returns the ids that are new there, those that were there already, and the names of the cells without a run.
     Each record appears whole or not at all. Raises UsageError, with nothing written, for a record there that differs,
-    and for a run that lacks a file.
+    and Damaged for one of either place that is damaged.
     """
     wanted = {cell.config_id for cell in suite.cells}
-    runs = {path.name: path for path, s in summaries(results) if _of(s, wanted)}
+    runs, known = _finished(results, wanted), _finished(results / "records", wanted)
     target = results / "records" / "runs"
-    known = {path.name for path, s in summaries(results / "records") if _of(s, wanted)}
     new: dict[str, dict[str, bytes]] = {}
-    for id, folder in runs.items():
-        files = compact(folder)
+    for id, record in runs.items():
+        files = compact(record)
         place = target / id
         if not place.exists():
             new[id] = files
@@ -48,9 +46,15 @@ def publish(suite: Suite, results: Path) -> tuple[list[str], list[str], list[str
             _write(target / id, files)
     except OSError as error:
         raise UsageError(f"the records cannot be written: {error.strerror} ({error.filename})") from None
-    there = {s["config_id"] for root in (results, results / "records") for _, s in summaries(root) if _of(s, wanted)}
+    there = {record.summary["config_id"] for record in (*runs.values(), *known.values())}
     missing = {cell.config_id: _name(suite, cell.axes) for cell in suite.cells if cell.config_id not in there}
-    return sorted(new), sorted(known - set(new)), list(missing.values())
+    return sorted(new), sorted(known), list(missing.values())
+
+
+def _finished(results: Path, wanted: set[str]) -> dict[str, Record]:
+    """Return the finished runs of some configs by id. Raises Damaged."""
+    records = (read_record(folder) for folder in run_folders(results) if config_ids_of(folder) & wanted)
+    return {record.folder.name: record for record in records if record is not None}
 
 
 def _differs(place: Path, files: Mapping[str, bytes]) -> bool:
@@ -60,26 +64,17 @@ def _differs(place: Path, files: Mapping[str, bytes]) -> bool:
     return any((place / name).read_bytes() != data for name, data in files.items() if not name.endswith(".parquet"))
 
 
-def compact(folder: Path) -> dict[str, bytes]:
-    """Return the files of a run's published record. Raises UsageError for a file that is missing or damaged."""
-    for name in PUBLISHED:
-        if not (folder / name).is_file():
-            raise UsageError(f"{folder} lacks {name} and cannot be published; run it again with force=true")
-    try:
-        config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
-        environment = read_json(folder / "environment.json")
-        if environment is None:
-            raise ValueError("environment.json is no JSON")
-        summary = json.loads((folder / "summary.json").read_text())
-        return {
-            "config.yaml": OmegaConf.to_yaml(OmegaConf.create(scrubbed_config(config))).encode(),
-            "summary.json": _json(summary),
-            "metrics.jsonl": (folder / "metrics.jsonl").read_bytes(),
-            "dynamics.parquet": _zstd(folder / "dynamics.parquet"),
-            "environment.json": _json(scrubbed_environment(environment)),
-        }
-    except (ValueError, KeyError, OSError, OmegaConfBaseException) as error:
-        raise UsageError(f"{folder} is damaged and cannot be published: {str(error).splitlines()[0]}") from None
+def compact(record: Record) -> dict[str, bytes]:
+    """Return the files of a run's published record. Raises Damaged."""
+    read_dynamics(record)
+    folder = record.folder
+    return {
+        "config.yaml": OmegaConf.to_yaml(OmegaConf.create(scrubbed_config(read_config(folder)))).encode(),
+        "summary.json": _json(record.summary),
+        "metrics.jsonl": (folder / "metrics.jsonl").read_bytes(),
+        "dynamics.parquet": _zstd(folder / "dynamics.parquet"),
+        "environment.json": _json(scrubbed_environment(record.environment)),
+    }
 
 
 def scrubbed_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +99,11 @@ def scrubbed_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
 def scrubbed_command(command: str) -> str:
     """Return the command with ``DIR`` (``FILE`` for ``noise.file``) for every path."""
     parts = []
-    for part in shlex.split(command):
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote without its end
+        words = command.split()
+    for part in words:
         key, equals, value = part.partition("=")
         of_a_person = key.lstrip("+").startswith("tracking.")
         if equals and (key.lstrip("+") in FOLDERS or _is_path(value)):
@@ -118,10 +117,6 @@ def scrubbed_command(command: str) -> str:
 
 def _is_path(value: str) -> bool:
     return any(mark in value for mark in ("/", "\\", "~"))
-
-
-def _of(summary: Mapping[str, Any], wanted: set[str]) -> bool:
-    return summary.get("status") == "finished" and summary.get("config_id") in wanted
 
 
 def _name(suite: Suite, axes: Mapping[str, str]) -> str:

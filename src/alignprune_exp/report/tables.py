@@ -16,7 +16,9 @@ from scipy.special import stdtrit
 
 from ..config import Config, make_pruner
 from ..errors import UsageError
-from ..runs import RunFolder, read_json, run_folders
+from ..files import csv
+from ..records import Damaged, Record, config_ids_of, read_record
+from ..runs import run_folders
 from ..suites import Suite
 
 CONFIDENCE = 0.95
@@ -27,32 +29,17 @@ PAPER_PRINTED = {"full": "–", "infobatch": "+0.6", "infobatch_das": "+2.7", "s
 OVERHEAD = ("select", "score", "reference", "refresh")  # parts of an epoch that are there for pruning's sake
 
 
-@dataclass(frozen=True)
-class Record:
-    """One finished run."""
-
-    folder: Path
-    summary: dict[str, Any]
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        return read_json(self.folder / "environment.json") or {}
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return RunFolder(self.folder.parents[1], self.folder.name).metrics()
-
-
 class Records(dict[str, Record]):
     """The finished runs by config id.
 
     Attributes:
-        damaged: the ids of damaged records, with their config ids (empty where unknown).
+        damaged: what is wrong with each damaged record, and its config ids, as `config_ids_of` returns them.
         others: ids of runs left out since another run of the same config, on other data, stands in their place.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.damaged: dict[str, str] = {}
+        self.damaged: list[tuple[Damaged, set[str]]] = []
         self.others: dict[str, str] = {}
 
 
@@ -84,21 +71,30 @@ class Table:
         long: one row a run: suite, scale, row, column, seed, every number of the summary, run id, and what its
             config, environment and metrics add (reference_size, precision, data_fingerprint, overhead, auroc_<score>
             at the end).
-        folders: the folder of each run in it, by id.
+        records: the record of each run in it, by id.
         notes: footnotes.
+        undrawn: why the figures lack what they should show of a run, by its id; known once they are drawn.
     """
 
     suite: Suite
     scale: str
     long: pd.DataFrame
     accuracy: str = "test_accuracy_final"
-    folders: dict[str, Path] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    undrawn: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The table's file name without its suffix."""
         return f"{self.suite.name}_{self.scale}" + ("_best" if self.accuracy == "test_accuracy_best" else "")
+
+    @property
+    def footnotes(self) -> list[str]:
+        """The notes, and what is not drawn."""
+        if not self.undrawn:
+            return self.notes
+        return [*self.notes, f"Not drawn, since their dynamics are damaged: {_with_reasons(self.undrawn)}."]
 
     @cached_property
     def rows(self) -> list[str]:
@@ -137,17 +133,15 @@ def read_records(folders: Iterable[Path]) -> Records:
     found = Records()
     for folder in folders:
         for path in run_folders(folder):
-            if not (path / "summary.json").exists():
+            try:
+                record = read_record(path)
+            except Damaged as error:
+                found.damaged.append((error, config_ids_of(path)))
                 continue
-            summary = read_json(path / "summary.json")
-            if summary is None or not _whole(summary):
-                config_id = (summary or read_json(path / "environment.json") or {}).get("config_id")
-                found.damaged[path.name] = config_id or ""
+            if record is None:
                 continue
-            if summary["status"] != "finished":
-                continue
-            known = found.setdefault(summary["config_id"], Record(path, summary))
-            key = "test_accuracy_final"
+            summary, key = record.summary, "test_accuracy_final"
+            known = found.setdefault(summary["config_id"], record)
             if known.summary["id"] != summary["id"]:
                 found.others[summary["id"]] = summary["config_id"]
             elif known.summary["commit"] == summary["commit"] and known.summary[key] != summary[key]:
@@ -155,35 +149,31 @@ def read_records(folders: Iterable[Path]) -> Records:
     return found
 
 
-def _whole(summary: Mapping[str, Any]) -> bool:
-    keys = ("id", "config_id", "commit", "test_accuracy_final")
-    return summary.get("status") == "failed" or (
-        summary.get("status") == "finished" and all(key in summary for key in keys)
-    )
-
-
 def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bool = False) -> Table:
     """Return the suite's table from whatever of its runs there is; ``best`` takes best instead of final accuracy."""
     rows = []
-    folders = {}
+    shown = {}
     for cell in suite.cells:
         if (record := records.get(cell.config_id)) is None:
             continue
-        folders[record.summary["id"]] = record.folder
+        shown[record.summary["id"]] = record
+        place = {
+            "suite": suite.name,
+            "scale": scale,
+            "row": label(cell.axes, suite.rows),
+            "column": label(cell.axes, suite.columns),
+        }
         rows.append(
             {
-                "suite": suite.name,
-                "scale": scale,
-                "row": label(cell.axes, suite.rows),
-                "column": label(cell.axes, suite.columns),
-                **{key: value for key, value in record.summary.items() if key != "finished_at"},
+                **place,
+                **{key: value for key, value in record.summary.items() if key not in (*place, "finished_at")},
                 **_beside(record, cell.config),
                 "reference_size": cell.config.reference.size,
                 "seed": int(cell.axes.get("seed", 0)),
             }
         )
     long = pd.DataFrame(rows, columns=None if rows else ["row", "column", "seed"])
-    table = Table(suite, scale, long, f"test_accuracy_{'best' if best else 'final'}", folders)
+    table = Table(suite, scale, long, f"test_accuracy_{'best' if best else 'final'}", shown)
     if rows:
         _footnote(table)
     if isinstance(records, Records):
@@ -198,23 +188,22 @@ def _beside(record: Record, config: Config) -> dict[str, Any]:
     pruner makes shorter.
     """
     pruned = make_pruner(config.pruner).pruned(config.epochs)
-    environment, rows = record.environment, record.metrics()
+    environment, rows = record.environment, record.rows
     kept = {
         key: [row[key] for row in rows if row["epoch"] in pruned and row.get(key) is not None]
         for key in ("kept_noise", "kept_noise_weighted")
     }
     total = sum(row["seconds"] - row["seconds_test"] for row in rows)
     spent = {part: sum(row.get(f"seconds_{part}") or 0.0 for row in rows) for part in OVERHEAD}
-    last = rows[-1] if rows else {}
     noise = [row["reference_noise"] for row in rows if row.get("reference_noise") is not None]
     return {
-        "precision": environment.get("precision"),
-        "data_fingerprint": environment.get("data_fingerprint"),
+        "precision": environment["precision"],
+        "data_fingerprint": environment["data_fingerprint"],
         "overhead": sum(spent.values()) / total if total else None,
         **{f"share_{part}": seconds / total if total else None for part, seconds in spent.items()},
         **({"reference_noise": float(np.mean(noise))} if noise else {}),
         **{f"{key}_mean": float(np.mean(known)) for key, known in kept.items() if known},
-        **{key: value for key, value in last.items() if key.startswith("auroc_")},
+        **{key: value for key, value in rows[-1].items() if key.startswith("auroc_")},
     }
 
 
@@ -294,10 +283,16 @@ def _footnote(table: Table) -> None:
 
 def _footnote_skipped(table: Table, records: Records) -> None:
     of_suite = {cell.config_id for cell in table.suite.cells}
-    if damaged := sorted(id for id, config_id in records.damaged.items() if config_id in of_suite):
-        table.notes.append(f"Skipped, since their records are damaged: {', '.join(damaged)}.")
+    lacking = of_suite - {record.summary["config_id"] for record in table.records.values()}
+    damaged = {error.folder.name: error.reason for error, ids in records.damaged if not ids or ids & lacking}
+    if damaged and lacking:
+        table.notes.append(f"Left out, since their records are damaged: {_with_reasons(damaged)}.")
     if others := sorted(id for id, config_id in records.others.items() if config_id in of_suite):
         table.notes.append(f"Left out, since runs of the same configs on other data are shown: {', '.join(others)}.")
+
+
+def _with_reasons(left_out: Mapping[str, str]) -> str:
+    return ", ".join(f"{id} ({reason})" for id, reason in sorted(left_out.items()))
 
 
 def _short(value: Any) -> str:
@@ -529,12 +524,12 @@ def wide_csv(table: Table) -> str:
             line["runs"] = " ".join(_ids(runs))
             lines.append(line)
     order = ["row", "column", "accuracy", "n", "mean", "std", "saved", "bold", "difference", "low", "high"]
-    return pd.DataFrame(lines, columns=[*order, "paper", "runs"]).to_csv(index=False, lineterminator="\n")
+    return csv(pd.DataFrame(lines, columns=[*order, "paper", "runs"]))
 
 
 def long_csv(table: Table) -> str:
     """Return one line a run, with every number of its summary."""
-    return table.long.to_csv(index=False, lineterminator="\n")
+    return csv(table.long)
 
 
 def markdown(table: Table) -> str:
@@ -545,7 +540,7 @@ def markdown(table: Table) -> str:
         lines = [block.head, ["---"] * len(block.head), *body]
         parts += [f"## {block.title}", block.caption]
         parts.append("\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines))
-    return "\n\n".join([*parts, *table.notes]) + "\n"
+    return "\n\n".join([*parts, *table.footnotes]) + "\n"
 
 
 def digest(table: Table) -> str:
@@ -618,5 +613,5 @@ def latex(table: Table) -> str:
             *(line + " \\\\" for line in lines),
             "\\bottomrule\n\\end{tabular}\n\\end{table}",
         ]
-    notes = [f"\\par\\noindent\\footnotesize {note.translate(_LATEX)}" for note in table.notes]
+    notes = [f"\\par\\noindent\\footnotesize {note.translate(_LATEX)}" for note in table.footnotes]
     return "\n".join([*parts, *notes]) + "\n"
