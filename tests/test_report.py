@@ -1,6 +1,8 @@
 """Published records, tables, figures and the report, from synthetic records with numbers known beforehand."""
 
+import csv
 import importlib
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from alignprune_exp.report.html import page
 from alignprune_exp.report.publish import publish, scrubbed_command
 from alignprune_exp.report.tables import (
     blocks,
+    digest,
     latex,
     long_csv,
     make_table,
@@ -30,6 +34,7 @@ from alignprune_exp.report.tables import (
     wide_csv,
 )
 from alignprune_exp.suites import load_suite
+from alignprune_exp.suspects import Sheet
 from alignprune_exp.train import main as train
 from recorded import HOST, SECRET, edit_json, edit_rows, write_record
 
@@ -244,6 +249,84 @@ def test_the_report_is_one_page_whose_numbers_lead_to_their_runs(results, suite)
     assert not re.search(r"(https?:)?//\w+\.\w", texts[-1].replace("<!doctype html>", ""))
     assert SECRET not in texts[-1]
     assert "paths.data=DIR" in texts[-1]
+
+
+HOSTILE = '<script>alert(\'1\')</script>"><img src=x onerror="alert(2)">&amp;|\n[x](javascript:alert(3))'
+HOSTILE += "$\\input{y}%~^#_{"
+A_FOLDERS = HOSTILE.replace("/", "").replace("~", "")
+
+
+@pytest.fixture
+def hostile(suite, tmp_path):
+    """A table in which every text that a record, a config or a folder's name can bring is hostile."""
+    cells = [cell for cell in suite.cells if cell.axes["seed"] == "0" and cell.axes["noise"] == "sym0.5"]
+    cells = [replace(cell, axes={**cell.axes, "method": f"={cell.axes['method']}{HOSTILE}"}) for cell in cells]
+    suite = replace(suite, cells=cells, baseline=cells[0].axes["method"], paper={})
+    texts = {
+        "pairing": "unverified",
+        "dataset": f"@{HOSTILE}",
+        "noise": HOSTILE,
+        "commit": f"+{HOSTILE}",
+        f"=choice_{HOSTILE}": f"-{HOSTILE}",
+    }
+    for number, cell in enumerate(cells):
+        folder = write_record(tmp_path, f"{number}{A_FOLDERS}", cell.config_id, 50.0 + number, **texts)
+        more = {"command": f"python '{HOSTILE}", "commit": HOSTILE, "precision": f"{number}{HOSTILE}"}
+        edit_json(folder / "environment.json", data_fingerprint=f"{number}{HOSTILE}", **more)
+        edit_rows(folder, lambda rows: [row | {f"auroc_{HOSTILE}": 0.5} for row in rows])
+    edit_json(folder / "summary.json", **{f"seconds_{HOSTILE}": HOSTILE})
+    table = make_table(suite, "smoke", read_records([tmp_path]))
+    assert len(table.long) == 2
+    assert len(table.notes) == 4  # precisions, data, the pairing, and the damaged record
+    return table
+
+
+def test_what_a_record_brings_is_text_on_the_page(hostile):
+    text = page([hostile], draw_and_encode(hostile), {hostile.name: Sheet(HOSTILE, HOSTILE, 3, b"x")})
+    parser = _Page()
+    parser.feed(text)
+    assert parser.open == []
+    assert text.count("<script") == 1
+    assert not {"onerror", "onload", "onclick"} & parser.attributes
+    assert {link.removeprefix("#") for link in parser.links} <= parser.ids | {f"run-{HOSTILE}"}
+    shown = "\n".join(parser.text)
+    for what in (f"=infobatch{HOSTILE}", f"1{A_FOLDERS}", f"AUROC {HOSTILE}", f"1{HOSTILE}", f"lowest in {HOSTILE}"):
+        assert what in shown
+    assert "python " in shown  # a command is shown without its paths
+
+
+def test_what_a_record_brings_is_text_in_markdown(hostile):
+    for text in (markdown(hostile), digest(hostile)):
+        assert "<" not in text
+        assert "](" not in text
+        for lines in re.findall(r"(?:^\|.*\n?)+", text, re.M):
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines.splitlines()}) == 1
+
+
+def test_what_a_record_brings_is_text_in_latex(hostile):
+    text = latex(hostile)
+    assert "\n\n" not in text
+    for line in text.splitlines():
+        if line.startswith("%"):
+            continue
+        assert "\\input" not in line
+        assert not re.search(r"(?<!\\)[%#_~^]", line), line
+        assert len(re.findall(r"(?<!\\)\{", line)) == len(re.findall(r"(?<!\\)\}", line)), line
+
+
+def test_what_a_record_brings_is_no_formula_in_csv(hostile):
+    for text in (wide_csv(hostile), long_csv(hostile)):
+        lines = list(csv.reader(io.StringIO(text)))
+        cells = [cell for line in lines for cell in line]
+        assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "-")) and not _is_number(cell)]
+        assert any(cell.startswith("'=") for cell in cells)
+        assert len({len(line) for line in lines}) == 1
+    assert "'@<script>" in text
+    assert ",-" not in text.replace("'-", "") or _is_number(text.split(",-")[1].split(",")[0])
+
+
+def _is_number(text):
+    return re.fullmatch(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", text) is not None
 
 
 def draw_and_encode(table):

@@ -15,6 +15,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from ..config import Config, make_pruner
+from ..console import one_line
 from ..errors import UsageError
 from ..files import csv
 from ..records import Damaged, Record, config_ids_of, read_record
@@ -537,22 +538,30 @@ def markdown(table: Table) -> str:
     parts = [f"# {table.suite.name}, scale={table.scale}"]
     for block in blocks(table):
         body = [[f"**{cell.text}**" if cell.bold else cell.text for cell in cells] for cells in block.body]
-        lines = [block.head, ["---"] * len(block.head), *body]
-        parts += [f"## {block.title}", block.caption]
-        parts.append("\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines))
-    return "\n\n".join([*parts, *table.footnotes]) + "\n"
+        parts += [f"## {_markdown(block.title)}", _markdown(block.caption), _markdown_table([block.head, *body])]
+    return "\n\n".join([*parts, *map(_markdown, table.footnotes)]) + "\n"
+
+
+def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells, the first of which is the head."""
+    texts = [[_markdown(text) for text in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [texts[0], ["---"] * len(texts[0]), *texts[1:]])
+
+
+def _markdown(text: str) -> str:
+    """Return a text for a cell or a paragraph, in which there are no tags and no links."""
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 
 def digest(table: Table) -> str:
     """Return the accuracies alone as Markdown: mean ± std, a star where the pairing of labels is unverified."""
     unverified = set(table.long.loc[table.long["pairing"] == "unverified", "column"])
     lines = [[_corner(table), *(f"{column}*" if column in unverified else column for column in table.columns)]]
-    lines.append(["---"] * len(lines[0]))
     for row in table.rows:
         cells = (table.runs(row, column)[table.accuracy].tolist() for column in table.columns)
         spreads = [mean_and_std(values) if values else None for values in cells]
         lines.append([row, *(MISSING if spread is None else _spread(*spread) for spread in spreads)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _markdown_table(lines)
 
 
 def filled(text: str, tables: Iterable[Table]) -> str:
@@ -570,7 +579,7 @@ def filled(text: str, tables: Iterable[Table]) -> str:
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
-_LATEX = str.maketrans(
+_SPECIAL = str.maketrans(
     {
         **{character: f"\\{character}" for character in "_%&#${}"},
         "±": r"$\pm$",
@@ -589,22 +598,23 @@ _LATEX = str.maketrans(
 )
 
 
+def _latex(text: str) -> str:
+    return one_line(text).translate(_SPECIAL)
+
+
 def latex(table: Table) -> str:
     """Return the table for LaTeX with booktabs, to be read in with ``\\input``; the runs stand in comments."""
     parts = [f"% {table.suite.name}, scale={table.scale}; needs \\usepackage{{booktabs}}"]
     for block in blocks(table):
         if block.title == "Runs":
-            parts += ["% " + " ".join(cell.text for cell in cells) for cells in block.body]
+            parts += ["% " + one_line(" ".join(cell.text for cell in cells)) for cells in block.body]
             continue
-        head = " & ".join(text.translate(_LATEX) for text in block.head)
+        head = " & ".join(map(_latex, block.head))
         lines = [
-            " & ".join(
-                f"\\textbf{{{cell.text.translate(_LATEX)}}}" if cell.bold else cell.text.translate(_LATEX)
-                for cell in cells
-            )
+            " & ".join(f"\\textbf{{{_latex(cell.text)}}}" if cell.bold else _latex(cell.text) for cell in cells)
             for cells in block.body
         ]
-        caption = f"{table.suite.name}, scale={table.scale}. {block.title}. {block.caption}".translate(_LATEX)
+        caption = _latex(f"{table.suite.name}, scale={table.scale}. {block.title}. {block.caption}")
         parts += [
             "\\begin{table}[ht]\n\\centering\\small",
             f"\\caption{{{caption}}}",
@@ -613,5 +623,5 @@ def latex(table: Table) -> str:
             *(line + " \\\\" for line in lines),
             "\\bottomrule\n\\end{tabular}\n\\end{table}",
         ]
-    notes = [f"\\par\\noindent\\footnotesize {note.translate(_LATEX)}" for note in table.footnotes]
+    notes = [f"\\par\\noindent\\footnotesize {_latex(note)}" for note in table.footnotes]
     return "\n".join([*parts, *notes]) + "\n"
