@@ -8,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
 from alignprune_exp.config import make_pruner
 from alignprune_exp.errors import UsageError
+from alignprune_exp.records import read_dynamics, read_record, read_samples
 from alignprune_exp.report.tables import make_table, markdown, paired_difference, read_records
 from alignprune_exp.status import main as status
 from alignprune_exp.suites import load_suite, option_names
+from alignprune_exp.suspects import main as suspects
 from alignprune_exp.train import main
+from recorded import write_record
 
 CONF = Path(__file__).parents[1] / "conf"
 SMALL = ["dataset=digits", "noise=clean,sym0.5", "method=full,infobatch", "epochs=6", "seed=0,1"]
@@ -238,6 +242,20 @@ def test_status_tells_done_from_missing_and_changes_nothing(swept, capsys):
     assert sorted(swept.rglob("*")) == before
 
 
+def test_what_a_run_writes_is_a_whole_record(swept, capsys):
+    records = [read_record(path.parent) for path in swept.glob("runs/*/summary.json")]
+    assert len(records) == 7
+    for record in records:
+        assert len(read_dynamics(record)) > 0
+        assert len(read_samples(record.folder)) == record.summary["samples"]
+        facts = pq.read_schema(record.folder / "samples.parquet").metadata
+        assert (facts[b"run"], facts[b"classes"]) == (record.folder.name.encode(), b"10")
+    assert suspects([str(records[0].folder), "--top", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 4
+    assert err.startswith("listed by settled,")
+
+
 def test_table_cells_are_mean_and_spread_over_seeds(swept):
     table = make_table(load_suite("main", SMALL), "smoke", read_records([swept]))
     cell = table.runs("infobatch", "clean")["test_accuracy_final"].tolist()
@@ -300,10 +318,7 @@ def test_paired_difference_takes_common_seeds_only():
 
 def test_two_records_of_one_run_with_different_results_are_refused(tmp_path):
     for folder, accuracy in (("a", 50.0), ("b", 51.0)):
-        path = tmp_path / folder / "runs" / "0123"
-        path.mkdir(parents=True)
-        summary = {"id": "0123", "config_id": "4", "status": "finished", "commit": "c", "test_accuracy_final": accuracy}
-        (path / "summary.json").write_text(json.dumps(summary))
+        write_record(tmp_path / folder, "0123", "4", accuracy)
     with pytest.raises(UsageError, match="different results"):
         read_records([tmp_path / "a", tmp_path / "b"])
 

@@ -37,6 +37,7 @@ from .errors import Failed, Stopped, UsageError
 from .pruning import SCORES, DynamicPruning, Evidence, NonFiniteLossError, Score, Static, WarmUpLog
 from .pruning.reference import confident_thresholds, label_quality, most_trusted
 from .pruning.seeding import generator
+from .records import write_parquet
 from .runs import RunFolder, owner_alive, run_id, write_atomically, write_json, write_text
 from .tracking import Tracker
 
@@ -737,6 +738,7 @@ class Experiment:
 
     def _write_samples(self, path: Path) -> None:
         import pandas as pd
+        import pyarrow as pa
 
         pruning, train = self.pruning, self.data.train
         empty = np.full(pruning.n, np.nan, np.float32)
@@ -754,7 +756,7 @@ class Experiment:
                 "times_selected": pruning.times_selected,
             }
         )
-        write_atomically(path, lambda file: frame.to_parquet(file, index=False))
+        write_parquet(path, pa.Table.from_pandas(frame, preserve_index=False), classes=len(self.data.classes))
 
 
 class _Clock:
