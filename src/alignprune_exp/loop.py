@@ -225,11 +225,12 @@ class Loop:
 
     def _refresh(self) -> int:
         """Record the losses of the samples that the epoch left out; return how many there are."""
-        unseen = self.pruning.unseen().cpu()
+        setup, unseen = self.setup, self.pruning.unseen().cpu()
         if len(unseen):
-            processes = self.setup.processes
-            losses = self.setup.task.losses(self.network, self.setup.train_batches.evaluation(processes.share(unseen)))
-            self.pruning.record(unseen, processes.gather(losses))
+            smoothing = setup.config.label_smoothing if setup.config.recorded == "smoothed" else 0.0
+            batches = setup.train_batches.evaluation(setup.processes.share(unseen))
+            losses = setup.task.losses(self.network, batches, smoothing)
+            self.pruning.record(unseen, setup.processes.gather(losses))
         return len(unseen)
 
     def _test(self, epoch: int) -> dict[str, float]:

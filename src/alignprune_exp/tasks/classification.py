@@ -6,6 +6,7 @@ Shape legend: n samples, B samples of a batch, C classes, d dimensions of an emb
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,9 +35,10 @@ class Classification:
         return models.build(self.config.model, len(self.data.mean), len(self.data.classes))
 
     @torch.no_grad()
-    def losses(self, network: Network, batches: Iterable[Batch]) -> Tensor:
-        """Return the plain losses (n,) of samples under the first network, whose losses are those that are recorded."""
-        parts = [F.cross_entropy(network.logits(x, 0), y, reduction="none") for _, x, y in batches]
+    def losses(self, network: Network, batches: Iterable[Batch], smoothing: float = 0.0) -> Tensor:
+        """Return the losses (n,) of samples under the first network, whose losses are those that are recorded."""
+        entropy = partial(F.cross_entropy, reduction="none", label_smoothing=smoothing)
+        parts = [entropy(network.logits(images, 0), labels) for _, images, labels in batches]
         return torch.cat([torch.empty(0, device=network.device), *parts])
 
     @torch.no_grad()
