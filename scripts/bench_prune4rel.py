@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(THREADS)
     report = Report("Prune4ReL")
     few = min(FEW, options.samples)
-    pruner = Prune4ReL(fraction=0.5, tau=0.95)
+    pruner = Prune4ReL(fraction=0.5)
     shown = made_up(few, options.classes)
     indices, seconds, peak, _ = timed(pruner, shown)
     start = time.perf_counter()
@@ -73,9 +73,9 @@ def plainly(shown: Evidence, pruner: Prune4ReL) -> np.ndarray:
     place = np.empty(n, np.int64)
     place[np.random.default_rng(1).permutation(n)] = np.arange(n)  # ties go to the first in this order
     unit = shown.embeddings / np.linalg.norm(shown.embeddings, axis=1, keepdims=True)
-    cosine = (unit @ unit.T).astype(np.float64)
-    np.fill_diagonal(cosine, 0)
-    cosine[cosine <= pruner.tau] = 0
+    similarity = 0.5 + 0.5 * (unit @ unit.T).astype(np.float64)
+    np.fill_diagonal(similarity, 0)
+    similarity[similarity <= pruner.tau] = 0
     reach, free, chosen = np.zeros(n), np.ones(n, bool), []
     while len(chosen) < round(pruner.fraction * n):
         for label in np.unique(shown.labels):
@@ -85,7 +85,7 @@ def plainly(shown: Evidence, pruner: Prune4ReL) -> np.ndarray:
                 pick = mine[np.lexsort((place[mine], -gain[mine]))[0]]
                 chosen.append(pick)
                 free[pick] = False
-                reach += cosine[pick] * confidence[pick]
+                reach += similarity[pick] * confidence[pick]
                 reach[pick] += confidence[pick]
     return np.sort(np.array(chosen))
 

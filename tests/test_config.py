@@ -234,6 +234,15 @@ def test_dataset_and_pruner_and_data_change_the_id():
     assert _id(_config(), "1" * 64) != _id(_config())
 
 
+def test_a_corrected_rule_is_another_run_and_no_other_pruner_says_which_it_follows(monkeypatch):
+    assert identity(_config("pruner=static_prune4rel"), FINGERPRINT)["pruner"]["revision"] == 1
+    config = _config()
+    assert "revision" not in identity(config, FINGERPRINT)["pruner"]
+    old = _id(config)
+    monkeypatch.setattr(PRUNERS["infobatch"], "revision", 1)
+    assert _id(config) != old
+
+
 @pytest.mark.parametrize(
     ("base", "changes"),
     [

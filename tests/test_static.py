@@ -220,9 +220,9 @@ def test_glister_takes_each_classes_share_whatever_the_rounds(rounds):
 # Prune4ReL
 
 
-def cosines(embeddings):
+def similarities(embeddings):
     unit = [[x / (math.hypot(*row) or 1) for x in row] for row in embeddings.tolist()]
-    return [[sum(a * b for a, b in zip(u, v, strict=True)) for v in unit] for u in unit]
+    return [[0.5 + 0.5 * sum(a * b for a, b in zip(u, v, strict=True)) for v in unit] for u in unit]
 
 
 few_samples = st.integers(1, 12).flatmap(
@@ -234,7 +234,7 @@ few_samples = st.integers(1, 12).flatmap(
 )
 
 
-@given(few_samples, st.sampled_from([0.0, 0.31, 0.83, 0.977]), st.sampled_from([0.2, 1.0, 5.0]), st.booleans())
+@given(few_samples, st.sampled_from([0.0, 0.51, 0.83, 0.977]), st.sampled_from([0.2, 1.0, 5.0]), st.booleans())
 def test_prune4rel_takes_the_brute_force_best_at_every_turn(samples, tau, eta, balanced):
     embeddings, confidence, labels = (np.array(values) for values in samples)
     order = np.argsort(labels, kind="stable") if balanced else np.arange(len(labels))
@@ -242,7 +242,7 @@ def test_prune4rel_takes_the_brute_force_best_at_every_turn(samples, tau, eta, b
     members = np.unique(labels, return_counts=True)[1].tolist() if balanced else [len(labels)]
     picks = reliable(Neighbours.of(embeddings, tau, 64), confidence, members, len(labels), eta).tolist()
     assert sorted(picks) == list(range(len(labels)))
-    close = cosines(embeddings)
+    close = similarities(embeddings)
     turns = itertools.cycle(sorted(set(labels.tolist())))
     taken = []
     for pick in picks:
@@ -257,6 +257,16 @@ def test_prune4rel_takes_the_brute_force_best_at_every_turn(samples, tau, eta, b
         assert pick in free
         assert gain[pick] >= max(gain.values()) - 1e-6
         taken.append(pick)
+
+
+def test_the_published_tau_are_of_similarities_and_not_of_cosines():
+    angles = np.arccos([1.0, 0.97, 0.92, 0.7, 0.5])
+    embeddings = np.c_[np.cos(angles), np.sin(angles)]
+    for tau, near in ((0.975, [1]), (0.95, [1, 2]), (0.8, [1, 2, 3])):
+        graph = Neighbours.of(embeddings, tau, 64)
+        assert graph.index[: graph.starts[1]].tolist() == near
+        expected = [0.985, 0.96, 0.85][: len(near)]
+        np.testing.assert_allclose(graph.similarity[: graph.starts[1]], expected, rtol=1e-5)
 
 
 def test_prune4rel_tells_saturated_samples_apart():
@@ -275,33 +285,33 @@ def test_prune4rel_tells_saturated_samples_apart():
 def test_the_graph_is_exact_and_what_is_cut_off_is_reported(monkeypatch, tile):
     monkeypatch.setattr("alignprune_exp.pruning.static.TILE", tile)
     embeddings = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
-    close = np.array(cosines(embeddings.astype(float)))
-    np.fill_diagonal(close, -1)
-    for pairs in (10**9, 0, int((close[:20] > 0.5).sum())):
-        graph = Neighbours.of(embeddings, 0.5, 4, pairs)
+    close = np.array(similarities(embeddings.astype(float)))
+    np.fill_diagonal(close, 0)
+    for pairs in (10**9, 0, int((close[:20] > 0.75).sum())):
+        graph = Neighbours.of(embeddings, 0.75, 4, pairs)
         cut = pairs < 10**9
         total = kept = mass = 0
         for i in range(40):
-            near = [k for k in range(40) if close[i, k] > 0.5]
+            near = [k for k in range(40) if close[i, k] > 0.75]
             expected = sorted(near, key=lambda k: -close[i, k])[:4] if cut else near
             entries = slice(graph.starts[i], graph.starts[i + 1])
             assert sorted(graph.index[entries].tolist()) == sorted(expected)
-            np.testing.assert_allclose(graph.cosine[entries], close[i, graph.index[entries]], atol=1e-6)
+            np.testing.assert_allclose(graph.similarity[entries], close[i, graph.index[entries]], atol=1e-6)
             total, kept, mass = total + len(near), kept + len(expected), mass + close[i, expected].sum()
         facts = graph.facts()
         assert facts["neighbours_mean"] == total / 40
         assert facts["neighbours_cut"] == pytest.approx(1 - kept / total, abs=1e-12)
-        assert facts["similarity_cut"] == pytest.approx(1 - mass / close[close > 0.5].sum(), abs=1e-6)
+        assert facts["similarity_cut"] == pytest.approx(1 - mass / close[close > 0.75].sum(), abs=1e-6)
         assert cut == (facts["neighbours_cut"] > 0)
 
 
 def test_prune4rel_lets_the_given_classes_take_turns_and_does_not_look_at_lengths():
     seen = evidence(1)
-    indices = chosen("static_prune4rel", seen, fraction=0.5, tau=0.5)
+    indices = chosen("static_prune4rel", seen, fraction=0.5, tau=0.75)
     counts = np.bincount(seen.labels[indices], minlength=C)
     assert counts.max() - counts.min() <= 1
     longer = replace(seen, embeddings=seen.embeddings * np.random.default_rng(0).uniform(0.1, 9, (N, 1)))
-    assert chosen("static_prune4rel", longer, fraction=0.5, tau=0.5) == indices
+    assert chosen("static_prune4rel", longer, fraction=0.5, tau=0.75) == indices
 
 
 # All of them

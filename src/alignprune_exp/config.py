@@ -362,7 +362,8 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
     """Return what makes a run the run it is: the config less its inert keys, and the data's fingerprint.
 
     The number of processes belongs to it where each normalises by statistics of its own share of a batch.
-    A key that is added later must be left out here while it has the value that reproduces the old behaviour.
+    A key that is added later must be left out here while it has the value that reproduces the old behaviour; a rule
+    that is corrected raises its pruner's ``revision``.
     """
     values = config.model_dump()
     del values["saved"]  # what it asks for is in the pruner's settings
@@ -386,8 +387,11 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
         del values["model"]["weights"]
     if not config.reference.aligns:
         values["reference"] = {"size": 0.0}
-    for key in make_pruner(config.pruner).inert():
+    pruner = make_pruner(config.pruner)
+    for key in pruner.inert():
         del values["pruner"][key]
+    if pruner.revision:
+        values["pruner"]["revision"] = pruner.revision
     if config.optimizer.cycle_momentum:
         values["optimizer"]["momentum"] = config.optimizer.momentum > 0
     if config.label_smoothing == 0:

@@ -43,9 +43,12 @@ class Pruner:
     Attributes:
         keeps: the setting that says which share of all samples an epoch keeps, or ``ratio`` for that which it prunes;
             None where there is none.
+        revision: raised where the rule is corrected so that it chooses otherwise: it is part of what a run is, and
+            what ran by the old rule is another run.
     """
 
     keeps: ClassVar[str | None] = None
+    revision: ClassVar[int] = 0
     uses_scores: ClassVar[bool] = True
     memory: ClassVar[int] = 0  # numbers a sample that it carries from epoch to epoch, for ``digest``
 

@@ -377,17 +377,18 @@ class _Lookahead:
 class Prune4ReL(Static):
     """Prune4ReL (Park et al., NeurIPS 2023): keeps what re-labelling can lean on.
 
-    Of strongly augmented images, with confidences c (largest probability) and N_i the sum of cos(e_i, e_k) c_k over the
-    chosen k whose cosine exceeds ``tau``: chosen is again and again the sample of largest
-    tanh((N_i + c_i) / eta) - tanh(N_i / eta), the first such in a random order. By default the given classes take
-    turns, until they are used up; the authors' code stops that where one class gets far ahead. Published values of
-    ``tau``: 0.975 on CIFAR-10N (warm-up 10), 0.95 on CIFAR-100N (30), 0.8 on Clothing-1M.
+    Of strongly augmented images, with confidences c (largest probability), similarities s_ik = (1 + cos(e_i, e_k)) / 2,
+    and N_i the sum of s_ik c_k over the chosen k whose similarity exceeds ``tau``: chosen is again and again the sample
+    of largest tanh((N_i + c_i) / eta) - tanh(N_i / eta), the first such in a random order. By default the given classes
+    take turns, until they are used up; the authors' code stops that where one class gets far ahead. Values of ``tau``
+    in the authors' scripts: 0.975 on CIFAR-10N (warm-up 10), 0.95 on CIFAR-100N (30), 0.8 on Clothing-1M (1), which
+    are cosines of 0.95, 0.9 and 0.6; of ``eta``: 1, but 100, their default, for DivideMix on CIFAR-10N.
 
     The graph of neighbours is exact where it has no more than 2 ** 28 entries (2 GiB).
     Beyond that each sample keeps the ``neighbours`` nearest to it, and the choice's facts say what was cut off.
 
     Attributes:
-        tau: the cosine above which two samples are neighbours.
+        tau: the similarity above which two samples are neighbours.
         eta: the scale of tanh.
         balanced: the given classes take turns.
         neighbours: kept of each sample where there are too many.
@@ -397,6 +398,7 @@ class Prune4ReL(Static):
     eta: float = 1.0
     balanced: bool = True
     neighbours: int = 64
+    revision: ClassVar[int] = 1  # 0 took the cosine for the similarity
     needs: ClassVar[frozenset[str]] = frozenset({"probabilities", "embeddings"})
     strong: ClassVar[bool] = True
 
@@ -486,19 +488,21 @@ def proportional(members: list[int], size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The pairs of samples whose cosine exceeds a threshold, as rows of a sparse matrix; none with itself.
+    """The pairs of samples whose similarity exceeds a threshold, as rows of a sparse matrix; none with itself.
+
+    The similarity of two samples is (1 + the cosine of their embeddings) / 2.
 
     Attributes:
         starts: (n + 1,) where each sample's entries begin.
         index: int32, the neighbours that are kept.
-        cosine: float32, likewise.
+        similarity: float32, likewise.
         found: how many there are, those that were cut off included.
-        mass: the sum of their cosines.
+        mass: the sum of their similarities.
     """
 
     starts: Ints
     index: NDArray[np.int32]
-    cosine: NDArray[np.float32]
+    similarity: NDArray[np.float32]
     found: int
     mass: float
 
@@ -514,7 +518,7 @@ class Neighbours:
         counts = np.zeros(n, np.int64)
         # One place for all that is kept: among many small ones, memory would be torn by what comes and goes.
         index: Any = np.empty(min(pairs, n * (n - 1)), np.int32)
-        cosine: Any = np.empty(len(index), np.float32)
+        similarity: Any = np.empty(len(index), np.float32)
         found, mass, end, cut = 0, 0.0, 0, False
         unit = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(embeddings, np.float32)), dim=1)
         height = max(1, TILE // n)
@@ -523,25 +527,25 @@ class Neighbours:
             cosines = unit[here] @ unit.T
             rows = torch.arange(len(cosines))
             cosines[rows, rows + begin] = -1
-            row, column = (cosines > tau).nonzero().unbind(1)
-            part = torch.bincount(row, minlength=len(cosines)), column, cosines[row, column]
+            row, column = (cosines > 2 * tau - 1).nonzero().unbind(1)
+            part = torch.bincount(row, minlength=len(cosines)), column, (1 + cosines[row, column]) / 2
             own, near, close = (values.numpy() for values in part)
             found += len(near)
             mass += float(close.sum(dtype=np.float64))
             if found > pairs and not cut:
-                counts, index, cosine = _nearest(counts, index[:end], cosine[:end], most, room=n * most)
+                counts, index, similarity = _nearest(counts, index[:end], similarity[:end], most, room=n * most)
                 cut, end = True, int(counts.sum())
             if cut:
                 own, near, close = _nearest(own, near, close, most)
             counts[here] = own
-            index[end : end + len(near)], cosine[end : end + len(near)] = near, close
+            index[end : end + len(near)], similarity[end : end + len(near)] = near, close
             end += len(near)
-        return cls(np.r_[0, np.cumsum(counts)], index[:end], cosine[:end], found, mass)
+        return cls(np.r_[0, np.cumsum(counts)], index[:end], similarity[:end], found, mass)
 
     def facts(self) -> dict[str, float]:
-        """Return a sample's neighbours, on average, and which share of them, and of their cosines, was cut off."""
+        """Return a sample's neighbours, on average, and which share of them, and of their similarity, was cut off."""
         n = len(self.starts) - 1
-        kept, mass = len(self.index), float(self.cosine.sum(dtype=np.float64))
+        kept, mass = len(self.index), float(self.similarity.sum(dtype=np.float64))
         return {
             "neighbours_mean": self.found / n,
             "neighbours_cut": 1 - kept / self.found if self.found else 0.0,
@@ -549,21 +553,21 @@ class Neighbours:
         }
 
 
-def _nearest(counts: Ints, index: Any, cosine: Any, most: int, room: int = 0) -> tuple[Any, Any, Any]:
-    """Keep the ``most`` largest cosines of each row, in arrays with room for so many entries at least."""
+def _nearest(counts: Ints, index: Any, similarity: Any, most: int, room: int = 0) -> tuple[Any, Any, Any]:
+    """Keep the ``most`` largest similarities of each row, in arrays with room for so many entries at least."""
     left = np.minimum(counts, most)
     total = max(room, int(left.sum()))
-    near, close = np.empty(total, index.dtype), np.empty(total, cosine.dtype)
+    near, close = np.empty(total, index.dtype), np.empty(total, similarity.dtype)
     read, write = np.r_[0, np.cumsum(counts)], np.r_[0, np.cumsum(left)]
     for first in range(0, len(counts), 1024):
         last = min(first + 1024, len(counts))
         entries = slice(read[first], read[last])
         row = np.repeat(np.arange(last - first), counts[first:last])
-        ranked = np.argsort(2.0 * row - cosine[entries])  # cosines lie in [-1, 1], so that rows stay apart
+        ranked = np.argsort(2.0 * row - similarity[entries])  # which lies in [0, 1], so that rows stay apart
         place = np.arange(len(row)) - (read[first:last] - read[first])[row]
         kept = np.sort(ranked[place < most])
         near[write[first] : write[last]] = index[entries][kept]
-        close[write[first] : write[last]] = cosine[entries][kept]
+        close[write[first] : write[last]] = similarity[entries][kept]
     return left, near, close
 
 
@@ -593,7 +597,7 @@ def reliable(graph: Neighbours, confidence: NDArray[np.float64], members: list[i
         picks[number] = pick
         entries = slice(graph.starts[pick], graph.starts[pick + 1])
         near = graph.index[entries]
-        reach[near] += graph.cosine[entries] * confidence[pick]
+        reach[near] += graph.similarity[entries] * confidence[pick]
         waiting = near[gain[near] > -1]
         gain[waiting] = _gain(reach[waiting], own[waiting], eta)
         gain[pick] = -np.inf
