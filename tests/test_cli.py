@@ -114,6 +114,7 @@ MISTAKES = [
     # what follows from other keys, and what clashes
     ("recipe=cifar10_cpu", "recipe dataset scale"),
     ("recipe=null", "recipe dataset scale"),
+    ("recipe/noise@learner=sop_cifar10_real", "recipe dataset scale learner noise"),
     ("method=seta pruner=full", "method pruner"),
     ("saved=0.5 pruner.budget=0.4", "saved pruner.budget"),
     ("saved=0.5 pruner=static_el2n pruner.fraction=0.4", "saved pruner.fraction"),
@@ -438,7 +439,7 @@ def test_help_names_every_group(place, capsys):
     lines = capsys.readouterr().out
     for group in ("dataset", "noise", "pruner", "score", "reference", "model", "optimizer", "scale", "tracking"):
         assert f"\n{group}: " in lines
-    assert "recipe follows from dataset and scale" in lines
+    assert "recipe follows from dataset, scale, learner and noise" in lines
 
 
 def test_a_run_ends_with_a_small_table_its_record_and_three_commands(place, capsys):

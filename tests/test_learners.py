@@ -456,6 +456,47 @@ def test_what_the_authors_chose_for_cifar100_follows_from_the_data_set_and_yield
         assert ten.learner == config_of(f"learner={learner}").learner
 
 
+ELR, SOP_100 = {"beta": 0.7, "coefficient": 3.0}, {"lr_u": 1.0, "lr_v": 10.0}
+ASYM = ("asym0.2", "asym0.4", "asym")
+
+
+@pytest.mark.parametrize(
+    ("learner", "dataset", "noises", "expected"),
+    [
+        ("elr", "cifar10", ASYM, {"beta": 0.9, "coefficient": 1.0}),
+        ("elr", "cifar10", ("sym0.5", "sym", "clean", "real"), ELR),
+        ("elr", "cifar100", ("sym0.5", "asym0.4", "real"), {"beta": 0.9, "coefficient": 7.0}),
+        ("elr", "digits", ASYM, ELR),
+        ("sop", "cifar10", ("sym0.5", "asym0.4"), {"lr_u": 10.0, "lr_v": 10.0}),
+        ("sop", "cifar10", ("real",), {"lr_u": 10.0, "lr_v": 100.0}),
+        ("sop", "cifar100", ("sym0.2", "clean"), SOP_100),
+        ("sop", "cifar100", ASYM, {"lr_u": 0.1, "lr_v": 100.0}),
+        ("sop", "cifar100", ("real",), {"lr_u": 1.0, "lr_v": 100.0}),
+        ("dividemix", "cifar10", ("sym0.5", "real"), {"warmup": 10, "alpha": 4.0, "lambda_u": 25.0}),
+        ("dividemix", "webvision", (None,), {"warmup": 1, "alpha": 0.5, "lambda_u": 0.0, "confidence_penalty": False}),
+        ("dividemix", "clothing1m", (None,), {"warmup": 1, "alpha": 0.5, "lambda_u": 0.0, "confidence_penalty": True}),
+    ],
+)
+def test_constants_are_the_authors_for_each_data_set_and_noise(learner, dataset, noises, expected):
+    root = () if dataset == "digits" else ("dataset.root=/nowhere",)
+    for noise in noises:
+        line = (f"dataset={dataset}", *root, f"learner={learner}", *([f"noise={noise}"] if noise else []))
+        found = config_of(*line).learner.model_dump()
+        assert {key: found[key] for key in expected} == expected, noise
+        key, value = next(iter(expected.items()))
+        assert getattr(config_of(*line, f"learner.{key}={value / 2 if value < 1 else 2}").learner, key) in (
+            value / 2,
+            2,
+        )
+
+
+def test_every_asymmetric_noise_there_is_has_the_constants_of_asymmetric_noise():
+    folder = config_dir() / "recipe" / "noise"
+    options = {path.stem for path in (config_dir() / "noise").glob("asym*.yaml")}
+    for stem in ("elr_cifar10", "sop_cifar100"):
+        assert {path.stem.removeprefix(f"{stem}_") for path in folder.glob(f"{stem}_asym*.yaml")} == options
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

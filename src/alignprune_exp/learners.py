@@ -107,6 +107,10 @@ class ELR(Learner):
     A running average t of each sample's predictions p, moved whenever the sample is trained on, holds on to what was
     learned early: the loss is CE + λ·log(1 − ⟨p, t⟩). As in the authors' code, p is clamped to [1e-4, 1 − 1e-4] and,
     where it enters t, normalised again; the t of the loss includes the p of the step.
+
+    On CIFAR they train by SGD at 0.02, weight decay 1e-3, plain momentum: CIFAR-10 for 150 epochs, in a cosine that
+    restarts every 10, or with asymmetric noise for 120, at a hundredth of the rate each from 40 and 80 on; CIFAR-100
+    for 150, so from 80 and 120 on. Ours is the optimiser of the run, by its scale or data set, in one cycle.
     """
 
     def __init__(self, networks: Sequence[nn.Module], config: schema.Elr, n: int, classes: int) -> None:
@@ -135,6 +139,10 @@ class SOP(Learner):
     moved by plain gradient descent, at rates of their own, in the rows of the batch alone.
 
     In one version of the authors' code the squared distance moves u as well; this is the paper's rule.
+
+    On CIFAR they train the network by SGD at 0.02, weight decay 1e-3, plain momentum, in a cosine over 300 epochs, on
+    images that AutoAugment and Cutout have changed. Ours is the optimiser of the run, by its scale or data set, in one
+    cycle, on its flips and crops. Values for CIFAR-N are those of Prune4ReL's scripts, which train SOP+.
     """
 
     def __init__(self, networks: Sequence[nn.Module], config: schema.Sop, n: int, classes: int, seed: int) -> None:
@@ -190,6 +198,9 @@ class DivideMix(Learner):
     statistics of batch norm, as the authors do for the network in training; they use eval mode for the other. At test
     time the mean of the logits stands for their sum: it classifies alike. They average losses over five epochs at a
     noise rate of 0.9, which this does not.
+
+    On CIFAR they train by SGD at 0.02, weight decay 5e-4, plain momentum, in batches of 64 over 300 epochs, at a tenth
+    of the rate from 150 on. Ours is the optimiser of the run, by its scale or data set, in one cycle.
     """
 
     views = 2
