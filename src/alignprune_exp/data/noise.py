@@ -27,6 +27,9 @@ _NEARBY = ("", "cifar_n", "data")
 def symmetric(clean: np.ndarray, n_classes: int, rate: float, rng: np.random.Generator) -> np.ndarray:
     """Move exactly round(rate·n) uniformly chosen samples, each to a different class drawn uniformly.
 
+    The code of ELR and DivideMix draws among all classes, the true one included: on CIFAR-10 their "50 %" has 45 % of
+    the labels wrong.
+
     ``clean`` and the result are int64 (n,), in 0..n_classes-1.
     """
     labels = clean.copy()
