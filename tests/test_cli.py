@@ -439,7 +439,7 @@ def test_help_names_every_group(place, capsys):
     lines = capsys.readouterr().out
     for group in ("dataset", "noise", "pruner", "score", "reference", "model", "optimizer", "scale", "tracking"):
         assert f"\n{group}: " in lines
-    assert "recipe follows from dataset, scale, learner and noise" in lines
+    assert "recipe follows from dataset, scale, model, learner and noise" in lines
 
 
 def test_a_run_ends_with_a_small_table_its_record_and_three_commands(place, capsys):

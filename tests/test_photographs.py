@@ -639,11 +639,20 @@ def test_smoke_differs_from_paper_in_what_its_recipe_lists(name):
     smoke, paper = (dict(_flat(at[scale].model_dump())) for scale in ("smoke", "paper"))
     listed = yaml.safe_load((config_dir() / "recipe" / f"{name}_smoke.yaml").read_text())
     del listed["defaults"]
-    assert {key for key in smoke if smoke[key] != paper[key]} == {"scale", *dict(_flat(listed))}
+    weights = {"model.weights"} if name == "clothing1m" else set()
+    assert {key for key in smoke if smoke[key] != paper[key]} == {"scale", *dict(_flat(listed)), *weights}
     sizes = {"dataset.classes", "dataset.image_size", "dataset.subset", "dataset.test_subset", "epochs"}
     assert set(dict(_flat(listed))) <= sizes
     assert at["paper"].model.name == "resnet50"
-    assert at["smoke"].dataset.image_size >= 64
+    assert at["smoke"].dataset.image_size // (4 if at["smoke"].model.stem == "large" else 1) == 16  # of the first maps
+
+
+def test_smoke_scale_fetches_no_weights_unless_they_are_asked_for():
+    clothing = ("dataset=clothing1m", "dataset.root=/d")
+    assert _composed(*clothing, "scale=paper").model.weights == "imagenet"
+    assert _composed(*clothing, "scale=smoke").model.weights == "none"
+    assert _composed(*clothing, "scale=smoke", "model.weights=imagenet").model.weights == "imagenet"
+    assert _composed(*clothing, "scale=smoke", "model=small_cnn").model.name == "small_cnn"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -882,7 +891,8 @@ def test_every_suite_runs_at_smoke_scale_with_a_narrow_network_and_fills_its_tab
 def test_a_run_of_clothing1m_as_its_recipe_has_it_from_weights_to_record(tmp_path, published):
     _, cached, _ = published("resnet50")
     assert make_miniature.main(["clothing1m", str(tmp_path / "data" / "clothing1m")]) == 0
-    line = ["dataset=clothing1m", "scale=smoke", "method=infobatch_das", f"paths.data={tmp_path / 'data'}"]
+    line = ["dataset=clothing1m", "scale=smoke", "model.weights=imagenet", "method=infobatch_das"]
+    line += [f"paths.data={tmp_path / 'data'}"]
     assert main([*line, "threads=2", f"paths.results={tmp_path / 'results'}"]) == 0
     assert cached.exists()
     _, summary, rows = _record(tmp_path)

@@ -100,7 +100,7 @@ def refuse_clashes(overrides: Sequence[str]) -> None:
     """Raise UsageError for keys of which one would silently win over the other."""
     given = {override.split("=")[0].lstrip("+~") for override in overrides}
     if any(key.partition("@")[0].partition("/")[0] == "recipe" for key in given):
-        raise UsageError("recipe follows from dataset, scale, learner and noise; choose those")
+        raise UsageError("recipe follows from dataset, scale, model, learner and noise; choose those")
     if "method" in given and (twice := given & {"pruner", "score"}):
         raise UsageError(f"method chooses the pruner and the score; leave out method or {' and '.join(sorted(twice))}")
     if "saved" in given and (twice := given & {"pruner.budget", "pruner.fraction", "pruner.ratio"}):

@@ -295,7 +295,7 @@ def validate(values: Mapping[str, Any]) -> Config:
         config = config.model_copy(update={"pruner": {"name": config.pruner["name"], **chosen}, "saved": None})
     if not pruner.uses_scores:
         config = config.model_copy(update={"score": UNRANKED})
-    if config.learner.name != "ce":  # smoothing is a way to make cross-entropy; a scale may have set it
+    if config.learner.name != "ce" or config.label_smoothing == 0:  # no smoothing; a scale may have set some
         config = config.model_copy(update={"label_smoothing": 0.0, "recorded": "plain"})
     if isinstance(config.learner, DivideMix):
         _check_dividemix(config, config.learner)
