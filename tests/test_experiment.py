@@ -335,7 +335,7 @@ def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(t
         assert row["train_loss"] == pytest.approx(plain_sum[row["epoch"]] / trained, rel=1e-5)
 
 
-def independently(one, images, labels):
+def independently(one, images, labels, smoothing=0.0):
     """Losses in eval mode, from the uint8 images, without the batches of the package."""
     x = (images.double().movedim(-1, 1) if images.shape[-1] == len(one.data.mean) else images.double()) / 255
     mean, std = (torch.from_numpy(np.asarray(v)).view(1, -1, 1, 1) for v in (one.data.mean, one.data.std))
@@ -344,7 +344,8 @@ def independently(one, images, labels):
     with torch.no_grad():
         logits = one.model(((x - mean) / std).float())
     one.model.train(was_training)
-    return F.cross_entropy(logits, torch.from_numpy(np.asarray(labels)), reduction="none")
+    labels = torch.from_numpy(np.asarray(labels))
+    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("overrides", [(), ("reference.size=60", "reference.noise=0.5", "label_smoothing=0.2")])
@@ -362,8 +363,10 @@ def test_the_reference_and_test_losses_equal_an_independent_evaluation(tmp_path,
     assert (~right).sum() == (30 if overrides else 0)
 
 
-def test_refresh_records_the_evaluated_loss_of_the_unseen_and_leaves_batch_norm_alone(tmp_path):
-    one = Experiment(config_of(tmp_path, "score.unseen=refresh", "precision=fp32", "epochs=6"))
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_refresh_records_the_evaluated_loss_of_the_unseen_and_leaves_batch_norm_alone(tmp_path, smoothing):
+    smoothed = (f"label_smoothing={smoothing}", "recorded=smoothed")
+    one = Experiment(config_of(tmp_path, "score.unseen=refresh", "precision=fp32", "epochs=6", *smoothed))
     train = one.data.train
     images = torch.stack([train[i][0] for i in range(len(train))])
     unseen, end_epoch = one.pruning.unseen, one.pruning.end_epoch
@@ -373,7 +376,9 @@ def test_refresh_records_the_evaluated_loss_of_the_unseen_and_leaves_batch_norm_
         samples = unseen()
         expected["buffers"] = {name: value.clone() for name, value in one.model.named_buffers()}
         expected["samples"] = samples.clone()
-        expected["losses"] = independently(one, images[samples], train.labels[samples]) if len(samples) else None
+        expected["losses"] = (
+            independently(one, images[samples], train.labels[samples], smoothing) if len(samples) else None
+        )
         return samples
 
     def noted_end(reference_loss):

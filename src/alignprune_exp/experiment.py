@@ -379,7 +379,8 @@ class Experiment:
             unseen = pruning.unseen().cpu()
             refreshed = len(unseen)
             if refreshed:
-                pruning.record(unseen, self._plain_losses(self.batches, unseen))
+                smoothing = config.label_smoothing if config.recorded == "smoothed" else 0.0
+                pruning.record(unseen, self._losses(self.batches, unseen, smoothing))
         clock.lap("seconds_refresh")
         reference = self._reference_losses()
         reference_loss = reference.mean().item() if len(reference) else None
@@ -490,16 +491,17 @@ class Experiment:
             return self.model(images, *network).float()
 
     @torch.no_grad()
-    def _evaluate(self, images: Tensor, labels: Tensor, *network: int) -> tuple[Tensor, Tensor]:
-        """Return each sample's plain cross-entropy (B,) and whether it is classified right (B,)."""
+    def _evaluate(self, images: Tensor, labels: Tensor, *network: int, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return each sample's cross-entropy (B,) and whether it is classified right (B,)."""
         logits = self._logits(images, *network)
-        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        return losses, logits.argmax(1) == labels
 
     def _reference_losses(self) -> Tensor:
         """Return the reference samples' losses (R,), in eval mode."""
         if len(self.reference) == 0:
             return torch.empty(0)
-        return self._plain_losses(self.reference_batches, self.reference).double()
+        return self._losses(self.reference_batches, self.reference).double()
 
     def _reference_noise(self) -> float | None:
         """Return the wrong share of the reference set's labels, where that is known."""
@@ -534,13 +536,13 @@ class Experiment:
         thresholds = confident_thresholds(confidence.cpu(), labels, p.shape[1]).to(self.device)
         return self.processes.gather(label_quality(p, own_labels, thresholds)).cpu().numpy()
 
-    def _plain_losses(self, batches: Batches, samples: Tensor) -> Tensor:
-        """Return the plain losses (K,) of ``samples`` (K,) without augmentation, of which each process does a share.
+    def _losses(self, batches: Batches, samples: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Return the losses (K,) of ``samples`` (K,) without augmentation, of which each process does a share.
 
         They are the first network's, as those that are recorded.
         """
         shares = batches.evaluation(self.processes.share(samples))
-        losses = [self._evaluate(images, labels, 0)[0] for _, images, labels in shares]
+        losses = [self._evaluate(images, labels, 0, smoothing=smoothing)[0] for _, images, labels in shares]
         return self.processes.gather(torch.cat([torch.empty(0, device=self.device), *losses]))
 
     def _stops(self, stop: threading.Event) -> bool:
