@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from alignprune_exp.data.batches import Augmentation, Batches
+from alignprune_exp.data.augment import Augmentation
+from alignprune_exp.data.batches import Batches
 from alignprune_exp.data.datasets import load
 from alignprune_exp.data.source import Images, Pixels
 from alignprune_exp.data.split import Split

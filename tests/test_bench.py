@@ -275,4 +275,4 @@ def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch
     with watched:
         benchmarking.walk(run)
     assert steps > 12
-    assert watched.callers == {"trajectories.py:record", "plugin.py:_weights_of", "batches.py:apply"}
+    assert watched.callers == {"trajectories.py:record", "plugin.py:_weights_of", "augment.py:apply"}

@@ -8,7 +8,8 @@ from scipy.stats import chi2_contingency, chisquare
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from alignprune_exp.data.batches import Augmentation, Batches, mix
+from alignprune_exp.data.augment import Augmentation, mix
+from alignprune_exp.data.batches import Batches
 from alignprune_exp.data.datasets import load
 from alignprune_exp.data.split import Split, prepare
 from alignprune_exp.errors import UsageError

@@ -30,7 +30,8 @@ from alignprune_exp import suspects
 from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.config import ResNet, identity
 from alignprune_exp.data import photographs
-from alignprune_exp.data.batches import ATTEMPTS, Augmentation, Batches
+from alignprune_exp.data.augment import ATTEMPTS, Augmentation
+from alignprune_exp.data.batches import Batches
 from alignprune_exp.data.datasets import load
 from alignprune_exp.data.photographs import Cut, resized_crop
 from alignprune_exp.data.split import prepare

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from alignprune_exp import models
-from alignprune_exp.data.batches import rand_augment
+from alignprune_exp.data.augment import rand_augment
 from alignprune_exp.errors import UsageError
 from alignprune_exp.experiment import Experiment, make_pruning
 from alignprune_exp.pruning import PRUNERS, DynamicPruning, Evidence, Static, WarmUpLog
