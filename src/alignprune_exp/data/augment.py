@@ -42,6 +42,14 @@ class Augmentation:
         flip = (((bits >> 48) & 1) == 1) & self.flip
         return top, left, flip
 
+    def places(self, sample: Tensor, epoch: int | None, views: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `draw` does for every view, (views, B) each; without an epoch the images as they are, once."""
+        if epoch is None:
+            as_it_is = torch.full((1, len(sample)), self.crop)
+            return as_it_is, as_it_is, torch.zeros_like(as_it_is, dtype=torch.bool)
+        top, left, flip = zip(*(self.draw(sample, epoch, view) for view in range(views)), strict=True)
+        return torch.stack(top), torch.stack(left), torch.stack(flip)
+
     def uniforms(self, sample: Tensor, epoch: int, view: int = 0) -> np.ndarray:
         """Return for samples, int64 (B,), what a view is cut out by: float64 (B, ATTEMPTS, 4), in [0, 1)."""
         steps = _GOLDEN * torch.arange(1, 4 * ATTEMPTS + 1)
@@ -68,40 +76,14 @@ class Augmentation:
             padded[:, -1 - y] = padded[:, y - 1 - 2 * p]
         return padded
 
-    def cut(self, image: Tensor, top: int, left: int, flip: int) -> Tensor:
+    def cut(self, image: np.ndarray, top: int, left: int, flip: int) -> Tensor:
         """Crop one image, uint8 (H, W, C), out of its reflect-padded self, as `apply` does, and mirror it."""
-        if (top, left) != (self.crop, self.crop):
-            shifted = torch.empty_like(image)
-            to_y, from_y = _overlap(top - self.crop, image.shape[0])
-            to_x, from_x = _overlap(left - self.crop, image.shape[1])
-            shifted[to_y, to_x] = image[from_y, from_x]
-            _mirror_edges(shifted, to_y)
-            _mirror_edges(shifted.transpose(0, 1), to_x)
-            image = shifted
-        return image.flip(1) if flip else image
-
-    def plan(
-        self, rows: Tensor, sample: Tensor, epoch: int | None, padded: tuple[int, ...], views: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Say where each image begins and whether it is mirrored.
-
-        Args:
-            rows: place of each image among the padded ones, int64 (B,).
-            sample: what it is augmented as, int64 (B,).
-            epoch: likewise; without one nothing is augmented.
-            padded: shape (n, H + 2·crop, W + 2·crop, C) of the padded images.
-            views: how many times each is augmented.
-
-        Returns:
-            The pixel that each begins at, int64 (views, B), and the bool flips (views, B).
-        """
-        if epoch is None:
-            top = left = torch.full_like(rows, self.crop)[None]
-            flip = torch.zeros_like(rows, dtype=torch.bool)[None]
-        else:
-            drawn = [self.draw(sample, epoch, view) for view in range(views)]
-            top, left, flip = (torch.stack(each) for each in zip(*drawn, strict=True))
-        return (rows * padded[1] + top) * padded[2] + left, flip
+        p, (height, width, _) = self.crop, image.shape
+        if (top, left) != (p, p):
+            padded = np.pad(image, ((p, p), (p, p), (0, 0)), "reflect")
+            image = padded[top : top + height, left : left + width]
+        cut = torch.from_numpy(image if image.flags.writeable else image.copy())
+        return cut.flip(1) if flip else cut
 
     def apply(self, padded: Tensor, begin: Tensor, flip: Tensor) -> Tensor:
         """Cut images out of ``padded``; return them as uint8 (B, H, W, C).
@@ -124,20 +106,6 @@ class Augmentation:
             mirrored = images.index_select(0, flipped).view(-1, h, w, channels).flip(2).view(len(flipped), -1)
             images = torch.cat([images, mirrored]).index_select(0, place)
         return images.view(-1, h, w, channels)
-
-
-def _overlap(by: int, size: int) -> tuple[slice, slice]:
-    """Return which places a shift by ``by`` fills, and from which."""
-    return slice(max(0, -by), size - max(0, by)), slice(max(0, by), size + min(0, by))
-
-
-def _mirror_edges(image: Tensor, filled: slice) -> None:
-    """Fill the rows before and after the ``filled`` ones with their reflections."""
-    first, end = filled.start, filled.stop
-    for y in range(first):
-        image[y] = image[2 * first - y]
-    for y in range(end, len(image)):
-        image[y] = image[2 * (end - 1) - y]
 
 
 def rand_augment(images: Tensor, sample: Tensor, seed: int, epoch: int) -> Tensor:

@@ -76,11 +76,11 @@ class Batches:
                 f"a crop padding of {crop} pixels does not fit images of {width}x{height}: type a smaller "
                 "one, or 0 for none"
             )
-        self._pixels: _Resident | _OnDisk
+        self._pixels: _Held | _Read
         if split.images is not None:
-            self._pixels = _Resident(split.images, augmentation, self.device)
+            self._pixels = _Held(split.images, augmentation, self.device)
         else:
-            self._pixels = _OnDisk(split, augmentation, self.device, workers)
+            self._pixels = _Read(split, augmentation, self.device, workers)
         # One entry per value of an image row, so that the inner loop runs over W·C values and not over C.
         scale = np.tile(1 / (255 * std), width)
         shift = np.tile(-mean / std, width)
@@ -153,7 +153,7 @@ class Batches:
         return x if self.channels_last else x.contiguous()
 
 
-class _Resident:
+class _Held:
     """All images on the device, as uint8 (n, H, W, C), padded."""
 
     def __init__(self, images: Tensor, augmentation: Augmentation, device: torch.device) -> None:
@@ -163,18 +163,19 @@ class _Resident:
     def batches(self, parts: tuple[Tensor, ...], epoch: int | None, views: int) -> Iterator[Tensor]:
         # Drawn on the CPU, once an epoch: nothing in a batch waits for the device.
         order, sizes = torch.cat(parts), [len(part) for part in parts]
-        begins, flips = self.augmentation.plan(order, order, epoch, self.images.shape, views)
-        begins = begins.to(self.images.device)
+        top, left, flips = self.augmentation.places(order, epoch, views)
+        _, height, width, _ = self.images.shape
+        begins = ((order * height + top) * width + left).to(self.images.device)
         for begin, flip in zip(begins.split(sizes, 1), flips.split(sizes, 1), strict=True):
             yield self.augmentation.apply(self.images, begin.flatten(), flip.flatten())
 
 
-class _OnDisk:
+class _Read:
     """Decodes batch by batch in a DataLoader, whose workers stay alive between epochs."""
 
     def __init__(self, split: Split, augmentation: Augmentation, device: torch.device, workers: int) -> None:
         # The loader holds the list and not this object: in a cycle its workers would take seconds to end.
-        self.keys: list[tuple[int | None, Tensor, int]] = []
+        self.keys: list[tuple[Tensor, int | None, int]] = []
         self.device = device
         self.loader: DataLoader[Any] = DataLoader(
             _Decoded(split, augmentation),
@@ -187,7 +188,7 @@ class _OnDisk:
         )
 
     def batches(self, parts: tuple[Tensor, ...], epoch: int | None, views: int) -> Iterator[Tensor]:
-        self.keys[:] = [(epoch, part, views) for part in parts]
+        self.keys[:] = [(part, epoch, views) for part in parts]
         for images in self.loader:
             if isinstance(images, str):
                 raise UsageError(images)
@@ -201,7 +202,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 class _Decoded(Dataset[Any]):
-    """Maps (epoch, samples, views) to the augmented images, uint8 (views · B, H, W, C).
+    """Maps (samples, epoch, views) to the augmented images, uint8 (views · B, H, W, C).
 
     A user's mistake comes back as its message: raised in a worker it would arrive wrapped in a traceback.
     """
@@ -209,20 +210,15 @@ class _Decoded(Dataset[Any]):
     def __init__(self, split: Split, augmentation: Augmentation) -> None:
         self.source, self.rows, self.augmentation = split.source, split.rows, augmentation
 
-    def __getitem__(self, key: tuple[int | None, Tensor, int]) -> Tensor | str:
-        epoch, sample, views = key
-        rows, draws = self.rows[sample.numpy()], None
-        if epoch is not None:
-            rows = np.tile(rows, views)
-            if self.augmentation.cuts:
-                draws = np.concatenate([self.augmentation.uniforms(sample, epoch, view) for view in range(views)])
+    def __getitem__(self, key: tuple[Tensor, int | None, int]) -> Tensor | str:
+        sample, epoch, views = key
+        places = [each.flatten().tolist() for each in self.augmentation.places(sample, epoch, views)]
+        draws = None
+        if epoch is not None and self.augmentation.cuts:
+            draws = np.concatenate([self.augmentation.uniforms(sample, epoch, view) for view in range(views)])
         try:
-            images = self.source.decoded(rows, draws)
+            images = self.source.decoded(np.tile(self.rows[sample.numpy()], views), draws)
         except UsageError as error:
             return str(error)
-        tensors = [torch.from_numpy(image if image.flags.writeable else image.copy()) for image in images]
-        if epoch is not None:
-            drawn = [torch.stack(self.augmentation.draw(sample, epoch, view), 1) for view in range(views)]
-            places = torch.cat(drawn).tolist()
-            tensors = [self.augmentation.cut(image, *place) for image, place in zip(tensors, places, strict=True)]
-        return default_collate(tensors)  # in a worker, into shared memory
+        cut = self.augmentation.cut
+        return default_collate([cut(*each) for each in zip(images, *places, strict=True)])  # into shared memory
