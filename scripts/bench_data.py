@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -204,7 +205,7 @@ def decode_share(start: Any, root: Path, paths: np.ndarray) -> None:
     for first in range(0, len(paths), 64):
         batch = []
         for path in paths[first : first + 64]:
-            with Image.open(root / str(path)) as opened:
+            with Image.open(os.path.join(os.fsencode(root), path)) as opened:
                 image = ImageOps.fit(opened.convert("RGB"), (SIZE, SIZE), Image.Resampling.BILINEAR)
             padded = np.pad(np.asarray(image), ((CROP, CROP), (CROP, CROP), (0, 0)), "reflect")
             top, left = rng.integers(0, 2 * CROP + 1, 2)

@@ -5,6 +5,8 @@ Shape legend: B samples of a batch, C channels, H and W pixels.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -189,7 +191,10 @@ class _Read:
 
     def batches(self, parts: tuple[Tensor, ...], epoch: int | None, views: int) -> Iterator[Tensor]:
         self.keys[:] = [(part, epoch, views) for part in parts]
-        for images in self.loader:
+        decoded = iter(self.loader)
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # ahead of what torch, having started workers, waits for then
+        for images in decoded:
             if isinstance(images, str):
                 raise UsageError(images)
             yield images.to(self.device, non_blocking=True)
@@ -199,6 +204,13 @@ def _leave_signals_to_the_run(worker: int) -> None:
     """A scheduler signals every process of a job; the run takes its checkpoint, and ends its workers after that."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """End workers that a traceback still holds: the interpreter waits for them, and they ignore its signal."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class _Decoded(Dataset[Any]):
