@@ -17,8 +17,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from alignprune_exp.data.datasets import CIFAR100_CLASSES, load
+from alignprune_exp.data.datasets import load
 from alignprune_exp.data.source import stratified
+from alignprune_exp.data.sources.cifar import CIFAR100_CLASSES
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
 

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from PIL import Image
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.files import printable
 from alignprune_exp.pruning.reference import class_shares
-
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Pixels(Protocol):
@@ -167,27 +162,6 @@ def stratified(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     shares = zip(*class_shares(labels, size, rng), strict=True)
     chosen = [rng.choice(np.flatnonzero(labels == c), share, replace=False) for c, share in shares]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
-
-
-def decode(file: Path | BytesIO, name: str, remedy: str, work: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """Open an image, let ``work`` turn it into RGB, and return that as uint8 (3, H, W).
-
-    Raises UsageError, with ``name`` and ``remedy`` in it, where the image cannot be decoded.
-    """
-    try:
-        with Image.open(file, formats=IMAGE_FORMATS) as opened:
-            return np.asarray(work(opened)).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{name} cannot be read as an image ({brief(error)}): {remedy}") from error
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode in 8-bit RGB; grey of 16 bits keeps its upper eight, which PIL would clip."""
-    if image.mode == "RGB":
-        return image  # PIL would copy it
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def _size(shape: tuple[int, ...]) -> str:
