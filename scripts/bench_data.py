@@ -27,7 +27,8 @@ from torchvision import transforms
 from alignprune_exp.data.augment import Augmentation
 from alignprune_exp.data.batches import Batches
 from alignprune_exp.data.datasets import load
-from alignprune_exp.data.source import Images, Pixels
+from alignprune_exp.data.images import Array
+from alignprune_exp.data.source import Images, Store
 from alignprune_exp.data.split import Split
 from benchmarking import THREADS, Report, best, measured, memory_bandwidth, parser, peak_mb, reset_peak
 
@@ -55,14 +56,6 @@ def batches_of(split: Split, **settings: Any) -> Batches:
     return Batches(split, device="cpu", mean=MEAN, std=STD, seed=SEED, train=True, flip=True, crop=CROP, **settings)
 
 
-@dataclass(frozen=True)
-class InMemory:
-    images: np.ndarray  # uint8 (n, C, H, W)
-
-    def read(self, row: int) -> np.ndarray:
-        return self.images[row]
-
-
 class PerImage(Dataset[tuple[torch.Tensor, int]]):
     """What torchvision's CIFAR data sets do for each image."""
 
@@ -87,7 +80,7 @@ class PerImage(Dataset[tuple[torch.Tensor, int]]):
 def resident(report: Report, n: int) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-    source = Images(rng.integers(0, 10, n), InMemory(pixels))
+    source = Images(rng.integers(0, 10, n), Array(pixels))
     batches = batches_of(Split(source, np.arange(n), source.labels, None, torch.from_numpy(pixels)), batch_size=BATCH)
     order = torch.from_numpy(rng.permutation(n))
 
@@ -124,10 +117,10 @@ def plainly(image: np.ndarray, sample: int, epoch: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Counted:
+class Counted(Store):
     """Counts how often each image is opened, by whichever process."""
 
-    store: Pixels
+    store: Store
     opened: torch.Tensor  # int32 (n,), in shared memory
 
     def read(self, row: int) -> np.ndarray:

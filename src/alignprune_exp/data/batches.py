@@ -70,7 +70,7 @@ class Batches:
         self.channels_last, self.dtype = channels_last, dtype
         self._n, self._seed = len(split), seed
         self._labels = torch.from_numpy(split.labels).to(self.device)
-        cuts = train and split.source.cuts
+        cuts = train and split.source.store.cuts
         augmentation = Augmentation(seed, flip=train and flip, crop=crop if train else 0, cuts=cuts)
         _, height, width = split.source.shape
         if augmentation.crop >= min(height, width):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from alignprune_exp.data.source import Source
@@ -15,7 +14,6 @@ from alignprune_exp.data.sources.parquet import parquet
 from alignprune_exp.errors import UsageError
 
 OF_A_RUN = ("subset", "test_subset", "flip", "crop")  # keys of a config's dataset that are no business of its files
-FOLDERS = ("root", "imagenet_root")
 
 DATASETS: dict[str, Callable[..., Source]] = {
     "digits": digits,
@@ -43,7 +41,4 @@ def load(values: Mapping[str, Any]) -> Source:
     name = options.pop("name")
     if name not in DATASETS:
         raise UsageError(f"dataset.name={name} is unknown; use one of {', '.join(DATASETS)}")
-    for key in FOLDERS:
-        if options.get(key) is not None:
-            options[key] = Path(options[key]).expanduser()
     return DATASETS[name](name, **options)

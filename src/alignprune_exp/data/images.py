@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,24 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from alignprune_exp.data.source import brief
-from alignprune_exp.errors import UsageError
+from alignprune_exp.data.source import Store, Unreadable, brief
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SKIP = "or type dataset.on_error=skip to train without such images"
-
-
-def decode(file: Path | BytesIO, name: str, remedy: str, work: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """Open an image, let ``work`` turn it into RGB, and return that as uint8 (3, H, W).
-
-    Raises UsageError, with ``name`` and ``remedy`` in it, where the image cannot be decoded.
-    """
-    try:
-        with Image.open(file, formats=IMAGE_FORMATS) as opened:
-            return np.asarray(work(opened)).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{name} cannot be read as an image ({brief(error)}): {remedy}") from error
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -44,8 +29,20 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """An image becomes a square of ``image_size`` pixels, the largest around its centre; None leaves it as it is."""
+
+    image_size: int | None = None
+
+    def centre(self, image: Image.Image) -> Image.Image:
+        if self.image_size is None:
+            return rgb(image)
+        return ImageOps.fit(rgb(image), (self.image_size, self.image_size), Image.Resampling.BILINEAR)
+
+
+@dataclass(frozen=True)
 class Cut:
-    """How a photograph becomes a square.
+    """How a photograph becomes a square, and that training sees random views of it.
 
     Attributes:
         image_size: side of the square in pixels.
@@ -101,44 +98,18 @@ def resized_crop(width: int, height: int, draws: np.ndarray, area: float, aspect
 
 
 @dataclass(frozen=True)
-class Array:
-    images: np.ndarray  # uint8 (n, C, H, W)
+class Array(Store):
+    """Images that are decoded already, uint8 (n, C, H, W)."""
 
-    def read(self, row: int) -> np.ndarray:
+    images: np.ndarray
+
+    def read(self, row: int, draws: np.ndarray | None = None) -> np.ndarray:
         return self.images[row]
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Encoded images in the column of a Parquet file, kept encoded in memory."""
-
-    column: Any  # pyarrow.ChunkedArray of binary
-    origin: str
-
-    def read(self, row: int) -> np.ndarray:
-        encoded = io.BytesIO(self.column[row].as_py() or b"")
-        return decode(encoded, f"row {row} of {self.origin}", "fetch that file again", rgb)
-
-
-@dataclass(frozen=True)
-class Files:
-    root: Path
-    paths: np.ndarray  # encoded, relative to it, S (n,)
-    image_size: int | None
-
-    def read(self, row: int) -> np.ndarray:
-        path = self.root / os.fsdecode(self.paths[row])
-        return decode(path, f"{path} (row {row})", "replace or delete that file", self._fitted)
-
-    def _fitted(self, image: Image.Image) -> Image.Image:
-        if self.image_size is None:
-            return rgb(image)
-        return ImageOps.fit(rgb(image), (self.image_size, self.image_size), Image.Resampling.BILINEAR)
-
-
-@dataclass(frozen=True)
-class Photographs:
-    """Image files under a folder; see ``source.Views``.
+class Files(Store):
+    """Encoded images, in files under a folder.
 
     Attributes:
         root: the folder.
@@ -148,31 +119,38 @@ class Photographs:
 
     root: Path
     paths: np.ndarray
-    cut: Cut
+    cut: Fit | Cut
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return 3, self.cut.image_size, self.cut.image_size
+    def cuts(self) -> bool:
+        return isinstance(self.cut, Cut)
 
-    def read(self, row: int) -> np.ndarray:
-        return self._decoded(row, self.cut.centre)
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        side = self.cut.image_size
+        return None if side is None else (3, side, side)
 
-    def view(self, row: int, draws: np.ndarray) -> np.ndarray:
-        return self._decoded(row, lambda image: self.cut.view(image, draws))
+    def read(self, row: int, draws: np.ndarray | None = None) -> np.ndarray:
+        cut = self.cut
+        if draws is None or isinstance(cut, Fit):
+            return self._decoded(row, cut.centre)
+        return self._decoded(row, lambda image: cut.view(image, draws))
 
     def problem(self, row: int) -> str | None:
         """Return what is wrong with an image, if anything; all of it is read, at the lowest resolution it has."""
         try:
-            self._decoded(row, _glance, "")
-        except UsageError as error:
-            return str(error).removesuffix(": ")
+            self._decoded(row, _glance)
+        except Unreadable as error:
+            return str(error)
         return None
 
-    def _decoded(
-        self, row: int, work: Callable[[Image.Image], Image.Image], remedy: str = f"replace or delete it, {SKIP}"
-    ) -> np.ndarray:
+    def _decoded(self, row: int, work: Callable[[Image.Image], Image.Image]) -> np.ndarray:
         file, name = self._file(row)
-        return decode(file, name, remedy, work)
+        try:
+            with Image.open(file, formats=IMAGE_FORMATS) as opened:
+                return np.asarray(work(opened)).transpose(2, 0, 1)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise Unreadable(f"{name} cannot be read as an image ({brief(error)})") from error
 
     def _file(self, row: int) -> tuple[Path | BytesIO, str]:
         path = self.root / os.fsdecode(self.paths[row])
@@ -180,18 +158,18 @@ class Photographs:
 
 
 @dataclass(frozen=True)
-class Shards(Photographs):
-    """Images in the column of Parquet files; a path is ``FILE#ROW``.
+class Shards(Files):
+    """Encoded images, in a column of Parquet files; a path is ``FILE#ROW``.
 
     Attributes:
-        column: returns the encoded images of a file.
+        columns: of each file, pyarrow.ChunkedArray of binary.
     """
 
-    column: Callable[[str], Any]
+    columns: Mapping[str, Any]
 
     def _file(self, row: int) -> tuple[Path | BytesIO, str]:
         shard, _, place = os.fsdecode(self.paths[row]).rpartition("#")
-        return BytesIO(self.column(shard)[int(place)].as_py() or b""), f"row {place} of {self.root / shard}"
+        return BytesIO(self.columns[shard][int(place)].as_py() or b""), f"row {place} of {self.root / shard}"
 
 
 def _glance(image: Image.Image) -> Image.Image:

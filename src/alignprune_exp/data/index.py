@@ -6,30 +6,31 @@ What is known of a split is three arrays, which the processes that decode share:
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import time
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alignprune_exp.console import Progress
-from alignprune_exp.data.images import IMAGE_SUFFIXES, SKIP, Photographs
+from alignprune_exp.data.images import IMAGE_SUFFIXES, Files
 from alignprune_exp.data.source import Images, Source
 from alignprune_exp.errors import UsageError
 from alignprune_exp.files import cache_folder, printable, write_atomically
 
-# By channel, of the training pixels of ILSVRC-12 in 0..1 units: what torchvision's weights were trained with.
-STATISTICS = (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225]))
 SETTLED = 2_000_000_000  # ns that a folder must have been left alone before its index is kept
 _SUFFIXES = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
+Found = tuple[bytes, int, int]  # an image's path, size in bytes and label, as in a `Listing`
 
 
 @dataclass(frozen=True)
@@ -49,25 +50,15 @@ class Listing:
     def __len__(self) -> int:
         return len(self.paths)
 
-
-class Listed:
-    """Gathers a `Listing`."""
-
-    def __init__(self) -> None:
-        self.paths: list[bytes] = []
-        self.sizes, self.labels = array("q"), array("q")
-
-    def add(self, path: bytes, size: int, label: int) -> None:
-        self.paths.append(path)
-        self.sizes.append(size)
-        self.labels.append(label)
-
-    def listing(self) -> Listing:
-        sizes, labels = (np.frombuffer(values, np.int64) if values else _NONE for values in (self.sizes, self.labels))
-        return Listing(np.array(self.paths, np.bytes_), sizes, labels)
-
-
-_NONE = np.empty(0, np.int64)
+    @classmethod
+    def of(cls, found: Iterable[Found]) -> Listing:
+        paths: list[bytes] = []
+        sizes, labels = array("q"), array("q")
+        for path, size, label in found:
+            paths.append(path)
+            sizes.append(size)
+            labels.append(label)
+        return cls(np.array(paths, np.bytes_), np.array(sizes, np.int64), np.array(labels, np.int64))
 
 
 @dataclass(frozen=True)
@@ -94,39 +85,43 @@ class Index:
         return digest.hexdigest()
 
 
+def skippable(remedy: str, on_error: str | None) -> str:
+    """Return a remedy, and that one can do without it where ``on_error`` is a setting of the data set."""
+    return f"{remedy}, or type dataset.on_error=skip to train without such images" if on_error else remedy
+
+
 class Survey:
     """One look at a data set's folder.
+
+    Args:
+        on_error: ``skip`` leaves out what cannot be trained on; None where the data set does not offer that.
 
     Attributes:
         stamps: when each folder and list that was looked at had last changed, in ns.
         skipped: what cannot be trained on.
     """
 
-    def __init__(self, skip: bool) -> None:
-        self.skip = skip
-        self._folders: set[bytes] = set()
+    def __init__(self, on_error: str | None) -> None:
+        self.on_error = on_error
         self.stamps: dict[str, int] = {}
         self.skipped: list[str] = []
+        self._stamped: set[bytes] = set()
 
     def refuse(self, what: str, remedy: str) -> None:
         """Raise UsageError, or leave out and remember ``what`` where mistakes are to be skipped."""
-        if not self.skip:
-            raise UsageError(f"{what}: {remedy}, {SKIP}")
+        if self.on_error != "skip":
+            raise UsageError(f"{what}: {skippable(remedy, self.on_error)}")
         self.skipped.append(what)
 
     def stamp(self, path: Path) -> None:
         """Remember when a folder or list has changed; to be called before it is read."""
-        try:
+        with _there(path):
             self.stamps.setdefault(str(path), os.stat(path).st_mtime_ns)
-        except OSError as error:
-            raise UsageError(
-                f"{path} cannot be read ({error.strerror}): put it there, or set dataset.root to the folder that has it"
-            ) from None
 
     def lines(self, file: Path) -> Iterator[tuple[int, bytes]]:
         """Yield the number, from 1, and the content of every line that is not empty."""
         self.stamp(file)
-        with file.open("rb") as lines:
+        with _there(file), file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if content := line.strip():
                     yield number, content
@@ -153,30 +148,33 @@ class Survey:
 
     def folders(self, parent: Path) -> list[str]:
         """Return the names of the folders in ``parent``, in order."""
-        self.stamp(parent)
-        with os.scandir(parent) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        return [os.fsdecode(entry.name) for entry in self._entries(parent) if entry.is_dir()]
 
-    def files(self, root: Path, folder: str) -> Iterator[tuple[bytes, int]]:
-        """Yield the paths relative to ``root``, in order, and the sizes of the images in a folder."""
-        self.stamp(root / folder)
-        found = []
-        with os.scandir(os.fsencode(root / folder)) as entries:
-            for entry in entries:
-                if entry.name.lower().endswith(_SUFFIXES) and not entry.name.startswith(b"."):
-                    try:
-                        found.append((entry.name, entry.stat().st_size))
-                    except OSError as error:
-                        self._gone(Path(os.fsdecode(entry.path)), error, "replace or delete it")
-        for name, size in sorted(found):
-            yield os.fsencode(folder) + b"/" + name, size
+    def files(self, root: Path, folder: str, nested: bool = False) -> Iterator[tuple[bytes, int]]:
+        """Yield the paths relative to ``root``, in order, and the sizes of the images in a folder, or also below it."""
+        for entry in self._entries(root / folder):
+            path = os.fsencode(folder) + b"/" + entry.name
+            if entry.is_dir():
+                if nested and not entry.is_symlink():
+                    yield from self.files(root, os.fsdecode(path), nested)
+            elif entry.name.lower().endswith(_SUFFIXES):
+                try:
+                    yield path, entry.stat().st_size
+                except OSError as error:
+                    self._gone(root / os.fsdecode(path), error, "replace or delete it")
+
+    def _entries(self, folder: Path) -> list[os.DirEntry[bytes]]:
+        """Return what a folder has, in order, but for what is hidden."""
+        self.stamp(folder)
+        with _there(folder), os.scandir(os.fsencode(folder)) as entries:
+            return sorted((entry for entry in entries if entry.name[:1] != b"."), key=lambda entry: entry.name)
 
     def size(self, root: Path, path: bytes, file: Path, number: int) -> int | None:
         """Return the size of an image that a list names; None where it is not there."""
         place = os.fsencode(root) + b"/" + path
         folder = os.path.dirname(place)
-        if folder not in self._folders:
-            self._folders.add(folder)
+        if folder not in self._stamped:
+            self._stamped.add(folder)
             while not os.path.isdir(folder):  # the nearest one that is there changes when this one comes
                 folder = os.path.dirname(folder)
             self.stamp(Path(os.fsdecode(folder)))
@@ -189,40 +187,116 @@ class Survey:
     def _gone(self, path: Path, error: OSError, remedy: str) -> None:
         self.refuse(f"{path} cannot be read ({error.strerror})", remedy)
 
-    def nonempty(self, listing: Listing, names: list[str], where: str) -> None:
-        """Refuse classes, ``names`` by number, without an image."""
-        for c in np.flatnonzero(np.bincount(listing.labels, minlength=len(names)) == 0):
-            self.refuse(f"{where.format(names[c])} has no image", "add images, or leave that class out")
+    def by_folder(
+        self, root: Path, parent: str, names: Sequence[str], below: str = "", nested: bool = False, every: bool = True
+    ) -> Listing:
+        """Return the images of the folders ``root/parent/NAME[/below]``, one a class, in order.
+
+        ``nested`` takes those of folders in these as well. Each class must have one, unless not ``every`` one must.
+        """
+        there = set(self.folders(root / parent))
+        folders = [f"{parent}/{name}{below}" for name in names]
+        found = (
+            (path, size, label)
+            for label, (name, folder) in enumerate(zip(names, folders, strict=True))
+            if name in there
+            for path, size in self.files(root, folder, nested)
+        )
+        return self.listing(found, root / parent, [f"{root / folder}" for folder in folders] if every else ())
+
+    def listing(self, found: Iterable[Found], where: Path | str, classes: Sequence[str]) -> Listing:
+        """Gather the images of a split, ``where`` a folder or a list has them, and refuse ``classes`` without one.
+
+        Raises UsageError where there is no image at all.
+        """
+        listing = Listing.of(found)
+        for c in np.setdiff1d(np.arange(len(classes)), listing.labels).tolist():
+            self.refuse(f"{classes[c]} has no image", "add images, or leave that class out")
         if not len(listing):
-            raise UsageError(f"{where.format('any class')} has no image: set dataset.root to the folder that has them")
+            raise UsageError(f"{where} has no image: set dataset.root to the folder that has them")
+        return listing
 
 
-def indexed(key: list[Any], read: Callable[[Survey], Index], store: Callable[[str, Listing], Photographs]) -> Index:
-    """Return the index of a data set, from the cache where neither a folder nor a list has changed since.
+@contextmanager
+def _there(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror}): put it there, or set dataset.root to the folder that has it"
+        ) from None
+
+
+Read = Callable[[Survey], tuple[Sequence[str], dict[str, Listing]]]
+Opened = Callable[[str, Listing], Files]
+
+
+def surveyed(
+    name: str,
+    read: Read,
+    store: Opened,
+    *,
+    key: Sequence[Any],
+    on_error: str | None = None,
+    fingerprint: Callable[[Index], str] = Index.fingerprint,
+    reference: str | None = None,
+    **facts: Any,
+) -> Source:
+    """Return a data set of encoded images.
 
     Args:
-        key: what the index depends on beside the files; its last item is ``stop`` or ``skip``.
-        read: makes the index.
-        store: opens a split's images. With ``skip`` every one is read once, and those that cannot be are left out.
+        name: of the data set.
+        read: surveys its folder; returns the names of the classes, and the splits. Those beside ``train``, ``test``
+            and ``reference`` are evaluated on.
+        store: opens the images of a split. With ``on_error=skip`` every one is read once, and those that cannot be
+            are left out.
+        key: what ``read`` depends on beside the files.
+        on_error: ``stop``, ``skip``, or None; see `Survey`.
+        fingerprint: of the index.
+        reference: the split that the reference set is drawn from, if it has a place of its own.
+        facts: more of the `Source`.
+    """
+    index = _indexed([name, *key, on_error], read, store)
+    remedy = skippable("replace or delete it", on_error)
+    images = {
+        split: Images(listing.labels, store(split, listing), listing.paths, remedy)
+        for split, listing in index.splits.items()
+    }
+    return Source(
+        name=name,
+        classes=tuple(printable(name) for name in index.classes),
+        train=images["train"],
+        test=images["test"],
+        fingerprint=fingerprint(index),
+        reference=images[reference] if reference else None,
+        evaluations={split: images[split] for split in images if split not in ("train", "test", "reference")},
+        skipped=index.skipped,
+        **facts,
+    )
+
+
+def _indexed(key: list[Any], read: Read, store: Opened) -> Index:
+    """Return the index of a data set, from the cache where neither a folder nor a list has changed since.
 
     An image that is replaced in place, which leaves its folder's time as it was, goes unnoticed.
     """
-    skip = key[-1] == "skip"
-    words = json.dumps(key, default=str).encode()
-    place = cache_folder("index") / f"{hashlib.sha256(words + Path(__file__).read_bytes()).hexdigest()[:32]}.npz"
+    digest = hashlib.sha256(json.dumps(key, default=str).encode())
+    for code in (__file__, inspect.getfile(read)):
+        digest.update(Path(code).read_bytes())
+    place = cache_folder("index") / f"{digest.hexdigest()[:32]}.npz"
     if (index := _cached(place)) is not None:
         return index
-    survey, began = Survey(skip), time.time_ns()
-    index = read(survey)
-    if skip:
-        splits = {name: _readable(store(name, listing), listing, survey) for name, listing in index.splits.items()}
-        index = replace(index, splits=splits, skipped=tuple(survey.skipped))
+    survey, began = Survey(key[-1]), time.time_ns()
+    classes, splits = read(survey)
+    if survey.on_error == "skip":
+        splits = {name: _readable(store(name, listing), listing, survey) for name, listing in splits.items()}
+    index = Index(splits, tuple(classes), tuple(survey.skipped))
     if max(survey.stamps.values()) < began - SETTLED:
         _keep(place, index, survey.stamps)
     return index
 
 
-def _readable(store: Photographs, listing: Listing, survey: Survey) -> Listing:
+def _readable(store: Files, listing: Listing, survey: Survey) -> Listing:
     """Return what is left of a split without the images that cannot be read."""
     keep = np.ones(len(listing), bool)
     progress = Progress()
@@ -269,44 +343,3 @@ def _keep(place: Path, index: Index, stamps: dict[str, int]) -> None:
 
 def show(text: bytes) -> str:
     return repr(text[:60].decode(errors="replace"))
-
-
-def surveyed(
-    key: list[Any],
-    read: Callable[[Survey], Index],
-    store: Callable[[str, Listing], Photographs],
-    *,
-    labels_clean: bool,
-    reference: str | None = None,
-) -> Source:
-    """Return the data set of an index; splits beside ``train``, ``test`` and ``reference`` are evaluated on."""
-    index = indexed(key, read, store)
-    images = {
-        split: Images(listing.labels, store(split, listing), listing.paths) for split, listing in index.splits.items()
-    }
-    return Source(
-        name=str(key[0]),
-        classes=tuple(printable(name) for name in index.classes),
-        superclass=None,
-        train=images["train"],
-        test=images["test"],
-        fingerprint=index.fingerprint(),
-        official_order=False,
-        asymmetric=None,
-        labels_clean=labels_clean,
-        as_shipped=True,
-        reference=images[reference] if reference else None,
-        evaluations={name: split for name, split in images.items() if name not in ("train", "test", "reference")},
-        statistics=STATISTICS,
-        skipped=index.skipped,
-    )
-
-
-def from_folders(survey: Survey, root: Path, folders: list[str], there: set[str] | None = None) -> Listing:
-    """Return the images of folders, one a class, in order; those not ``there`` have none."""
-    listed = Listed()
-    for label, folder in enumerate(folders):
-        if there is None or Path(folder).name in there:
-            for path, size in survey.files(root, folder):
-                listed.add(path, size, label)
-    return listed.listing()

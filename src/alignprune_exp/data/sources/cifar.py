@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alignprune_exp.data.images import Array, Encoded
-from alignprune_exp.data.source import Images, Source, brief, existing, hub_names
+from alignprune_exp.data.images import Array, Fit, Shards
+from alignprune_exp.data.index import Listing, Survey
+from alignprune_exp.data.source import Images, Source, brief, existing
+from alignprune_exp.data.sources.parquet import Tables, column_names, shards_of
 from alignprune_exp.errors import UsageError
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -25,6 +28,7 @@ CIFAR100_CLASSES = """
     shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
     telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
+_COARSE = tuple(str(c) for c in range(20))  # superclasses of CIFAR-100
 # truck → automobile, bird → airplane, cat ↔ dog, deer → horse (Patrini et al., CVPR 2017)
 CIFAR10_ASYMMETRIC = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 
@@ -44,24 +48,25 @@ _CIFAR = {
 }
 
 
-def cifar(name: str, root: Path | None, download: bool) -> Source:
+def cifar(name: str, *, root: str | Path | None, download: bool) -> Source:
     import torchvision
 
     official = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    holds = f"{official.base_folder} (dataset.download=true fetches it) or train.parquet and test.parquet"
     if root is not None and download:
-        root.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            Path(root).expanduser().mkdir(parents=True, exist_ok=True)
+    holds = f"{official.base_folder} (dataset.download=true fetches it) or train.parquet and test.parquet"
     root = existing(name, root, holds)
     if root.name == official.base_folder:
         root = root.parent
-    parquet = {split: _parquet_files(root, split, _CIFAR[name].folder) for split in ("train", "test")}
+    shards = {split: shards_of(root, split, _CIFAR[name].folder, "data") for split in ("train", "test")}
     if any((root / part).exists() for part in (official.base_folder, official.filename)):
-        return _cifar_torchvision(name, root, download, official)
-    if all(parquet.values()):
-        return _cifar_parquet(name, parquet)
+        return _from_torchvision(name, root, download, official)
+    if all(shards.values()):
+        return _from_parquet(name, root, shards)
     if download:
-        return _cifar_torchvision(name, root, download, official)
-    missing = [f"{split}.parquet" for split, files in parquet.items() if not files]
+        return _from_torchvision(name, root, download, official)
+    missing = [f"{split}.parquet" for split, files in shards.items() if not files]
     lacks = missing[0] if len(missing) == 1 else f"both {official.base_folder} and train.parquet, test.parquet"
     raise UsageError(
         f"dataset.root={root} lacks {lacks}: type dataset.download=true, or put the two Parquet files of the "
@@ -69,7 +74,7 @@ def cifar(name: str, root: Path | None, download: bool) -> Source:
     )
 
 
-def _cifar_torchvision(name: str, root: Path, download: bool, official: Any) -> Source:
+def _from_torchvision(name: str, root: Path, download: bool, official: Any) -> Source:
     from torchvision.datasets.utils import check_integrity, extract_archive
 
     folder = root / official.base_folder
@@ -114,90 +119,54 @@ def _cifar_torchvision(name: str, root: Path, download: bool, official: Any) -> 
     return Source(
         name=name,
         classes=classes,
-        superclass=_superclass(train.labels, coarse, len(classes), folder),
         train=train,
         test=test,
-        fingerprint=sha256(folder / file for file, _ in listed),
+        fingerprint=_sha256(folder / file for file, _ in listed),
+        labels_clean=True,
+        superclass=None if coarse is None else _superclass(train.labels, coarse, len(classes), folder),
         official_order=True,
         asymmetric=_CIFAR[name].asymmetric,
-        labels_clean=True,
     )
 
 
-def _parquet_files(root: Path, split: str, folder: str) -> list[Path]:
-    if (root / f"{split}.parquet").is_file():
-        return [root / f"{split}.parquet"]
-    for place in (root / folder, root / "data"):
-        if files := sorted(place.glob(f"{split}-*.parquet")):
-            return files
-    return []
-
-
-def _cifar_parquet(name: str, files: dict[str, list[Path]]) -> Source:
-    train, classes, superclass = _parquet_split(name, files["train"])
-    test, _, _ = _parquet_split(name, files["test"])
+def _from_parquet(name: str, root: Path, shards: dict[str, list[str]]) -> Source:
+    train, classes, superclass = _parquet_split(name, root, shards["train"])
     return Source(
         name=name,
         classes=classes,
-        superclass=superclass,
         train=train,
-        test=test,
-        fingerprint=sha256([*files["train"], *files["test"]]),
-        official_order=False,
-        asymmetric=_CIFAR[name].asymmetric,
+        test=_parquet_split(name, root, shards["test"])[0],
+        fingerprint=_sha256(root / shard for files in shards.values() for shard in files),
         labels_clean=True,
+        superclass=superclass,
+        asymmetric=_CIFAR[name].asymmetric,
     )
 
 
-def _parquet_split(name: str, files: list[Path]) -> tuple[Images, tuple[str, ...], np.ndarray | None]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    facts = _CIFAR[name]
-    tables = []
-    for file in files:
-        try:
-            schema = pq.read_schema(file)
-            image = "img" if "img" in schema.names else "image"
-            wanted = [image, facts.label, *([facts.coarse] if facts.coarse else [])]
-            if (
-                not set(wanted) <= set(schema.names)
-                or not pa.types.is_struct(schema.field(image).type)
-                or schema.field(image).type.get_field_index("bytes") < 0
-            ):
-                raise UsageError(
-                    f"{file} has the columns {', '.join(schema.names)} where dataset={name} wants "
-                    f"{', '.join(['img (bytes, path)', *wanted[1:]])}: fetch the files of {name} from the "
-                    "Hugging Face hub, or type dataset.download=true with another dataset.root"
-                )
-            tables.append(pq.read_table(file, columns=wanted))
-        except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from error
-    table = pa.concat_tables(tables)
-    origin = str(files[0]) if len(files) == 1 else f"{files[0].parent}/{files[0].name.split('-')[0]}-*.parquet"
-    classes = hub_names(tables[0].schema, facts.label) or tuple(facts.classes.split())
-
-    def labels(column: str, n_classes: int) -> np.ndarray:
-        values = table.column(column).to_numpy()
-        wrong = np.flatnonzero(~((values >= 0) & (values < n_classes)))
-        if len(wrong):
+def _parquet_split(name: str, root: Path, shards: list[str]) -> tuple[Images, tuple[str, ...], np.ndarray | None]:
+    facts, survey = _CIFAR[name], Survey(None)
+    image = "img" if "img" in column_names(root / shards[0]) else "image"
+    numbers = [facts.label, *([facts.coarse] if facts.coarse else [])]
+    for shard in shards:
+        names = column_names(root / shard)
+        if not {image, *numbers} <= set(names):
             raise UsageError(
-                f"row {wrong[0]} of {origin} has {column} {values[wrong[0]]} where {name} has 0 to "
-                f"{n_classes - 1}: fetch that file again"
+                f"{root / shard} has the columns {', '.join(names)} where dataset={name} wants "
+                f"{', '.join(['img (bytes, path)', *numbers])}: fetch the files of {name} from the "
+                "Hugging Face hub, or type dataset.download=true with another dataset.root"
             )
-        return values.astype(np.int64)
+    tables = Tables(root, shards, image, numbers)
+    classes = tuple(tables.hub_names(shards[0], facts.label) or facts.classes.split())
+    fine = survey.listing(tables.found(survey, shards, facts.label, classes), root / shards[0], ())
+    superclass = None
+    if facts.coarse:
+        coarse = Listing.of(tables.found(survey, shards, facts.coarse, _COARSE))
+        superclass = _superclass(fine.labels, coarse.labels, len(classes), root / shards[0])
+    store = Shards(root, fine.paths, Fit(), tables.images(shards))
+    return Images(fine.labels, store, remedy="fetch that file again"), classes, superclass
 
-    fine = labels(facts.label, len(classes))
-    coarse = labels(facts.coarse, 20) if facts.coarse else None
-    encoded = pc.struct_field(table.column(image), "bytes")
-    superclass = _superclass(fine, coarse, len(classes), origin)
-    return Images(fine, Encoded(encoded, origin)), classes, superclass
 
-
-def _superclass(fine: np.ndarray, coarse: np.ndarray | None, n_classes: int, origin: Path | str) -> np.ndarray | None:
-    if coarse is None:
-        return None
+def _superclass(fine: np.ndarray, coarse: np.ndarray, n_classes: int, origin: Path) -> np.ndarray:
     superclass = np.full(n_classes, -1, np.int64)
     superclass[fine] = coarse
     wrong = np.flatnonzero(superclass[fine] != coarse)
@@ -209,13 +178,10 @@ def _superclass(fine: np.ndarray, coarse: np.ndarray | None, n_classes: int, ori
     return superclass
 
 
-def sha256(parts: Iterable[bytes | memoryview | Path]) -> str:
+def _sha256(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            with part.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        else:
-            digest.update(part)
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
     return digest.hexdigest()

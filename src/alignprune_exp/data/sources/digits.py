@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from alignprune_exp.data.images import Array
 from alignprune_exp.data.source import Images, Source, stratified
-from alignprune_exp.data.sources.cifar import sha256
 from alignprune_exp.pruning.seeding import generator
 
 
@@ -24,11 +24,8 @@ def digits(name: str) -> Source:
     return Source(
         name=name,
         classes=tuple(str(digit) for digit in range(10)),
-        superclass=None,
         train=Images(labels[train], Array(images[train])),
         test=Images(labels[test], Array(images[test])),
-        fingerprint=sha256([images.tobytes(), labels.tobytes(), test.tobytes()]),
-        official_order=False,
-        asymmetric=None,
+        fingerprint=hashlib.sha256(images.tobytes() + labels.tobytes() + test.tobytes()).hexdigest(),
         labels_clean=True,
     )
