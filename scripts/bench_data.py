@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -23,9 +24,11 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from alignprune_exp.data.batches import Augmentation, Batches
+from alignprune_exp.data.augment import Augmentation
+from alignprune_exp.data.batches import Batches
 from alignprune_exp.data.datasets import load
-from alignprune_exp.data.source import Images, Pixels
+from alignprune_exp.data.images import Array
+from alignprune_exp.data.source import Images, Store
 from alignprune_exp.data.split import Split
 from benchmarking import THREADS, Report, best, measured, memory_bandwidth, parser, peak_mb, reset_peak
 
@@ -53,14 +56,6 @@ def batches_of(split: Split, **settings: Any) -> Batches:
     return Batches(split, device="cpu", mean=MEAN, std=STD, seed=SEED, train=True, flip=True, crop=CROP, **settings)
 
 
-@dataclass(frozen=True)
-class InMemory:
-    images: np.ndarray  # uint8 (n, C, H, W)
-
-    def read(self, row: int) -> np.ndarray:
-        return self.images[row]
-
-
 class PerImage(Dataset[tuple[torch.Tensor, int]]):
     """What torchvision's CIFAR data sets do for each image."""
 
@@ -85,7 +80,7 @@ class PerImage(Dataset[tuple[torch.Tensor, int]]):
 def resident(report: Report, n: int) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-    source = Images(rng.integers(0, 10, n), InMemory(pixels))
+    source = Images(rng.integers(0, 10, n), Array(pixels))
     batches = batches_of(Split(source, np.arange(n), source.labels, None, torch.from_numpy(pixels)), batch_size=BATCH)
     order = torch.from_numpy(rng.permutation(n))
 
@@ -122,10 +117,10 @@ def plainly(image: np.ndarray, sample: int, epoch: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Counted:
+class Counted(Store):
     """Counts how often each image is opened, by whichever process."""
 
-    store: Pixels
+    store: Store
     opened: torch.Tensor  # int32 (n,), in shared memory
 
     def read(self, row: int) -> np.ndarray:
@@ -203,7 +198,7 @@ def decode_share(start: Any, root: Path, paths: np.ndarray) -> None:
     for first in range(0, len(paths), 64):
         batch = []
         for path in paths[first : first + 64]:
-            with Image.open(root / str(path)) as opened:
+            with Image.open(os.path.join(os.fsencode(root), path)) as opened:
                 image = ImageOps.fit(opened.convert("RGB"), (SIZE, SIZE), Image.Resampling.BILINEAR)
             padded = np.pad(np.asarray(image), ((CROP, CROP), (CROP, CROP), (0, 0)), "reflect")
             top, left = rng.integers(0, 2 * CROP + 1, 2)

@@ -19,6 +19,7 @@ import bench_selection
 import bench_step
 import benchmarking
 from alignprune_exp.data.batches import Batches
+from alignprune_exp.data.images import Array
 from alignprune_exp.data.source import Images
 from alignprune_exp.data.split import Split
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Selection
@@ -228,7 +229,7 @@ def test_observing_waits_for_no_device_and_selecting_copies_the_scores_once(unse
 
 def test_batches_held_on_a_device_wait_for_nothing():
     pixels = np.random.default_rng(0).integers(0, 256, (30, 3, 8, 8), dtype=np.uint8)
-    source = Images(np.arange(30) % 3, bench_data.InMemory(pixels))
+    source = Images(np.arange(30) % 3, Array(pixels))
     split = Split(source, np.arange(30), source.labels, None, torch.from_numpy(pixels))
     settings = {"batch_size": 7, "mean": np.full(3, 0.5), "std": np.full(3, 0.2), "seed": 0, "train": True}
     with OtherDevice() as device:
@@ -275,4 +276,4 @@ def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch
     with watched:
         benchmarking.walk(run)
     assert steps > 12
-    assert watched.callers == {"trajectories.py:record", "plugin.py:_weights_of", "batches.py:apply"}
+    assert watched.callers == {"trajectories.py:record", "plugin.py:_weights_of", "augment.py:apply"}

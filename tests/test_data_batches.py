@@ -1,5 +1,9 @@
 """Batches: augmentation by hash, exact normalisation, and the same batches however they are made."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +12,10 @@ from scipy.stats import chi2_contingency, chisquare
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from alignprune_exp.data.batches import Augmentation, Batches, mix
+from alignprune_exp.data.augment import Augmentation, mix
+from alignprune_exp.data.batches import Batches
 from alignprune_exp.data.datasets import load
+from alignprune_exp.data.source import Images, Store
 from alignprune_exp.data.split import Split, prepare
 from alignprune_exp.errors import UsageError
 
@@ -17,7 +23,7 @@ MEAN, STD = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.25, 0.3])
 CHANCE = 1e-4  # of a statistical test rejecting the truth; the seeds are fixed, so it fails always or never
 
 
-class _Store:
+class _Store(Store):
     """Images of fixed noise, 3x10x8 pixels each."""
 
     def read(self, row):
@@ -25,8 +31,6 @@ class _Store:
 
 
 def _split(n=23, resident=True):
-    from alignprune_exp.data.source import Images
-
     source = Images(np.arange(2 * n) % 5, _Store())
     rows = np.arange(2 * n)[::-2].copy()
     images = source.pixels(rows) if resident else None
@@ -143,12 +147,39 @@ def test_a_corrupt_image_read_by_a_worker_is_named_in_one_sentence(tmp_path, wor
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), (k, 0, 0)).save(path)
     source = load({"name": "image_folder", "root": tmp_path, "image_size": 8})
-    (tmp_path / source.train.paths[4]).write_bytes(b"not an image")
+    (tmp_path / os.fsdecode(source.train.paths[4])).write_bytes(b"not an image")
     split = Split(source.train, np.arange(6), source.train.labels, None, None)
     with pytest.raises(UsageError) as caught:
         list(_batches(split, workers=workers, batch_size=2).epoch(np.arange(6), 0))
-    assert "(row 4) cannot be read as an image" in str(caught.value)
+    assert f"{os.fsdecode(source.train.paths[4])} cannot be read as an image" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+CRASH = """
+import numpy as np
+from alignprune_exp.data.batches import Batches
+from alignprune_exp.data.source import Images, Store
+from alignprune_exp.data.split import Split
+
+class Blank(Store):
+    def read(self, row):
+        return np.zeros((3, 8, 8), np.uint8)
+
+labels, colour = np.zeros(8, np.int64), np.full(3, 0.5)
+batches = Batches(
+    Split(Images(labels, Blank()), np.arange(8), labels, None, None),
+    batch_size=2, device="cpu", mean=colour, std=colour, seed=0, train=True, flip=True, crop=0, workers=1
+)
+for _ in batches.epoch(np.arange(8), 0):
+    raise NotImplementedError("a bug")
+"""
+
+
+def test_workers_end_with_a_process_that_crashes_and_holds_them_in_its_traceback():
+    done = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith("NotImplementedError: a bug\n")
 
 
 def test_a_crop_as_large_as_the_image_is_refused():

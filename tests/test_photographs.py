@@ -31,10 +31,12 @@ import make_miniature
 from alignprune_exp import suspects
 from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.config import ResNet, identity
-from alignprune_exp.data import photographs
-from alignprune_exp.data.batches import ATTEMPTS, Augmentation, Batches
+from alignprune_exp.data import index as listing
+from alignprune_exp.data.augment import ATTEMPTS, Augmentation
+from alignprune_exp.data.batches import Batches
 from alignprune_exp.data.datasets import load
-from alignprune_exp.data.photographs import Cut, resized_crop
+from alignprune_exp.data.images import Cut, resized_crop
+from alignprune_exp.data.sources import parquet as shards
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
 from alignprune_exp.models import build
@@ -377,8 +379,8 @@ def kept(tmp_path, monkeypatch):
     """A miniature that has been left alone for long, the folder of its index, and how often it was made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = []
-    survey = photographs.Survey
-    monkeypatch.setattr(photographs, "Survey", lambda skip: made.append(skip) or survey(skip))
+    survey = listing.Survey
+    monkeypatch.setattr(listing, "Survey", lambda on_error: made.append(on_error) or survey(on_error))
     return tmp_path / "cache" / "alignprune-exp" / "index", made
 
 
@@ -437,7 +439,7 @@ def test_parquet_is_in_memory_before_there_are_other_processes(tmp_path, kept, m
     _aged(root)
     for _ in range(2):  # the second time from the index
         source = _load("parquet", root)
-        monkeypatch.setattr(photographs, "_read_parquet", None)  # whoever reads again fails
+        monkeypatch.setattr(shards, "_table", None)  # whoever reads again fails
         assert source.train.store.read(0).ndim == 3
         monkeypatch.undo()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -483,7 +485,7 @@ def test_what_was_skipped_is_remembered(tmp_path, kept):
     root = _miniature("imagenet", tmp_path / "set", "--broken", "truncated")
     _aged(root)
     first, again = (_load("imagenet", root, "skip") for _ in range(2))
-    assert kept[1] == [True]
+    assert kept[1] == ["skip"]
     assert first.skipped == again.skipped
     assert len(first.skipped) == 1
     assert len(_load("imagenet", root).train) == len(first.train) + 1  # stop has an index of its own
@@ -920,11 +922,11 @@ def test_names_that_are_not_of_utf8_are_trained_on_and_recorded(tmp_path):
 
 
 def test_an_image_worker_that_dies_ends_the_run_with_one_sentence(tmp_path, miniatures, monkeypatch, capsys):
-    def out_of_memory(self, row, draws):
+    def out_of_memory(self, image, draws):
         assert torch.utils.data.get_worker_info() is not None
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(photographs.Photographs, "view", out_of_memory)
+    monkeypatch.setattr(Cut, "view", out_of_memory)
     assert _train(tmp_path, "dataset=webvision", f"paths.data={miniatures}") == 1
     error = capsys.readouterr().err
     assert "set fewer workers, and the same command goes on" in error

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 
 from alignprune_exp import optim
 from alignprune_exp.config import validate
-from alignprune_exp.data.batches import rand_augment
+from alignprune_exp.data.augment import rand_augment
 from alignprune_exp.errors import UsageError
 from alignprune_exp.network import Network
 from alignprune_exp.pruning import PRUNERS, Choice, Criterion, DynamicPruning, Evidence, Fixed, WarmUpLog
 from alignprune_exp.pruning.seeding import generator
-from alignprune_exp.pruning.static import Neighbours, proportional, reliable
+from alignprune_exp.pruning.selection import proportional
+from alignprune_exp.pruning.static import Neighbours, reliable
 from alignprune_exp.run import Run
 from alignprune_exp.setup import make_pruning
 from alignprune_exp.train import main

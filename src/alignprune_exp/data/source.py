@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.files import printable
 from alignprune_exp.pruning.reference import class_shares
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OF_PHOTOGRAPHS: dict[str, Any] = {  # what a `Source` says of a large set of photographs
+    "as_shipped": True,
+    # By channel, of the training pixels of ILSVRC-12 in 0..1 units: what torchvision's weights were trained with.
+    "statistics": (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])),
+}
 
 
-class Pixels(Protocol):
-    """Decodes single images."""
-
-    def read(self, row: int) -> np.ndarray:
-        """Return the image at ``row``, uint8 (C, H, W); raise UsageError where it cannot be decoded."""
+class Unreadable(Exception):
+    """An image cannot be decoded; says which one, and why."""
 
 
-@runtime_checkable
-class Views(Pixels, Protocol):
-    """Decodes photographs of any size: ``read`` as they are evaluated, ``view`` as they are trained on."""
+class Store:
+    """Decodes the images of a split one by one."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of what both return."""
+    def shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of every image, where that is known before one is decoded."""
+        return None
 
-    def view(self, row: int, draws: np.ndarray) -> np.ndarray:
-        """Return a random view of the image at ``row``, uint8 (C, H, W), a function of ``draws`` alone.
+    @property
+    def cuts(self) -> bool:
+        """Whether an image is trained on in random cuts, made as it is decoded."""
+        return False
 
-        ``draws`` are uniform in [0, 1), float64 (K, 4); see ``photographs.resized_crop``.
+    def read(self, row: int, draws: np.ndarray | None = None) -> np.ndarray:
+        """Return the image at ``row``, uint8 (C, H, W); raise Unreadable where it cannot be decoded.
+
+        With ``draws``, uniform in [0, 1), float64 (K, 4), it is a random cut that they alone decide; for stores that
+        have any.
         """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -53,24 +57,21 @@ class Images:
         labels: int64 (n,).
         store: decodes single images.
         paths: encoded, relative to the root, S (n,), where each image has one.
+        remedy: what to do about an image that cannot be decoded.
     """
 
     labels: np.ndarray
-    store: Pixels
+    store: Store
     paths: np.ndarray | None = None
+    remedy: str = "replace or delete it"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of every image, taken from the first."""
-        return self.store.shape if isinstance(self.store, Views) else self.store.read(0).shape
-
-    @property
-    def cuts(self) -> bool:
-        """Whether an image is trained on in random cuts, made as it is decoded."""
-        return isinstance(self.store, Views)
+        """(C, H, W) of every image, if need be of the first."""
+        return self.store.shape or self._read(0).shape
 
     def pixels(self, rows: np.ndarray) -> torch.Tensor:
         """Decode the images at ``rows``, int (k,), into uint8 (k, C, H, W), in memory channels last.
@@ -87,18 +88,14 @@ class Images:
     def decoded(self, rows: np.ndarray, draws: np.ndarray | None = None) -> list[np.ndarray]:
         """Decode the images at ``rows``, int (k,); return uint8 (H, W, C) for each.
 
-        With ``draws``, float64 (k, K, 4), they are cut into random views; see ``Views``.
+        With ``draws``, float64 (k, K, 4), they are cut at random; see ``Store.read``.
 
         Raises UsageError, naming file and row, for a corrupt image or one of another size than the first's.
         """
 
         def one(place: int) -> np.ndarray:
             row = int(rows[place])
-            if draws is None:
-                image = self.store.read(row)
-            else:
-                assert isinstance(self.store, Views)
-                image = self.store.view(row, draws[place])
+            image = self._read(row) if draws is None else self._read(row, draws[place])
             if image.shape != self.shape:
                 raise UsageError(
                     f"{self._name(row)} is {_size(image.shape)} pixels where {self._name(0)} is "
@@ -113,6 +110,12 @@ class Images:
                 return list(pool.map(one, range(len(rows))))
         return [one(place) for place in range(len(rows))]
 
+    def _read(self, row: int, *draws: np.ndarray) -> np.ndarray:
+        try:
+            return self.store.read(row, *draws)
+        except Unreadable as error:
+            raise UsageError(f"{error}: {self.remedy}") from error
+
     def _name(self, row: int) -> str:
         return f"image {row}" if self.paths is None else f"{printable(self.paths[row])} (row {row})"
 
@@ -124,16 +127,16 @@ class Source:
     Attributes:
         name: as in ``dataset=``.
         classes: class names by number, C of them.
-        superclass: the superclass number of each class, int64 (C,), -1 where unknown.
         train: the training split.
         test: the evaluation split.
         fingerprint: sha256, as hex, of what tells one content from another. For ``digits`` and CIFAR that is every
             byte. For images in files of their own, and for ``parquet``, it is every image's path, size in bytes and
             label, since reading all pixels takes hours: images swapped under the same names and sizes go unnoticed.
+        labels_clean: whether the labels as shipped count as clean when no noise is injected.
+        superclass: the superclass number of each class, int64 (C,), -1 where unknown.
         official_order: whether the order of the images is known, by checksum, to be that of the original
             publication, so that labels published apart from the images belong to these very images.
         asymmetric: the data set's own map of asymmetric label noise, from class to class.
-        labels_clean: whether the labels as shipped count as clean when no noise is injected.
         as_shipped: whether ``noise=real`` means the labels as shipped.
         reference: where the reference set is drawn from, if not held out of ``train``; where that is ``test``, what
             is drawn is not evaluated on.
@@ -145,13 +148,13 @@ class Source:
 
     name: str
     classes: tuple[str, ...]
-    superclass: np.ndarray | None
     train: Images
     test: Images
     fingerprint: str
-    official_order: bool
-    asymmetric: dict[int, int] | None
     labels_clean: bool
+    superclass: np.ndarray | None = None
+    official_order: bool = False
+    asymmetric: dict[int, int] | None = None
     as_shipped: bool = False
     reference: Images | None = None
     evaluations: Mapping[str, Images] = field(default_factory=dict)
@@ -169,27 +172,6 @@ def stratified(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
-def decode(file: Path | BytesIO, name: str, remedy: str, work: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """Open an image, let ``work`` turn it into RGB, and return that as uint8 (3, H, W).
-
-    Raises UsageError, with ``name`` and ``remedy`` in it, where the image cannot be decoded.
-    """
-    try:
-        with Image.open(file, formats=IMAGE_FORMATS) as opened:
-            return np.asarray(work(opened)).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{name} cannot be read as an image ({brief(error)}): {remedy}") from error
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode in 8-bit RGB; grey of 16 bits keeps its upper eight, which PIL would clip."""
-    if image.mode == "RGB":
-        return image  # PIL would copy it
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[2]}x{shape[1]}"
 
@@ -200,19 +182,11 @@ def brief(error: Exception) -> str:
     return lines[0][:120].rstrip(".")
 
 
-def hub_names(schema: Any, column: str) -> tuple[str, ...] | None:
-    """Return the class names that the hub's ``datasets`` library writes into a Parquet schema, if any."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(str(name) for name in features[column]["names"])
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def existing(name: str, root: Path | None, holds: str) -> Path:
+def existing(name: str, root: str | Path | None, holds: str) -> Path:
     """Return the folder of the data set ``name``, or raise UsageError that says what it ``holds``."""
     if root is None:
         raise UsageError(f"dataset={name} needs its folder: type dataset.root=FOLDER, where FOLDER has {holds}")
-    if not root.is_dir():
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
         raise UsageError(f"dataset.root={root} is not a folder: type the folder that has {holds}")
-    return root
+    return folder

@@ -1,0 +1,177 @@
+"""Decoding: from encoded images, in files or in the columns of Parquet files, to pixels, whole or cut."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from alignprune_exp.data.source import Store, Unreadable, brief
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode in 8-bit RGB; grey of 16 bits keeps its upper eight, which PIL would clip."""
+    if image.mode == "RGB":
+        return image  # PIL would copy it
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An image becomes a square of ``image_size`` pixels, the largest around its centre; None leaves it as it is."""
+
+    image_size: int | None = None
+
+    def centre(self, image: Image.Image) -> Image.Image:
+        if self.image_size is None:
+            return rgb(image)
+        return ImageOps.fit(rgb(image), (self.image_size, self.image_size), Image.Resampling.BILINEAR)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a photograph becomes a square, and that training sees random views of it.
+
+    Attributes:
+        image_size: side of the square in pixels.
+        area: the least share of the photograph's area that a training view shows.
+        aspect: the least ratio of a view's width to its height; the greatest is 1 / ``aspect``.
+        eval_crop: the share of the short side that evaluation shows; 0.875 makes 256 pixels 224.
+    """
+
+    image_size: int
+    area: float
+    aspect: float
+    eval_crop: float
+
+    def view(self, image: Image.Image, draws: np.ndarray) -> Image.Image:
+        """Return a random resized crop; a JPEG is decoded at no more than the resolution that it needs."""
+        side, (width, height) = self.image_size, image.size
+        left, top, w, h = resized_crop(width, height, draws, self.area, self.aspect)
+        image.draft(None, (math.ceil(width * side / w), math.ceil(height * side / h)))
+        x, y = image.size[0] / width, image.size[1] / height
+        left, right = round(left * x), round((left + w) * x)
+        top, bottom = round(top * y), round((top + h) * y)
+        box = (left, top, max(right, left + 1), max(bottom, top + 1))
+        return rgb(image.crop(box)).resize((side, side), Image.Resampling.BILINEAR)
+
+    def centre(self, image: Image.Image) -> Image.Image:
+        """Return the centre after the short side was resized to ``image_size / eval_crop``, as torchvision does."""
+        side, (width, height) = self.image_size, image.size
+        short = round(side / self.eval_crop)
+        size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        left, top = (round((pixels - side) / 2) for pixels in size)
+        return rgb(image).resize(size, Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+
+
+def resized_crop(width: int, height: int, draws: np.ndarray, area: float, aspect: float) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of a crop, in pixels of an image of ``width`` x ``height``.
+
+    As in Inception (Szegedy et al., CVPR 2015) and torchvision: its share of the area is uniform from ``area`` to 1,
+    the logarithm of its aspect ratio uniform between those of ``aspect`` and 1 / ``aspect``, and its place uniform;
+    the first of the K attempts that fits, else the largest centred crop with an aspect ratio in that range.
+
+    Args:
+        draws: uniform in [0, 1), float64 (K, 4): area, aspect, top and left of each attempt.
+    """
+    for u_area, u_aspect, u_top, u_left in draws.tolist():
+        target = width * height * (area + (1 - area) * u_area)
+        ratio = aspect ** (1 - 2 * u_aspect)
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u_left * (width - w + 1)), int(u_top * (height - h + 1)), w, h
+    w = min(width, round(height / aspect))
+    h = min(height, round(width / aspect))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+@dataclass(frozen=True)
+class Array(Store):
+    """Images that are decoded already, uint8 (n, C, H, W)."""
+
+    images: np.ndarray
+
+    def read(self, row: int, draws: np.ndarray | None = None) -> np.ndarray:
+        return self.images[row]
+
+
+@dataclass(frozen=True)
+class Files(Store):
+    """Encoded images, in files under a folder.
+
+    Attributes:
+        root: the folder.
+        paths: encoded, relative to it, S (n,).
+        cut: what is made of each.
+    """
+
+    root: Path
+    paths: np.ndarray
+    cut: Fit | Cut
+
+    @property
+    def cuts(self) -> bool:
+        return isinstance(self.cut, Cut)
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        side = self.cut.image_size
+        return None if side is None else (3, side, side)
+
+    def read(self, row: int, draws: np.ndarray | None = None) -> np.ndarray:
+        cut = self.cut
+        if draws is None or isinstance(cut, Fit):
+            return self._decoded(row, cut.centre)
+        return self._decoded(row, lambda image: cut.view(image, draws))
+
+    def problem(self, row: int) -> str | None:
+        """Return what is wrong with an image, if anything; all of it is read, at the lowest resolution it has."""
+        try:
+            self._decoded(row, _glance)
+        except Unreadable as error:
+            return str(error)
+        return None
+
+    def _decoded(self, row: int, work: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+        file, name = self._file(row)
+        try:
+            with Image.open(file, formats=IMAGE_FORMATS) as opened:
+                return np.asarray(work(opened)).transpose(2, 0, 1)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise Unreadable(f"{name} cannot be read as an image ({brief(error)})") from error
+
+    def _file(self, row: int) -> tuple[Path | BytesIO, str]:
+        path = self.root / os.fsdecode(self.paths[row])
+        return path, str(path)
+
+
+@dataclass(frozen=True)
+class Shards(Files):
+    """Encoded images, in a column of Parquet files; a path is ``FILE#ROW``.
+
+    Attributes:
+        columns: of each file, pyarrow.ChunkedArray of binary.
+    """
+
+    columns: Mapping[str, Any]
+
+    def _file(self, row: int) -> tuple[Path | BytesIO, str]:
+        shard, _, place = os.fsdecode(self.paths[row]).rpartition("#")
+        return BytesIO(self.columns[shard][int(place)].as_py() or b""), f"row {place} of {self.root / shard}"
+
+
+def _glance(image: Image.Image) -> Image.Image:
+    image.draft(None, (1, 1))
+    return rgb(image)
