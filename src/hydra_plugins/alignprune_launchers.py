@@ -9,10 +9,11 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 QUEUED = "queued.json"  # the Slurm job of every config that was sent and had not ended
 STATES_EVERY = 15.0  # seconds between questions to Slurm about its queue
+GRACE = 10.0  # seconds that a run has to leave a checkpoint in once the sweep's process is gone
 
 
 class CheckedLauncher(Launcher):
@@ -87,6 +89,8 @@ class JoblibLauncher(CheckedLauncher):
         waiting = iter(enumerate(jobs))
         ended: dict[int, JobReturn] = {}
         with _forwarding(workers) as stopped, ThreadPoolExecutor(len(workers)) as threads:
+            for worker in workers:  # from one thread: joblib imports what it needs at its first start
+                worker.start()
 
             def work(worker: _Worker) -> None:
                 for index, job in waiting:  # a list's iterator hands each job to one thread
@@ -105,18 +109,24 @@ class JoblibLauncher(CheckedLauncher):
 
 
 class _Worker:
-    """One process, started when it is needed, and again when it has died."""
+    """One process, started again when it has died. It ends soon after the process that started it."""
 
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def run(self, job: Job) -> JobReturn:
-        from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
+    def start(self) -> None:
+        from joblib.externals.loky.process_executor import ProcessPoolExecutor
 
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, initializer=os.setpgrp)  # the terminal's ^C is for the sweep
+        self._pool = ProcessPoolExecutor(1, initializer=_enter, initargs=(os.getpid(),))
+        self._pool.submit(os.getpid)
+
+    def run(self, job: Job) -> JobReturn:
+        from joblib.externals.loky.process_executor import BrokenProcessPool
+
         try:
-            return _ended(self._pool.submit(_status, job).result())
+            if self._pool is None:
+                self.start()
+            return _ended(self._pool.submit(_status, job, os.getpid()).result())
         except BrokenProcessPool:
             self.close()
             return _lost("its process was killed, or ran out of memory; the same command goes on")
@@ -127,7 +137,8 @@ class _Worker:
 
     def signal(self) -> None:
         for pid in list(self._pool._processes or ()) if self._pool is not None else ():
-            os.kill(pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def close(self) -> None:
         if self._pool is not None:
@@ -135,11 +146,29 @@ class _Worker:
         self._pool = None
 
 
-def _status(job: Job) -> int:
+def _enter(parent: int) -> None:
+    """Begin a worker: the terminal's ^C is for the sweep alone, and whoever kills that ends its workers too."""
+    os.setpgrp()
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    """End this process once its parent has ended; a run in it may leave a checkpoint first, within ``GRACE``."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _status(job: Job, parent: int) -> int:
     try:
-        return perform(job)
+        status = perform(job)
     except SystemExit as stopped:
-        return int(stopped.code or 0)
+        status = int(stopped.code or 0)
+    if os.getppid() != parent:
+        os._exit(status)  # nobody is left to tell
+    return status
 
 
 @contextmanager
