@@ -5,7 +5,9 @@ Both hand each job over as it was checked, so that what waits in a queue is what
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from alignprune_exp.sweep import Job
 
 QUEUED = "queued.json"  # the Slurm job of every config that was sent and had not ended
+HELD = "JobHeldUser"  # why a job waits that was sent on hold
 STATES_EVERY = 15.0  # seconds between questions to Slurm about its queue
 GRACE = 10.0  # seconds that a run has to leave a checkpoint in once the sweep's process is gone
 
@@ -192,77 +195,124 @@ def _forwarding(workers: Sequence[_Worker]) -> Iterator[list[int]]:
 class SlurmLauncher(CheckedLauncher):
     """Submits the jobs as one array and waits for them.
 
-    A job that Slurm interrupts, or that hits its time limit, goes on from its checkpoint under its own job id.
+    A job that Slurm interrupts, or that hits its time limit, goes on from its checkpoint under its own job id. Jobs
+    are sent held, written down, and then released: what is held and not written down is of a sweep that was killed
+    while it sent it, has never run, and is cancelled by the next one.
     """
 
     def __init__(self, submitit_folder: str, max_num_timeout: int, **parameters: Any) -> None:
-        self.folder = Path(submitit_folder)
+        self.folder = Path(submitit_folder).expanduser()
         self.max_num_timeout = max_num_timeout
         self.parameters = parameters
 
     def launch_jobs(self, jobs: Sequence[Job]) -> list[JobReturn]:
         from alignprune_exp.console import say
         from alignprune_exp.errors import Stopped, UsageError
-        from alignprune_exp.runs import write_json
 
         if shutil.which("sbatch") is None or shutil.which("srun") is None:
             raise UsageError(
                 "sbatch is not found, so jobs cannot be sent to Slurm from here; "
                 "hydra/launcher=joblib runs several jobs on this machine"
             )
-        submitted = self._in_the_queue()
-        if waiting := [submitted[job.config_id].job_id for job in jobs if job.config_id in submitted]:
-            say(f"{len(waiting)} of these are in the queue already: {', '.join(waiting)}")
-        if new := [job for job in jobs if job.config_id not in submitted]:
-            sent = self._submit(new)
-            first, last = sent[0].job_id, sent[-1].job_id
-            say(f"submitted {first}{f' to {last}' if last != first else ''}; their logs are in {self.folder.parent}/")
-            submitted |= {job.config_id: one for job, one in zip(new, sent, strict=True)}
-            write_json(self.folder.parent / QUEUED, {id: one.job_id for id, one in submitted.items()})
+        with _owned(self.folder.parent), _forwarding(()) as stopped:
+            submitted, lines = self._send(jobs)
+        for line in lines:
+            say(line)
         try:
-            return _wait(jobs, [submitted[job.config_id] for job in jobs])
+            if stopped:
+                raise KeyboardInterrupt
+            return _wait(jobs, submitted)
         except KeyboardInterrupt:
             raise Stopped(
                 f"no longer waiting; the jobs go on without it: squeue --me shows them, "
-                f"scancel {first.split('_')[0]} ends them"
+                f"scancel {' '.join(_arrays(submitted))} ends them"
             ) from None
 
-    def _in_the_queue(self) -> dict[str, Any]:
-        """Return the jobs of earlier sweeps that wait or run, by the id of their config."""
+    def _send(self, jobs: Sequence[Job]) -> tuple[list[Any], list[str]]:
+        """Submit what is not in the queue yet; return each job's Slurm job, and what there is to say about them."""
         from submitit import SlurmJob
 
-        from alignprune_exp.runs import read_json
+        from alignprune_exp.errors import UsageError
+        from alignprune_exp.runs import read_json, write_json
 
-        queue = _queue() or set()
-        known = read_json(self.folder.parent / QUEUED) or {}
-        return {id: SlurmJob(self.folder, job) for id, job in known.items() if job in queue}
+        queue = _queue()
+        if queue is None:
+            raise UsageError("squeue does not say what is in the queue, so jobs might be sent twice; try again later")
+        record = self.folder.parent / QUEUED
+        known = {id: job for id, job in (read_json(record) or {}).items() if job in queue}
+        held = {job for job, (reason, _) in queue.items() if reason == HELD}
+        here = str(self.folder.parent.absolute())
+        unknown = [job for job in held - set(known.values()) if os.path.dirname(queue[job][1]) == here]
+        if unknown:
+            _order("scancel", *unknown)
+        submitted: dict[str, Any] = {id: SlurmJob(self.folder, job) for id, job in known.items()}
+        waiting = [known[job.config_id] for job in jobs if job.config_id in known]
+        lines = [f"{len(waiting)} of these are in the queue already: {', '.join(waiting)}"] if waiting else []
+        new = [job for job in jobs if job.config_id not in known]
+        sent = self._submit(new) if new else []
+        if sent:
+            first, last = sent[0].job_id, sent[-1].job_id
+            name = f"{first} to {last}" if last != first else first
+            lines.append(f"submitted {name}; their logs are in {self.folder.parent}/")
+            submitted |= {job.config_id: one for job, one in zip(new, sent, strict=True)}
+            write_json(record, {id: one.job_id for id, one in submitted.items()})
+            held |= {one.job_id for one in sent}
+        mine = [submitted[job.config_id] for job in jobs]
+        if stopped := [job for job in mine if job.job_id in held]:
+            _order("scontrol", "release", ",".join(_arrays(stopped)))
+        return mine, lines
 
     def _submit(self, jobs: Sequence[Job]) -> list[Any]:
-        """Raises UsageError with Slurm's own sentence if it does not take the jobs; then nothing is left behind."""
+        """Send jobs, held. Raises UsageError with Slurm's own sentence if it does not take them."""
         import submitit
         from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
         from alignprune_exp.errors import UsageError
 
-        there = self.folder.parent
-        missing = [path for path in (there, *there.parents) if not path.exists()]
-        before = set(there.iterdir()) if not missing else set()
         shared = BaseQueueConf.__dataclass_fields__
+        more = {**(self.parameters.get("additional_parameters") or {}), "hold": True}
         try:
             executor = submitit.AutoExecutor(
                 cluster="slurm", folder=self.folder, slurm_max_num_timeout=self.max_num_timeout
             )
             executor.update_parameters(
-                **{name if name in shared else f"slurm_{name}": value for name, value in self.parameters.items()}
+                **{
+                    name if name in shared else f"slurm_{name}": value
+                    for name, value in {**self.parameters, "additional_parameters": more}.items()
+                }
             )
             with redirect_stderr(StringIO()):  # submitit prints what it raises
                 return executor.map_array(_Requeued(), jobs)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-            for path in set(there.iterdir()) - before:
+            raise UsageError(f"Slurm refuses the jobs: {_sentence(str(error))}") from None
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Own the folder of what is submitted. After a mistake in the block it holds what it held before.
+
+    Of two sweeps that are sent at once the second waits here, and then finds the jobs of the first in the queue.
+    """
+    from alignprune_exp.errors import UsageError
+
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a")
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}; set paths.results=DIR") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = set(folder.iterdir())
+        try:
+            yield
+        except UsageError:
+            made = {Path(lock.name)} if missing else set()
+            for path in set(folder.iterdir()) - before | made:
                 path.unlink()
             for path in missing:
                 path.rmdir()
-            raise UsageError(f"Slurm refuses the jobs: {_sentence(str(error))}") from None
+            raise
 
 
 class _Requeued:
@@ -323,7 +373,26 @@ def _result(job: Any) -> JobReturn:
     return _lost(f"job {job.job_id}: {result.strip().splitlines()[-1]}; see {job.paths.stderr}")
 
 
-def _queue() -> set[str] | None:
-    """Return the ids of this user's jobs that wait or run, as submitit writes them; None if Slurm does not answer."""
-    asked = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i"], capture_output=True, text=True)
-    return set(asked.stdout.split()) if asked.returncode == 0 else None
+def _queue() -> dict[str, tuple[str, str]] | None:
+    """Return this user's jobs that wait or run, by their ids as submitit writes them; None if Slurm does not answer.
+
+    Of each it says why it waits, and the path of its script.
+    """
+    asked = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i|%r|%o"], capture_output=True, text=True)
+    if asked.returncode != 0:
+        return None
+    return {id: (reason, script) for id, reason, script in (line.split("|", 2) for line in asked.stdout.splitlines())}
+
+
+def _order(*command: str) -> None:
+    """Give Slurm an order. Raises Failed with its own sentence if it does not obey."""
+    from alignprune_exp.errors import Failed
+
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Failed(f"{shlex.join(command)} failed: {_sentence(done.stderr)}; the same command tries again")
+
+
+def _arrays(jobs: Sequence[Any]) -> list[str]:
+    """Return the ids of what the jobs were submitted as."""
+    return list(dict.fromkeys(job.job_id.partition("_")[0] for job in jobs))
