@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from alignprune_exp.errors import UsageError
 from hydra_plugins import alignprune_launchers
 
 SMALL = ("threads=1", "score.window=3", "dataset.subset=300", "dataset.test_subset=100", "batch_size=16")
@@ -122,7 +123,7 @@ def nurse(tmp_path_factory):
     nurse = Nursery(tmp_path_factory.mktemp("nursery"))
     yield nurse
     nurse.process.stdin.close()
-    nurse.process.wait(10)
+    nurse.process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +310,12 @@ def test_joblibs_workers_are_started_by_one_thread_before_any_job_is_run(monkeyp
     alignprune_launchers.JoblibLauncher(2).launch_jobs(["a", "b", "c"])
     assert events[:2] == [("start", threading.main_thread())] * 2
     assert sorted(what for what, _ in events[2:]) == ["close", "close", "run", "run", "run"]
+
+
+def test_more_runs_at_a_time_than_the_machine_bears_are_a_mistake(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(UsageError, match=r"hydra\.launcher\.n_jobs=33 is far beyond .* use at most 32"):
+        alignprune_launchers.JoblibLauncher(33).launch_jobs(["a"])
 
 
 @pytest.mark.parametrize("n_jobs", ["0", "two"])

@@ -417,6 +417,20 @@ def test_without_an_answer_from_squeue_nothing_is_sent_and_nothing_written(tmp_p
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_key_that_the_launcher_does_not_have_is_a_mistake_and_nothing_is_written(tmp_path, queue, send):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=r"hydra\.launcher .*slurm_nonsense"):
+        send(1, 2, nonsense=1)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert in_the_queue(queue) == {}
+
+
+def test_a_damaged_note_of_what_was_sent_is_no_note(tmp_path, queue, send):
+    first = send(1)
+    (tmp_path / "results" / "slurm" / "queued.json").write_text('{"x": [1], "y": {}}')
+    assert send(1) != first
+
+
 def test_jobs_that_cannot_be_released_are_released_by_the_same_command(tmp_path, queue, send):
     scontrol = tmp_path / "bin" / "scontrol"
     works = scontrol.read_text()

@@ -841,15 +841,20 @@ def resolve_precision(asked: str, device: torch.device) -> str:
 
 
 def check_load(config: Config) -> None:
-    """Raise UsageError for so many threads or workers that they would only hold this machine up.
+    """Raise UsageError for what a run would burden this machine with.
 
     Some more than it has processors may pass: another number of threads would be another run.
     """
+    for key in ("threads", "workers"):
+        refuse_load(key, getattr(config, key))
+
+
+def refuse_load(key: str, asked: int) -> None:
+    """Raise UsageError for so many threads or processes that they would only hold this machine up."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = max(32, 8 * processors)
-    for key in ("threads", "workers"):
-        if (asked := getattr(config, key)) > most:
-            raise UsageError(f"{key}={asked} is far beyond this machine's {processors} processors; use at most {most}")
+    if asked > most:
+        raise UsageError(f"{key}={asked} is far beyond this machine's {processors} processors; use at most {most}")
 
 
 def load_data(config: Config) -> TrainingData:

@@ -85,9 +85,11 @@ class JoblibLauncher(CheckedLauncher):
 
     def launch_jobs(self, jobs: Sequence[Job]) -> list[JobReturn]:
         from alignprune_exp.errors import Stopped, UsageError
+        from alignprune_exp.experiment import refuse_load
 
         if not isinstance(self.n_jobs, int) or self.n_jobs < 1:
             raise UsageError(f"hydra.launcher.n_jobs={self.n_jobs} is not a number of runs; use 1 or more")
+        refuse_load("hydra.launcher.n_jobs", self.n_jobs)
         workers = [_Worker() for _ in range(min(self.n_jobs, len(jobs)))]
         waiting = iter(enumerate(jobs))
         ended: dict[int, JobReturn] = {}
@@ -239,7 +241,7 @@ class SlurmLauncher(CheckedLauncher):
         if queue is None:
             raise UsageError("squeue does not say what is in the queue, so jobs might be sent twice; try again later")
         record = self.folder.parent / QUEUED
-        known = {id: job for id, job in (read_json(record) or {}).items() if job in queue}
+        known = {id: job for id, job in (read_json(record) or {}).items() if isinstance(job, str) and job in queue}
         held = {job for job, (reason, _) in queue.items() if reason == HELD}
         here = str(self.folder.parent.absolute())
         unknown = [job for job in held - set(known.values()) if os.path.dirname(queue[job][1]) == here]
@@ -271,16 +273,16 @@ class SlurmLauncher(CheckedLauncher):
 
         shared = BaseQueueConf.__dataclass_fields__
         more = {**(self.parameters.get("additional_parameters") or {}), "hold": True}
+        parameters = {**self.parameters, "additional_parameters": more}
+        named = {name if name in shared else f"slurm_{name}": value for name, value in parameters.items()}
+        executor = submitit.AutoExecutor(
+            cluster="slurm", folder=self.folder, slurm_max_num_timeout=self.max_num_timeout
+        )
         try:
-            executor = submitit.AutoExecutor(
-                cluster="slurm", folder=self.folder, slurm_max_num_timeout=self.max_num_timeout
-            )
-            executor.update_parameters(
-                **{
-                    name if name in shared else f"slurm_{name}": value
-                    for name, value in {**self.parameters, "additional_parameters": more}.items()
-                }
-            )
+            executor.update_parameters(**named)
+        except Exception as error:  # it raises many kinds
+            raise UsageError(f"hydra.launcher cannot be as it is: {' '.join(str(error).split())}") from None
+        try:
             with redirect_stderr(StringIO()):  # submitit prints what it raises
                 return executor.map_array(_Requeued(), jobs)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
@@ -381,7 +383,8 @@ def _queue() -> dict[str, tuple[str, str]] | None:
     asked = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i|%r|%o"], capture_output=True, text=True)
     if asked.returncode != 0:
         return None
-    return {id: (reason, script) for id, reason, script in (line.split("|", 2) for line in asked.stdout.splitlines())}
+    rows = (line.split("|", 2) for line in asked.stdout.splitlines() if line.count("|") >= 2)
+    return {id: (reason, script) for id, reason, script in rows}
 
 
 def _order(*command: str) -> None:
