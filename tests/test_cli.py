@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -12,9 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 from PIL import Image
 
 from alignprune_exp import run as run_module
+from alignprune_exp.commandline import read_line
+from alignprune_exp.config import PATHS
+from alignprune_exp.errors import UsageError
+from alignprune_exp.suites import suite_of
 from alignprune_exp.train import main
 
 PROJECT = Path(__file__).parents[1]
@@ -84,6 +93,11 @@ MISTAKES = [
     ("method=infobach", "method=infobach infobatch"),
     ("score.name=dass", "dass das"),
     ("pruner.name=infobach", "infobach infobatch"),
+    ("learner.name=2", "learner.name=2 ce elr sop dividemix"),
+    ("model.name=resnet", "model.name=resnet small_cnn resnet8"),
+    ("dataset=a/b", "dataset=a/b digits"),
+    ("suite=/", "suite=/ main"),
+    ("hydra/launcher=job", "hydra/launcher=job joblib slurm"),
     # unknown keys, with the nearest one or all there are
     ("sed=1", "sed seed"),
     ("epoch=3", "epoch epochs"),
@@ -99,7 +113,23 @@ MISTAKES = [
     ("+noise.foo=1", "noise.foo rate"),
     ("++noise.foo=1", "noise.foo rate"),
     ("hydra.foo=1", "hydra.foo"),
+    ("pruner@x=full", "pruner@x=full @x"),
+    ("learner@_global_=elr", "learner@_global_=elr @_global_"),
+    # keys of Hydra's own
+    ("hydra=null", "hydra=null hydra/launcher"),
+    ("hydra.run.dir=x", "hydra.run.dir=x hydra/launcher"),
+    ("hydra.output_subdir=x", "hydra.output_subdir=x hydra/launcher"),
+    ("hydra/job_logging=default", "hydra/job_logging=default hydra/launcher"),
+    ("hydra/sweeper=basic", "hydra/sweeper=basic hydra/launcher"),
+    ("-m hydra/launcher=submitit_local", "submitit_local basic joblib slurm"),
+    ("-m hydra.launcher=null", "launcher"),
+    ("-m hydra/launcher=joblib hydra.launcher._target_=3", "_target_"),
     # removed ones
+    ("~pruner.name", "pruner.name infobatch"),
+    ("~dataset.name", "dataset.name dataset=…"),
+    ("pruner.name=1", "pruner.name=1 infobatch package.module.Class"),
+    ("pruner.name=.x.Y", "pruner.name=.x.Y infobatch"),
+    ("pruner.name=a..b", "pruner.name=a..b infobatch"),
     ("~pruner", "pruner"),
     ("~seed", "seed"),
     ("~noise.rate", "noise.rate"),
@@ -111,6 +141,30 @@ MISTAKES = [
     ("--cfg bob", "bob job --help"),
     ("--config-name nowhere", "nowhere"),
     ("--config-path /nonexistent", "/nonexistent"),
+    ("--config-dir /nonexistent", "/nonexistent"),
+    ("--resolve", "--resolve --cfg"),
+    ("--package pruner", "--package --cfg"),
+    ("-c job --package nowhere", "nowhere"),
+    ("-r -m", "--run --multirun"),
+    ("-c job -m seed=1,2", "--cfg --multirun"),
+    ("--shell-completion", "--shell-completion --help"),
+    ("--experimental-rerun x", "--experimental-rerun unpickle"),
+    ("--experimental-re=x", "--experimental-rerun unpickle"),
+    ("tracking.project=Ünlü", "tracking.project='Ünlü'"),
+    ("epochs=\n", "\\n printed"),
+    ("paths.results=\udcff", "\\udcff printed"),
+    ("seed=" + "9" * 5000, "seed=9"),
+    # grids
+    ("-m paths.results=a,b", "paths.results='a,b' paths.results=choice('a','b')"),
+    ("-m seed=range(0,1,0)", "seed=range(0,1,0) step"),
+    ("-m seed=range(0.0,1.0,0.0)", "seed=range(0.0,1.0,0.0) step"),
+    ("-m seed=range(0,1000000000)", "10000"),
+    ("-m seed=shuffle(range(0,1000000000))", "10000"),
+    ("-m seed=range(nan,1)", "10000"),
+    ("-m seed=range(0,200) epochs=range(1,200)", "10000"),
+    ("-m seed=interval(0,1)", "seed=interval(0,1) range"),
+    ("-m seed=range(3,0)", "empty"),
+    ("seed=range(0,1,0)", "seed=range(0,1,0) -m"),
     # what follows from other keys, and what clashes
     ("recipe=cifar10_cpu", "recipe dataset scale"),
     ("recipe=null", "recipe dataset scale"),
@@ -172,6 +226,16 @@ MISTAKES = [
     ("optimizer.lr=inf", "optimizer.lr=inf"),
     ("optimizer.lr=nan", "optimizer.lr=nan"),
     ("optimizer.lr=0", "optimizer.lr=0"),
+    ("optimizer.lr=1" + "0" * 400, "optimizer.lr=1 1000"),
+    ("optimizer.weight_decay=1e308", "optimizer.weight_decay=1e+308 100"),
+    ("model.width=1000000000", "model.width=1000000000 1024"),
+    ("epochs=2000000000", "epochs=2000000000 100000"),
+    ("dataset=image_folder dataset.root=. dataset.image_size=100000", "dataset.image_size=100000 4096"),
+    ("pruner=static_glister pruner.rounds=1000000", "pruner.rounds=1000000 10000"),
+    ("threads=1000000", "threads=1000000 1024"),
+    ("threads=2147483648", "threads=2147483648 1024"),
+    ("device=cuda:2147483648", "device=cuda:2147483648 cuda:K"),
+    ("paths.results=", "paths.results=… empty"),
     ("reference.noise=2", "reference.noise=2 1"),
     ("score.unseen=cary", "score.unseen=cary carry mask refresh"),
     ("precision=fp64", "precision=fp64 auto bf16 fp32"),
@@ -210,6 +274,26 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(refused, argument
 )
 def test_the_nearest_match_is_suggested(refused, arguments, wanted):
     assert f"did you mean {wanted}?" in refused(arguments)
+
+
+@pytest.mark.parametrize("arguments", ["threads=33", "workers=33", "-m threads=1,33"])
+def test_so_many_threads_that_they_would_only_hold_the_machine_up(monkeypatch, refused, arguments):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    sentence = refused(*arguments.split())
+    assert "=33 is far beyond this machine's 2 processors; use at most 32" in sentence
+
+
+def test_a_broken_suite_of_ones_own_is_named_with_the_place_that_is_broken(place, refused, tmp_path):
+    assert not list(place.iterdir())
+    suite = tmp_path / "place" / "suite"
+    suite.mkdir()
+    (suite / "mine.yaml").write_text("# @package _global_\nhydra:\n  sweeper: {params: [\n")
+    for arguments in (["suite=mine"], ["suite=mine", "scale=cpu"], ["-m", "suite=mine"]):
+        sentence = refused(*arguments, "--config-dir", ".")
+        assert "suite/mine.yaml" in sentence
+        assert "line 4" in sentence
+    with pytest.raises(UsageError, match=r"suite/mine\.yaml.*line 4"):
+        suite_of(["suite=mine", "--config-dir", "."])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -331,6 +415,59 @@ def test_a_missing_cifar_n_file_says_where_it_is_published(place, mistaken_cifar
 
 
 # What is accepted
+
+
+PATH_LETTERS = "aÜ数1 ()[]{}&',=#%@!;:?*~\"./-_"
+
+
+@pytest.mark.parametrize("key", PATHS)
+@given(path=st.text(PATH_LETTERS, min_size=1))
+@example(path="/data/Ünlü")
+@example(path="run (1)")
+@example(path="a,b")
+@example(path="it's")
+@example(path="2024")
+@example(path="1e3")
+@example(path="true")
+@example(path="[x]")
+@example(path="a=b")
+@example(path="C:\\x (1)\\")
+def test_a_path_may_hold_what_the_grammar_of_hydra_does_not_cover(key, path):
+    assume(path == path.strip() and path[0] not in "'\"")
+    (line,) = read_line([f"{key}={path}"])
+    assert OverridesParser.create().parse_override(line).value() == path
+
+
+@pytest.mark.parametrize(
+    ("typed", "path"), [("'a b'", "a b"), ('"it\'s"', "it's"), ("null", None), ("${paths.data}/x", "${paths.data}/x")]
+)
+def test_a_path_that_hydra_can_read_is_read_as_it_always_was(typed, path):
+    (line,) = read_line([f"noise.file={typed}"])
+    assert line == f"noise.file={typed}"
+    assert OverridesParser.create().parse_override(line).value() == path
+
+
+@pytest.mark.parametrize("arguments", [["paths.results=Ünlü (1), 'a' & b"], ["-m", "seed=0", "paths.results=Ünlü (1)"]])
+def test_a_run_lies_in_the_folder_that_was_typed(trained, place, arguments):
+    assert main(arguments) == 1
+    (folder,) = trained
+    assert folder.resolve().parent == place / arguments[-1].partition("=")[2] / "runs"
+
+
+def test_the_quoted_form_that_a_sentence_shows_is_taken_as_it_is_typed_in_a_shell(place, refused, trained):
+    sentence = refused("-m", "paths.results=it's, really")
+    typed = sentence.partition("write ")[2].partition(" for one")[0]
+    assert main(["-m", *shlex.split(typed)]) == 1
+    assert trained[0].resolve().parent == place / "it's, really" / "runs"
+    typed = sentence.partition(" or ")[2].partition(" or ")[2].partition(" for a grid")[0]
+    (line,) = read_line(["-m", *shlex.split(typed)])[1:]
+    assert OverridesParser.create().parse_override(line).value().list == ["it's", " really"]
+
+
+def test_a_home_is_found_by_its_tilde(trained, place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place / "home"))
+    assert main(["paths.results=~/results"]) == 1
+    assert trained[0].resolve().parent == place / "home" / "results" / "runs"
 
 
 @pytest.mark.parametrize(
@@ -460,6 +597,16 @@ def test_a_run_ends_with_a_small_table_its_record_and_three_commands(place, caps
     commands = [line for line in out.splitlines() if "python -m alignprune_exp.train" in line]
     assert len(commands) == 3
     assert [path.name for path in place.iterdir()] == ["results"]
+
+
+@pytest.mark.fuzz
+def test_command_lines_drawn_at_random_are_accepted_or_refused_in_one_sentence(tmp_path):
+    done = apart(tmp_path, PROJECT / "scripts" / "fuzz.py", "--lines", "250", "--seed", "2")
+    *wrong, counts = done.stdout.splitlines()
+    assert (done.returncode, wrong, done.stderr) == (0, [], ""), done
+    accepted, refused = (int(count) for count in re.findall(r"\d+", counts)[:2])
+    assert accepted > 25
+    assert refused > 100
 
 
 @pytest.mark.slow

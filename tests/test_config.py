@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from alignprune_exp.commandline import checked, config_dir
-from alignprune_exp.config import identity, validate
+from alignprune_exp.config import Config, identity, make_pruner, validate
 from alignprune_exp.errors import UsageError
-from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning
+from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Pruner
 from alignprune_exp.runs import run_id
 from alignprune_exp.setup import make_pruning
 
@@ -301,6 +301,45 @@ def test_keys_with_an_effect_again_change_the_id():
 
 
 # --- ranges, at their edges
+
+
+def _numbers(schema, place=""):
+    """Yield the place and the schema of every number."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("integer", "number"):
+            yield place, schema
+        for key, inner in schema.items():
+            yield from _numbers(inner, f"{place}/{key}")
+    elif isinstance(schema, list):
+        for inner in schema:
+            yield from _numbers(inner, place)
+
+
+def test_every_number_has_a_least_and_a_most():
+    numbers = dict(_numbers(Config.model_json_schema()))
+    assert len(numbers) > 40
+    assert [at for at, number in numbers.items() if not {"maximum", "exclusiveMaximum"} & number.keys()] == []
+    assert [at for at, number in numbers.items() if not {"minimum", "exclusiveMinimum"} & number.keys()] == []
+
+
+@pytest.mark.parametrize("name", sorted(PRUNERS))
+@pytest.mark.parametrize("far", [10**12, -(10**12)])
+def test_every_number_of_a_pruner_has_a_least_and_a_most(name, far):
+    values = yaml.safe_load((CONF / "pruner" / f"{name}.yaml").read_text())
+    for key, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with pytest.raises(UsageError, match=key):
+                make_pruner(values | {key: type(value)(far)})
+
+
+def test_a_pruner_of_ones_own_sets_its_own_ranges():
+    many = make_pruner({"name": f"{__name__}.Many", "rounds": 10**6})
+    assert many == Many(rounds=10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Many(Pruner):
+    rounds: int
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,15 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from alignprune_exp.errors import UsageError
+from hydra_plugins import alignprune_launchers
 
 SMALL = ("threads=1", "score.window=3", "dataset.subset=300", "dataset.test_subset=100", "batch_size=16")
 KILLS = 20
@@ -119,7 +123,7 @@ def nurse(tmp_path_factory):
     nurse = Nursery(tmp_path_factory.mktemp("nursery"))
     yield nurse
     nurse.process.stdin.close()
-    nurse.process.wait(10)
+    nurse.process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +281,41 @@ def test_a_joblib_sweep_that_is_interrupted_leaves_checkpoints_and_no_process(tm
     assert not any((folder / "lock").exists() for folder in runs(tmp_path).values())
     assert nurse.run(*SWEEP, *line, f"paths.results={tmp_path}") == 0
     assert_same_results(tmp_path, undisturbed(*SWEEP, *line))
+
+
+def test_the_workers_of_a_joblib_sweep_that_is_killed_end_soon_and_their_runs_go_on(tmp_path, nurse, undisturbed):
+    line = ("epochs=30", "batch_size=8")
+    with joblib_sweep(tmp_path, *line) as process:
+        owners = [json.loads((f / "lock").read_text())["pid"] for f in runs(tmp_path).values()]
+        process.kill()
+        deadline = time.monotonic() + 10
+        while not all(map(has_ended, owners)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert len(owners) == 2
+    assert not any((folder / "summary.json").exists() for folder in runs(tmp_path).values())
+    assert nurse.run(*SWEEP, *line, f"paths.results={tmp_path}") == 0
+    assert "resumed at epoch" in nurse.log.read_text()
+    assert_same_results(tmp_path, undisturbed(*SWEEP, *line))
+
+
+def test_joblibs_workers_are_started_by_one_thread_before_any_job_is_run(monkeypatch):
+    events = []
+
+    def noted(what):
+        return lambda *_: events.append((what, threading.current_thread()))
+
+    for name in ("start", "run", "close"):
+        monkeypatch.setattr(alignprune_launchers._Worker, name, noted(name))
+    alignprune_launchers.JoblibLauncher(2).launch_jobs(["a", "b", "c"])
+    assert events[:2] == [("start", threading.main_thread())] * 2
+    assert sorted(what for what, _ in events[2:]) == ["close", "close", "run", "run", "run"]
+
+
+def test_more_runs_at_a_time_than_the_machine_bears_are_a_mistake(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(UsageError, match=r"hydra\.launcher\.n_jobs=33 is far beyond .* use at most 32"):
+        alignprune_launchers.JoblibLauncher(33).launch_jobs(["a"])
 
 
 @pytest.mark.parametrize("n_jobs", ["0", "two"])

@@ -25,7 +25,6 @@ from torchvision.transforms import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from alignprune_exp.experiment import Experiment
 
 import make_miniature
 from alignprune_exp import suspects

@@ -7,16 +7,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import submitit
+from hydra import compose, initialize_config_dir
 
+from alignprune_exp import runs as records
+from alignprune_exp.commandline import checked, config_dir
+from alignprune_exp.errors import Failed, Stopped, UsageError
+from alignprune_exp.sweep import Job
 from alignprune_exp.train import main
+from hydra_plugins import alignprune_launchers
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["threads=1", "epochs=6", "score.window=3", "dataset.subset=200", "dataset.test_subset=100"]
-LR, DIVERGES = "optimizer.lr=0.05", "optimizer.lr=0.05,1e30"
+DECAYS, DIVERGES = "optimizer.weight_decay=0.001", "optimizer.weight_decay=0.001,100"
 LONG = ["threads=1", "epochs=8", "score.window=3"]  # some seconds, or many, by the size of its batches
 DAWDLING = """
 import os, time
@@ -140,14 +148,14 @@ def test_a_sweep_leaves_what_it_leaves_on_one_machine_and_lists_what_failed(tmp_
     status, out, error = ended(sweep(tmp_path / "slurm", *SMALL, "seed=0,1", DIVERGES))
     assert status == 1
     assert error.splitlines()[0] == "2 of 4 runs did not finish:"
-    assert all("optimizer.lr=1e+30" in line for line in error.splitlines()[1:])
+    assert all("optimizer.weight_decay=100" in line for line in error.splitlines()[1:])
     assert len(error.splitlines()) == 3
-    assert out.count("the loss became NaN or infinite") == 2
-    assert ended(sweep(tmp_path / "slurm", *SMALL, "seed=0,1", LR))[1] == "0 runs to do, 2 finished already\n"
+    assert out.count("loss became NaN or infinite") == 2
+    assert ended(sweep(tmp_path / "slurm", *SMALL, "seed=0,1", DECAYS))[1] == "0 runs to do, 2 finished already\n"
     for folder in runs(tmp_path / "slurm").values():
         if json.loads((folder / "summary.json").read_text())["status"] == "failed":
             shutil.rmtree(folder)
-    assert_as_undisturbed(tmp_path / "slurm", tmp_path / "here", "-m", *SMALL, "seed=0,1", LR)
+    assert_as_undisturbed(tmp_path / "slurm", tmp_path / "here", "-m", *SMALL, "seed=0,1", DECAYS)
 
 
 @pytest.mark.slurm
@@ -299,3 +307,177 @@ def test_a_single_run_is_not_sent_to_a_launcher(tmp_path, capsys):
     assert main([*SMALL, "hydra/launcher=slurm", f"paths.results={tmp_path / 'results'}"]) == 2
     assert capsys.readouterr().err == "hydra/launcher=slurm launches sweeps; add -m\n"
     assert not list(tmp_path.iterdir())
+
+
+# A Slurm of four scripts, which keep what would be in the queue in a file: id, why it waits, script.
+PROGRAMS = {
+    "srun": "exit 1",
+    "sbatch": """
+        number=$(($(cat "$QUEUE.last" 2>/dev/null || echo 0) + 1)); echo $number >"$QUEUE.last"
+        reason=Priority; grep -q -- "#SBATCH --hold" "$1" && reason=JobHeldUser
+        last=$(sed -n "s/#SBATCH --array=0-\\([0-9]*\\).*/\\1/p" "$1")
+        for task in $(seq 0 $last); do echo "${number}_$task|$reason|$1" >>"$QUEUE"; done
+        echo "Submitted batch job $number" """,
+    "squeue": 'test ! -e "$QUEUE.down" && cat "$QUEUE"',
+    "scontrol": 'sed -i "s/^\\(${2/,/_\\|}_.*\\)|JobHeldUser|/\\1|Priority|/" "$QUEUE"',
+    "scancel": 'for job in "$@"; do sed -i "/^$job|/d" "$QUEUE"; done',
+}
+
+
+class Killed(BaseException):
+    """What stands for the end of the process."""
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """The file of what is in the queue."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in PROGRAMS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("QUEUE", str(tmp_path / "queue"))
+    monkeypatch.setattr(alignprune_launchers, "_wait", lambda jobs, submitted: [one.job_id for one in submitted])
+    (tmp_path / "queue").touch()
+    return tmp_path / "queue"
+
+
+def in_the_queue(queue):
+    return dict(line.split("|")[:2] for line in queue.read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def config():
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return checked(compose("train"))
+
+
+@pytest.fixture
+def send(tmp_path, queue, config):
+    def send(*seeds, **parameters):
+        launcher = alignprune_launchers.SlurmLauncher(str(tmp_path / "results" / "slurm" / "%j"), 1, **parameters)
+        jobs = [Job(seed, (), config.model_copy(update={"seed": seed}), None) for seed in seeds]
+        return launcher.launch_jobs(jobs)
+
+    return send
+
+
+def ready(tmp_path, ids):
+    """Whether each job finds what it is to run."""
+    return all((tmp_path / "results" / "slurm" / id / f"{id}_submitted.pkl").exists() for id in ids)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (submitit.core.utils.JobPaths, "move_temporary_file"),
+        (records, "write_json"),
+        (alignprune_launchers, "_order"),
+    ],
+    ids=["sent", "moved", "written"],
+)
+def test_a_sweep_killed_while_it_submits_leaves_no_job_that_runs_twice(tmp_path, queue, send, monkeypatch, owner, name):
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            send(1, 2, 3)
+    assert set(in_the_queue(queue).values()) == {alignprune_launchers.HELD}
+    ids = send(1, 2, 3)
+    assert in_the_queue(queue) == dict.fromkeys(ids, "Priority")
+    assert len(set(ids)) == 3
+    assert ready(tmp_path, ids)
+    assert send(1, 2, 3) == ids
+
+
+def test_what_is_in_the_queue_is_not_sent_again(tmp_path, queue, send, capsys):
+    first = send(1, 2)
+    assert set(in_the_queue(queue).values()) == {"Priority"}
+    assert send(2, 3, 4) == [first[1], "2_0", "2_1"]
+    assert "1 of these are in the queue already: 1_1" in capsys.readouterr().out
+    assert in_the_queue(queue) == dict.fromkeys([*first, "2_0", "2_1"], "Priority")
+    assert ready(tmp_path, ["2_0", "2_1"])
+
+
+def test_jobs_that_others_hold_are_left_alone(queue, send):
+    others = "7|JobHeldUser|/home/me/other.sh\n8|JobHeldUser|(null)\n"
+    queue.write_text(others)
+    send(1, 2)
+    assert queue.read_text().startswith(others)
+
+
+def test_without_an_answer_from_squeue_nothing_is_sent_and_nothing_written(tmp_path, queue, send):
+    queue.with_name("queue.down").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match="squeue does not say"):
+        send(1, 2)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_key_that_the_launcher_does_not_have_is_a_mistake_and_nothing_is_written(tmp_path, queue, send):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=r"hydra\.launcher .*slurm_nonsense"):
+        send(1, 2, nonsense=1)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert in_the_queue(queue) == {}
+
+
+def test_a_damaged_note_of_what_was_sent_is_no_note(tmp_path, queue, send):
+    first = send(1)
+    (tmp_path / "results" / "slurm" / "queued.json").write_text('{"x": [1], "y": {}}')
+    assert send(1) != first
+
+
+def test_jobs_that_cannot_be_released_are_released_by_the_same_command(tmp_path, queue, send):
+    scontrol = tmp_path / "bin" / "scontrol"
+    works = scontrol.read_text()
+    scontrol.write_text("#!/bin/bash\necho 'scontrol: error: Access denied' >&2; exit 1\n")
+    with pytest.raises(Failed, match="scontrol release 1 failed: Access denied; the same command tries again"):
+        send(1, 2)
+    scontrol.write_text(works)
+    assert in_the_queue(queue) == dict.fromkeys(["1_0", "1_1"], "JobHeldUser")
+    assert send(1, 2) == ["1_0", "1_1"]
+    assert in_the_queue(queue) == dict.fromkeys(["1_0", "1_1"], "Priority")
+
+
+def test_of_two_sweeps_sent_at_once_one_waits_for_the_other(tmp_path, send):
+    folder = tmp_path / "results" / "slurm"
+    owned, found = threading.Event(), []
+
+    def first():
+        with alignprune_launchers._owned(folder):
+            owned.set()
+            time.sleep(0.3)
+            found.extend(path.name for path in folder.iterdir())
+
+    threading.Thread(target=first).start()
+    owned.wait()
+    send(1, 2)
+    assert found == ["lock"]
+    assert (folder / "queued.json").exists()
+
+
+def test_a_sweep_interrupted_while_it_submits_ends_once_the_jobs_are_written_down(queue, send, monkeypatch):
+    def interrupted(*command):
+        signal.raise_signal(signal.SIGINT)
+        return order(*command)
+
+    order = alignprune_launchers._order
+    monkeypatch.setattr(alignprune_launchers, "_order", interrupted)
+    with pytest.raises(Stopped, match="scancel 1 ends them"):
+        send(1, 2)
+    assert in_the_queue(queue) == dict.fromkeys(["1_0", "1_1"], "Priority")
+
+
+def test_no_longer_waiting_for_what_another_sweep_sent_says_how_to_end_it(send, monkeypatch):
+    send(1, 2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(alignprune_launchers, "_wait", interrupted)
+    with pytest.raises(Stopped, match="scancel 1 ends them"):
+        send(1, 2)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import unicodedata
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,15 +18,26 @@ from typing import Any, NoReturn
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Glob,
+    IntervalSweep,
+    Override,
+    Quote,
+    QuotedString,
+    RangeSweep,
+    Sweep,
+)
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .config import Config, make_pruner, suggest, validate
+from .config import PATHS, Config, make_pruner, suggest, validate
 from .errors import UsageError
 
 PROGRAM = "python -m alignprune_exp.train"
+OF_HYDRA = ("hydra/launcher", "hydra.launcher", "hydra.searchpath")
+MOST_RUNS = 10_000
 NOT_OF_A_RUN = ("hydra", "suite", "method")  # keys of a composed job that are not part of a run's config
 
 
@@ -49,8 +64,11 @@ def group_of(composed: DictConfig) -> str | None:
     return composed.suite.name if "suite" in composed else None
 
 
-def check_line(arguments: Sequence[str]) -> None:
-    """Raise UsageError for what Hydra would take in silence, or answer with a traceback or in its own words."""
+def read_line(arguments: Sequence[str]) -> list[str]:
+    """Return a command line as Hydra is to read it: paths that its grammar does not cover are put in quotes.
+
+    Raises UsageError for what Hydra would take in silence, or answer with a traceback or in its own words.
+    """
     from hydra._internal.utils import get_args_parser
 
     def fail(message: str) -> NoReturn:
@@ -59,21 +77,84 @@ def check_line(arguments: Sequence[str]) -> None:
             hint = "put flags such as -m before or after all that is key=value"
         raise UsageError(f"{message}; {hint}")
 
+    for argument in arguments:
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in argument):
+            raise UsageError(f"{argument!r} holds a character that cannot be printed; leave it out, or rename the file")
     parser = get_args_parser()
     parser.error = fail  # type: ignore[method-assign]
     flags = parser.parse_args(arguments)
-    with explained(arguments):
-        overrides = OverridesParser.create().parse_overrides(flags.overrides)
-    sweeping = flags.multirun or any(override.key_or_group == "suite" for override in overrides)
+    _check_flags(flags)
+    sweeping = flags.multirun or any(line.startswith("suite=") for line in flags.overrides)
+    read = {line: with_path(line, sweeping) for line in flags.overrides}
+    with composing(arguments):
+        overrides = OverridesParser.create().parse_overrides(list(read.values()))
     refuse_clashes(flags.overrides)
     for override in overrides:
         _check_override(override, sweeping)
+    return [read.get(argument, argument) for argument in arguments]
+
+
+def _check_flags(flags: Namespace) -> None:
+    """Raise UsageError for flags of Hydra's that have no place here, or not beside each other."""
+    if flags.experimental_rerun is not None:
+        raise UsageError(
+            "--experimental-rerun would unpickle a file, which can run anything; type the command again instead: "
+            "a run goes on from its checkpoint, and force=true starts it anew"
+        )
+    if flags.shell_completion:
+        raise UsageError(f"--shell-completion is not offered; {PROGRAM} --help shows what there is")
+    if (place := flags.config_name or flags.config_path) is not None:
+        raise UsageError(f"the config is this program's own, not {place}; --config-dir FOLDER adds options of your own")
+    if flags.help or flags.hydra_help:
+        return
+    for flag in ("resolve", "package"):
+        if getattr(flags, flag) and flags.cfg is None:
+            raise UsageError(f"--{flag} has a say in what --cfg shows: add --cfg job, or leave it out")
+    modes = ("run", "multirun", "cfg", "info")
+    if len(given := [f"--{mode}" for mode in modes if getattr(flags, mode)]) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other; leave out all but one")
+
+
+def with_path(line: str, sweeping: bool) -> str:
+    """Return an override; if it sets a path whose characters mean something else to Hydra, with the path in quotes.
+
+    Raises UsageError for a path with a comma in a sweep, where it might as well be two paths.
+    """
+    key, _, value = line.partition("=")
+    if key.lstrip("+") not in PATHS:
+        return line
+    try:
+        read = OverridesParser.create().parse_override(line).value()
+    except Exception:
+        read = False  # it cannot be read as it stands
+    if read is None or isinstance(read, str) or (isinstance(read, Sweep) and not getattr(read, "simple_form", False)):
+        return line
+    one = f"{key}={_in_quotes(value)}"
+    if sweeping and "," in value:
+        grid = f"{key}=choice({','.join(map(_in_quotes, value.split(',')))})"
+        raise UsageError(
+            f"{line} may be one path or several: write {_typed(one)} for one, or {_typed(grid)} for a grid"
+        )
+    return one
+
+
+def _in_quotes(value: str) -> str:
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+def _typed(line: str) -> str:
+    """Return how a shell is given an override with quotes in it."""
+    return shlex.quote(line) if set(line) & set('"$`\\!') else f'"{line}"'
 
 
 def _check_override(override: Override, sweeping: bool) -> None:
     key, line = override.key_or_group, str(override.input_line)
     if not key:
         raise UsageError(f"cannot read {line!r}: write key=value; {PROGRAM} --help shows the keys")
+    if key.partition(".")[0].partition("/")[0] == "hydra" and not key.startswith(OF_HYDRA):
+        raise UsageError(f"{line}: of Hydra's own keys only {', '.join(OF_HYDRA)} can be set here")
+    if override.package is not None:
+        raise UsageError(f"{line}: leave out @{override.package}; every group has its place")
     if override.is_sweep_override() and not sweeping:
         raise UsageError(f"{line} is a grid; add -m to run each of its values, or give one")
     group, _, name = key.partition(".")
@@ -90,10 +171,32 @@ def _check_override(override: Override, sweeping: bool) -> None:
         raise UsageError(f"{line}: {group} always has a choice; leave out the +")
     if group == "suite" and override.is_sweep_override():
         raise UsageError(f"{line}: a suite is a whole grid; give one, and type a line for each")
-    values: list[Any] = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-    for value in values:
-        if not isinstance(value, str):
+    value = override.value()
+    if isinstance(value, Glob):
+        return
+    for each in value.list if isinstance(value, ChoiceSweep) else [value]:
+        if not isinstance(each, str | QuotedString):
             raise UsageError(f"{line} does not name an option of {group}; use one of {', '.join(options)}")
+
+
+def check_size(overrides: Iterable[Override]) -> None:
+    """Raise UsageError for a grid with more runs than anyone can mean, before any of them is listed."""
+    runs: float = 1
+    for override in overrides:
+        value, line = override.value(), override.input_line
+        if isinstance(value, IntervalSweep):
+            raise UsageError(f"{line}: an interval has no values to run; use range(from,to,step), or name them")
+        if isinstance(value, RangeSweep):
+            assert value.start is not None
+            assert value.stop is not None
+            if not value.step:
+                raise UsageError(f"{line} never ends; give a step other than 0")
+            steps = (value.stop - value.start) / value.step
+            runs *= 0 if steps <= 0 else math.ceil(steps) if math.isfinite(steps) else math.inf
+        elif isinstance(value, ChoiceSweep):
+            runs *= len(value.list)
+    if not runs <= MOST_RUNS:
+        raise UsageError(f"the grid has more than {MOST_RUNS} runs; give its axes fewer values")
 
 
 def refuse_clashes(overrides: Sequence[str]) -> None:
@@ -108,6 +211,19 @@ def refuse_clashes(overrides: Sequence[str]) -> None:
 
 
 @contextmanager
+def composing(arguments: Sequence[str]) -> Iterator[None]:
+    """Turn whatever Hydra raises while it makes a config of the arguments into a UsageError of one sentence."""
+    try:
+        with explained(arguments):
+            yield
+    except UsageError:
+        raise
+    except Exception as error:
+        said = _flat(error) or type(error).__name__
+        raise UsageError(f"Hydra cannot compose {shlex.join(arguments)}: {said}") from None
+
+
+@contextmanager
 def explained(arguments: Sequence[str] | None = None) -> Iterator[None]:
     """Turn errors of Hydra and OmegaConf into a UsageError of one sentence; ``arguments`` chose the config."""
     try:
@@ -118,15 +234,22 @@ def explained(arguments: Sequence[str] | None = None) -> Iterator[None]:
 
 def _explain(error: Exception, arguments: Sequence[str]) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        group, option = re.fullmatch(r"((?:hydra/)?[^/]*)/?(.*)", str(error.missing_cfg_file)).groups()  # type: ignore
         known = sorted(error.options)
         return f"{group}={option} is unknown{suggest(option, known)}; use one of {', '.join(known)}"
     if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r}: write key=value; {PROGRAM} --help shows the keys"
-    text = str(error).splitlines()
-    if text and text[0].startswith("Could not override"):
-        return _unknown_key(text[0].split("'")[1], arguments)
-    return " ".join(line.strip() for line in text if line.strip())
+        key, given, value = error.override.partition("=")
+        text = _typed(f"{key}={_in_quotes(value)}")
+        hint = f"write {text} if that is a text" if given else f"{PROGRAM} --help shows the keys"
+        return f"cannot read {error.override!r} as key=value; {hint}"
+    text = str(error)
+    if text.startswith("Could not override"):
+        return _unknown_key(text.split("'")[1], arguments)
+    return _flat(error)
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _unknown_key(key: str, arguments: Sequence[str]) -> str:
@@ -136,7 +259,7 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
         choices = [a for a in arguments if "=" in a and "." not in a.split("=")[0] and not a.startswith("-")]
         try:
             node: Any = compose("train", [a for a in choices if a.split("=")[0].lstrip("+~") != key])
-        except (HydraException, OmegaConfBaseException, ValueError):
+        except Exception:  # it may be anything that Hydra raises over the other arguments
             node = compose("train")
     *parents, last = key.split(".")
     whole = {str(name) for name, value in node.items() if not isinstance(value, DictConfig)}

@@ -7,20 +7,38 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    create_model,
+    field_validator,
+)
 
 from .errors import UsageError
 from .pruning.pruners import PRUNERS
 from .pruning.selection import Plan, settings
 
+# What lies beyond these ranges can only be a slip, and would end in memory, in time or in arithmetic.
+EPOCHS, RATE = 100_000, 1000.0
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Epochs = Annotated[int, Field(ge=1, le=EPOCHS)]
+Rate = Annotated[float, Field(ge=1e-12, le=RATE)]  # of learning
+Weight = Annotated[float, Field(ge=0, le=10**6)]  # of a term of the loss
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
 
 
 class Node(BaseModel):
@@ -34,7 +52,7 @@ class Dataset(Node):
 
 
 class Small(Dataset):
-    crop: Annotated[int, Field(ge=0)]
+    crop: Annotated[int, Field(ge=0, le=4096)]
 
 
 class Digits(Small):
@@ -50,15 +68,15 @@ class Cifar(Small):
 class ImageFolder(Small):
     name: Literal["image_folder"]
     root: str
-    image_size: Count
+    image_size: Side
 
 
 class Photographs(Dataset):
     root: str
-    image_size: Count
-    area: Annotated[float, Field(gt=0, le=1)]
-    aspect: Annotated[float, Field(gt=0, le=1)]
-    eval_crop: Annotated[float, Field(gt=0, le=1)]
+    image_size: Side
+    area: Annotated[float, Field(ge=1e-4, le=1)]
+    aspect: Annotated[float, Field(ge=0.01, le=1)]
+    eval_crop: Annotated[float, Field(ge=0.01, le=1)]
     on_error: Literal["stop", "skip"]
 
 
@@ -74,7 +92,7 @@ class Clothing1M(Photographs):
 
 class ImageNet(Photographs):
     name: Literal["imagenet", "tiny_imagenet"]
-    classes: Annotated[int, Field(ge=2)]
+    classes: Annotated[int, Field(ge=2, le=100_000)]
 
 
 class Parquet(Photographs):
@@ -94,7 +112,7 @@ class Noise(Node):
 
 class Score(Node):
     name: str
-    window: Annotated[int, Field(ge=3)]
+    window: Annotated[int, Field(ge=3, le=EPOCHS)]
     unseen: Literal["carry", "mask", "refresh"]
     bank: Literal["float32", "float16"]
 
@@ -102,7 +120,7 @@ class Score(Node):
 class Trusted(Node):
     """A reference set with trusted labels, held out of training; ``reference=none`` is one of size 0."""
 
-    size: Annotated[float, Field(ge=0)]
+    size: Annotated[float, Field(ge=0, le=10**9)]
     per_class: bool
     noise: Share
     train: bool
@@ -118,9 +136,9 @@ class Pseudo(Node):
 
     name: Literal["pseudo"]
     method: Literal["small_loss", "cleanlab"]
-    size: Annotated[float, Field(gt=0)]
-    warmup: Count
-    every: Count
+    size: Annotated[float, Field(gt=0, le=10**9)]
+    warmup: Epochs
+    every: Epochs
     aligns: ClassVar[bool] = True
 
     def due(self, done: int, epochs: int) -> bool:
@@ -154,30 +172,30 @@ class CrossEntropy(Node):
 class Elr(Node):
     name: Literal["elr"]
     beta: Annotated[float, Field(ge=0, lt=1)]
-    coefficient: Annotated[float, Field(ge=0)]
+    coefficient: Weight
 
 
 class Sop(Node):
     name: Literal["sop"]
-    lr_u: Annotated[float, Field(ge=0)]
-    lr_v: Annotated[float, Field(ge=0)]
-    std: Annotated[float, Field(gt=0)]
+    lr_u: Annotated[float, Field(ge=0, le=RATE)]
+    lr_v: Annotated[float, Field(ge=0, le=RATE)]
+    std: Annotated[float, Field(ge=1e-30, le=10)]
 
 
 class DivideMix(Node):
     name: Literal["dividemix"]
-    warmup: Count
+    warmup: Epochs
     confidence_penalty: bool
     p_threshold: Share
-    temperature: Annotated[float, Field(gt=0)]
-    alpha: Annotated[float, Field(gt=0)]
-    lambda_u: Annotated[float, Field(ge=0)]
-    rampup: Count
+    temperature: Annotated[float, Field(ge=0.01, le=100)]
+    alpha: Annotated[float, Field(ge=1e-3, le=1e4)]
+    lambda_u: Weight
+    rampup: Epochs
 
 
 class Narrow(Node):
     name: Literal["small_cnn", "resnet8"]
-    width: Count
+    width: Annotated[int, Field(ge=1, le=1024)]
     norm: Literal["batch", "sync", "group"]
 
 
@@ -190,12 +208,12 @@ class ResNet(Node):
 
 class Optimizer(Node):
     name: Literal["sgd", "lars"]
-    lr: Annotated[float, Field(gt=0)]
+    lr: Rate
     momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0, le=100)]
     pct_start: Annotated[float, Field(gt=0, lt=1)]
-    div: Annotated[float, Field(ge=1)]
-    final_div: Annotated[float, Field(ge=1)]
+    div: Annotated[float, Field(ge=1, le=1e12)]
+    final_div: Annotated[float, Field(ge=1, le=1e12)]
     cycle_momentum: bool
 
 
@@ -212,8 +230,8 @@ class Wandb(Node):
 
 
 class Paths(Node):
-    results: Annotated[str, Field(min_length=1)]
-    data: Annotated[str, Field(min_length=1)]
+    results: Folder
+    data: Folder
 
 
 class Config(Node):
@@ -235,19 +253,19 @@ class Config(Node):
     optimizer: Optimizer
     tracking: Annotated[NoTracking | Wandb, Field(discriminator="name")]
     scale: str
-    seed: Annotated[int, Field(ge=0)]
-    epochs: Count
-    batch_size: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    epochs: Epochs
+    batch_size: Annotated[int, Field(ge=1, le=10**6)]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     recorded: Literal["plain", "smoothed"]
     eval_every: Count
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
     precision: Literal["auto", "bf16", "fp32"]
     channels_last: bool
     compile: Literal[False, True, "reduce-overhead"]
     deterministic: bool
-    threads: Count
-    workers: Annotated[int, Field(ge=0)]
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    workers: Annotated[int, Field(ge=0, le=1024)]
     force: bool
     keep_checkpoints: bool
     paths: Paths
@@ -262,6 +280,12 @@ class Config(Node):
 # What a run records where its pruner ranks nothing: any score would be inert, so that all share one run.
 UNRANKED = Score(name="loss", window=10, unseen="carry", bank="float32")
 NOTHING_HELD_OUT = Trusted(size=0.0, per_class=False, noise=0.0, train=False)
+
+# The most of a pruner's settings of which its own class knows no most: what lies beyond can only be a slip.
+MOST = {"warmup": EPOCHS, "groups": 10_000, "rounds": 10_000, "neighbours": 10_000, "eta": 1e6, "c": 1e6}
+
+# Keys whose text is a path, and so may hold anything.
+PATHS = ("paths.results", "paths.data", "dataset.root", "dataset.imagenet_root", "noise.file")
 
 # Keys that cannot change the result; what the data holds is in the identity by fingerprint.
 NOT_IDENTITY = {
@@ -317,7 +341,10 @@ def make_pruner(values: Mapping[str, Any]) -> Plan:
 
     Raises UsageError for an unknown name or setting, a wrong type, or a value out of range.
     """
-    name = values["name"]
+    name = values.get("name")
+    if not isinstance(name, str):
+        wrong = f"pruner.name={shown(name)} is no name" if "name" in values else "pruner.name is missing"
+        raise UsageError(f"{wrong}; use one of {', '.join(PRUNERS)}, or package.module.Class")
     pruner: Any = PRUNERS[name] if name in PRUNERS else import_class(name, Plan, "pruner", PRUNERS)
     given = {key: value for key, value in values.items() if key != "name"}
     try:
@@ -334,7 +361,11 @@ def make_pruner(values: Mapping[str, Any]) -> Plan:
 def _schema(pruner: Any) -> type[Node]:
     """Return what a pruner's constructor takes, as a schema."""
     hints = typing.get_type_hints(pruner)
-    fields: dict[str, Any] = {setting: (hints[setting], ...) for setting in settings(pruner)}
+    most = MOST if pruner in PRUNERS.values() else {}
+    fields: dict[str, Any] = {
+        setting: (Annotated[hints[setting], Field(le=most[setting])] if setting in most else hints[setting], ...)
+        for setting in settings(pruner)
+    }
     return create_model("Settings", __base__=Node, **fields)
 
 
@@ -348,9 +379,9 @@ def import_class(path: str, base: type, what: str, known: Iterable[str]) -> Any:
         )
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module of one's own may raise any
         raise UsageError(
-            f"{what}.name={path} cannot be imported ({error}); use one of {', '.join(known)}, "
+            f"{what}.name={path} cannot be imported ({type(error).__name__}: {error}); use one of {', '.join(known)}, "
             "or package.module.Class of a module on PYTHONPATH"
         ) from None
     if not (isinstance(found, type) and issubclass(found, base)):
@@ -432,9 +463,15 @@ def _explain(error: ValidationError, values: Mapping[str, Any], at: str = "", ch
         return f"unknown key {key}{suggest(keys[-1], known)}; {where} has {', '.join(known) or 'none'}"
     if kind == "missing":
         return f"{key} is missing; set {key}=…"
+    if kind == "union_tag_not_found":
+        return f"{key}.name is missing; choose one with {key}=…"
+    if kind == "string_too_short":
+        return f"{key} is empty; set {key}=…"
     given = f"{key}={shown(first['input'])}"
     if kind in _RANGES:
         return f"{given} is out of range: use a value {_RANGES[kind]} {next(iter(context.values()))}"
+    if kind == "union_tag_invalid":
+        given = f"{key}.name={context['tag']}"
     if kind in ("literal_error", "union_tag_invalid"):
         expected = context.get("expected") or context.get("expected_tags")
         return f"{given} is unknown: use {expected}".replace("'", "").replace("True", "true").replace("False", "false")

@@ -23,9 +23,12 @@ _OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 class UsageError(Exception):
     """A mistake that the user can mend.
 
-    Its message is one sentence: what is wrong, where, and what to type instead. The command line prints it and
-    exits with status 2.
+    Its message is one sentence, on one line: what is wrong, where, and what to type instead. The command line prints
+    it and exits with status 2.
     """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
 
 
 class Elsewhere(UsageError):

@@ -60,6 +60,7 @@ class Setup:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
+        check_load(config)
         torch.set_num_threads(config.threads)
         data = load_data(config)
         setup = cls(
@@ -181,6 +182,23 @@ def resolve_precision(asked: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def check_load(config: Config) -> None:
+    """Raise UsageError for what a run would burden this machine with.
+
+    Some more than it has processors may pass: another number of threads would be another run.
+    """
+    for key in ("threads", "workers"):
+        refuse_load(key, getattr(config, key))
+
+
+def refuse_load(key: str, asked: int) -> None:
+    """Raise UsageError for so many threads or processes that they would only hold this machine up."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(32, 8 * processors)
+    if asked > most:
+        raise UsageError(f"{key}={asked} is far beyond this machine's {processors} processors; use at most {most}")
 
 
 def load_data(config: Config) -> TrainingData:

@@ -11,11 +11,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from .commandline import checked, config_dir, explained, refuse_clashes
+from .commandline import check_size, checked, composing, config_dir, explained, refuse_clashes, with_path
 from .config import Config, identity, shown, validate
 from .errors import UsageError
 from .files import cache_folder
@@ -84,12 +85,10 @@ def load_suite(name: str, overrides: Sequence[str] = (), own: Path | None = None
 def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
     search = [f"hydra.searchpath=[file://{own.resolve()}]"] if own else []
     GlobalHydra.instance().clear()
-    with explained(), initialize_config_dir(str(config_dir()), version_base="1.3"):
-        master = compose("train", [*search, f"suite={name}"], return_hydra_config=True)
-        grid = grid_of(master, overrides)
-        parsed = OverridesParser.create().parse_overrides([*grid, *overrides])
-        (grid_of_jobs,) = BasicSweeper.split_arguments(parsed, None)
-        jobs = less_excluded(grid_of_jobs, master, overrides)
+    with explained(overrides), initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with composing(overrides):
+            master = compose("train", [*search, f"suite={name}"], return_hydra_config=True)
+        jobs = grid_of(master, overrides)
         groups = set(master.hydra.runtime.choices)
         composed: dict[tuple[str, ...], DictConfig] = {}
         cells = []
@@ -97,7 +96,8 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
             refuse_clashes(job)
             choices = tuple(part for part in job if part.split("=")[0] in groups)
             if choices not in composed:
-                composed[choices] = compose("train", [*search, *choices])
+                with composing(choices):
+                    composed[choices] = compose("train", [*search, *choices])
             values = [part for part in job if part not in choices]
             config = checked(_with(composed[choices], values))
             axes = dict(part.split("=", 1) for part in job)
@@ -136,7 +136,19 @@ def _cache_key(name: str, overrides: Sequence[str], own: Path | None) -> str:
     return digest.hexdigest()[:32]
 
 
-def grid_of(master: DictConfig, overrides: Sequence[str]) -> list[str]:
+def grid_of(master: DictConfig, overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[list[str]]:
+    """Return the overrides of every run of the grid that a suite's axes and a command line make.
+
+    Raises UsageError for a grid that cannot be read, is too large, or excludes what it does not have.
+    """
+    with composing(overrides):
+        parsed = OverridesParser.create(loader).parse_overrides([*_axes(master, overrides), *overrides])
+        check_size(parsed)
+        (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    return _less_excluded(jobs, master, overrides)
+
+
+def _axes(master: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Return the axes of the suite that ``master`` has chosen, with what ``suite.at.<scale>`` changes of them."""
     axes = dict(master.hydra.sweeper.params or {})
     scale = next((line.partition("=")[2] for line in reversed(overrides) if line.startswith("scale=")), master.scale)
@@ -145,7 +157,7 @@ def grid_of(master: DictConfig, overrides: Sequence[str]) -> list[str]:
     return [f"{axis}={values}" for axis, values in axes.items()]
 
 
-def less_excluded(jobs: Sequence[Sequence[str]], master: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
+def _less_excluded(jobs: Sequence[Sequence[str]], master: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
     """Return the jobs of a grid without those that have all the values of an entry of ``suite.exclude``.
 
     An entry has no say once the command line chooses all of its axes.
@@ -194,7 +206,7 @@ def suite_of(arguments: Iterable[str]) -> Suite:
         elif word.startswith("suite="):
             chosen.append(word.partition("=")[2])
         else:
-            overrides.append(word)
+            overrides.append(with_path(word, sweeping=True))
     if len(chosen) != 1 or not chosen[0]:
         raise UsageError(f"say which suite: suite=NAME, one of {', '.join(option_names('suite', own))}")
     return load_suite(chosen[0], overrides, own)

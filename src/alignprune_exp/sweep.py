@@ -46,8 +46,8 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
 
     Raises UsageError with the job's overrides for the first one that is a mistake.
     """
-    from .commandline import checked, explained, group_of, refuse_clashes
-    from .setup import load_data, make_pruning
+    from .commandline import checked, composing, explained, group_of, refuse_clashes
+    from .setup import check_load, load_data, make_pruning
 
     seen: dict[str, Job] = {}
     finished = 0
@@ -58,10 +58,11 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
         progress.show(f"checking runs: {number}/{len(grid)}")
         with _named(overrides):
             refuse_clashes(overrides)
-            with explained(overrides):
+            with composing(overrides):
                 composed = compose(list(overrides))
+            with explained(overrides):
                 config = checked(composed)
-                make_pruning(config, range(1), clean=np.ones(1, bool))
+            make_pruning(config, range(1), clean=np.ones(1, bool))
         id = run_id(identity(config, ""))
         results = config.paths.results
         if results not in done:
@@ -69,10 +70,12 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
         if id in done[results] and not config.force:
             finished += 1
             continue
-        if here and (data := (config.dataset, config.noise.name)) not in opened:
-            opened.add(data)
+        if here:
             with _named(overrides):
-                load_data(config)
+                check_load(config)
+                if (data := (config.dataset, config.noise.name)) not in opened:
+                    opened.add(data)
+                    load_data(config)
         seen.setdefault(id, Job(len(seen) + 1, tuple(overrides), config, group_of(composed)))
     same = len(grid) - finished - len(seen)
     say(

@@ -35,13 +35,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from .commandline import (
     PROGRAM,
-    check_line,
     checked,
+    composing,
     config_dir,
     explained,
     group_of,
     inert_keys,
     next_commands,
+    read_line,
     refuse_clashes,
 )
 from .console import speaks
@@ -56,15 +57,18 @@ class Task:
     """The job that Hydra calls. It reports its own end, so that nothing but a bug raises through Hydra.
 
     ``status`` is the exit status of the last job in this process: 0 done, 1 failed, 2 a mistake, 3 running
-    elsewhere, 130 stopped. ``jobs`` are those of a sweep as it checked them, by their overrides: they run as they
-    were checked, whatever has become of the configs since.
+    elsewhere, 130 stopped. ``composed`` says that Hydra has made a config of the command line. ``jobs`` are those of
+    a sweep as it checked them, by their overrides: they run as they were checked, whatever has become of the configs
+    since.
     """
 
     def __init__(self) -> None:
         self.status = 0
+        self.composed = False
         self.jobs: dict[tuple[str, ...], Job] = {}
 
     def __call__(self, composed: DictConfig) -> int:
+        self.composed = True
         overrides = tuple(OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)["task"])  # type: ignore
         self.status = perform(lambda: self.jobs.get(overrides) or _single(composed, overrides))
         return self.status
@@ -164,7 +168,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     task = Task()
 
     def work() -> None:
-        check_line(sys.argv[1:])
-        hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(task)()
+        sys.argv[1:] = read_line(sys.argv[1:])
+        try:
+            hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(task)()
+        except Exception:
+            if task.composed:
+                raise
+            with composing(sys.argv[1:]):
+                raise
+        except SystemExit as ended:
+            if task.composed or not ended.code:
+                raise
+            task.status = 2  # Hydra has said why
 
     return _report(work) or task.status

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+from hydra_plugins.alignprune_launchers import CheckedLauncher, SlurmLauncher
 
 
 class CheckedSweeper(BasicSweeper):
@@ -24,27 +26,26 @@ class CheckedSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the grid. Raises UsageError for the first job that is a mistake, and Failed if any job failed."""
         from alignprune_exp.errors import Failed, UsageError
-        from alignprune_exp.suites import grid_of, less_excluded
+        from alignprune_exp.suites import grid_of
         from alignprune_exp.sweep import failures, jobs_of
 
+        assert self.config is not None
+        self.task.composed = True
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
             raise UsageError(
                 "torchrun starts the processes of one run; for a sweep of such runs leave torchrun out and set "
                 "hydra/launcher=slurm hydra.launcher.tasks_per_node=K"
             )
+        if not isinstance(self.launcher, CheckedLauncher | BasicLauncher):
+            chosen = self.config.hydra.runtime.choices["hydra/launcher"]
+            raise UsageError(f"hydra/launcher={chosen} would run what was not checked; use basic, joblib or slurm")
         assert self.hydra_context is not None
-        assert self.launcher is not None
-        assert self.config is not None
         master = self.config
         loader = self.hydra_context.config_loader
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides(
-            [*grid_of(master, arguments), *arguments]
-        )
-        (whole,) = self.split_arguments(overrides, None)
-        grid = less_excluded(whole, master, arguments)
+        grid = grid_of(master, arguments, loader)
         if not grid:
             raise UsageError("the grid is empty; give every axis at least one value")
-        here = master.hydra.runtime.choices["hydra/launcher"] != "slurm"
+        here = not isinstance(self.launcher, SlurmLauncher)
         jobs = jobs_of(grid, lambda job: loader.load_sweep_config(master, job), here)
         if not jobs:
             return []
