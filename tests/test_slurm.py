@@ -377,7 +377,9 @@ def ready(tmp_path, ids):
     ],
     ids=["sent", "moved", "written"],
 )
-def test_a_sweep_killed_while_it_submits_leaves_no_job_that_runs_twice(tmp_path, queue, send, monkeypatch, owner, name):
+def test_a_sweep_killed_while_it_submits_leaves_no_job_that_runs_twice(
+    tmp_path, queue, send, monkeypatch, capsys, owner, name
+):
     def killed(*_, **__):
         raise Killed
 
@@ -389,6 +391,7 @@ def test_a_sweep_killed_while_it_submits_leaves_no_job_that_runs_twice(tmp_path,
     ids = send(1, 2, 3)
     assert in_the_queue(queue) == dict.fromkeys(ids, "Priority")
     assert len(set(ids)) == 3
+    assert ("cancelled 1_0, 1_1, 1_2: a sweep" in capsys.readouterr().out) == (name != "_order")
     assert ready(tmp_path, ids)
     assert send(1, 2, 3) == ids
 

@@ -36,8 +36,8 @@ from .config import PATHS, Config, make_pruner, suggest, validate
 from .errors import UsageError
 
 PROGRAM = "python -m alignprune_exp.train"
-OF_HYDRA = ("hydra/launcher", "hydra.launcher", "hydra.searchpath")
-MOST_RUNS = 10_000
+OF_HYDRA = ("hydra/launcher", "hydra.launcher", "hydra.searchpath")  # keys of Hydra's own that may be set
+MOST_RUNS = 10_000  # of a grid
 NOT_OF_A_RUN = ("hydra", "suite", "method")  # keys of a composed job that are not part of a run's config
 
 

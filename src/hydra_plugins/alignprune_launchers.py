@@ -244,12 +244,13 @@ class SlurmLauncher(CheckedLauncher):
         known = {id: job for id, job in (read_json(record) or {}).items() if isinstance(job, str) and job in queue}
         held = {job for job, (reason, _) in queue.items() if reason == HELD}
         here = str(self.folder.parent.absolute())
-        unknown = [job for job in held - set(known.values()) if os.path.dirname(queue[job][1]) == here]
-        if unknown:
+        lines = []
+        if unknown := sorted(job for job in held - set(known.values()) if os.path.dirname(queue[job][1]) == here):
             _order("scancel", *unknown)
+            lines.append(f"cancelled {', '.join(unknown)}: a sweep was killed before it had written them down")
         submitted: dict[str, Any] = {id: SlurmJob(self.folder, job) for id, job in known.items()}
-        waiting = [known[job.config_id] for job in jobs if job.config_id in known]
-        lines = [f"{len(waiting)} of these are in the queue already: {', '.join(waiting)}"] if waiting else []
+        if waiting := [known[job.config_id] for job in jobs if job.config_id in known]:
+            lines.append(f"{len(waiting)} of these are in the queue already: {', '.join(waiting)}")
         new = [job for job in jobs if job.config_id not in known]
         sent = self._submit(new) if new else []
         if sent:
