@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from alignprune_exp.pruning import Evidence
-from alignprune_exp.pruning.static import Prune4ReL
+from alignprune_exp.pruning.coresets.prune4rel import Prune4ReL
 from benchmarking import THREADS, Report, parser, peak_mb, reset_peak
 
 DIMENSIONS, CLUSTERS, SPREAD = 512, 5, 0.16  # spread of a cluster beside its centre's length of 1

@@ -1,6 +1,6 @@
 """Write every suite's tables and figures, and the report, from run records.
 
-python scripts/make_tables.py [RESULTS ...] [--best] [--into README.md]      (default: results and results/records)
+python scripts/make_tables.py [RESULTS ...] [--best] [--into FILE ...]        (default: results and results/records)
 
 For each suite and scale that has finished runs: <out>/tables/<suite>_<scale>.md, .csv (a line a cell), _long.csv (a
 line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html with all of them. A
@@ -36,7 +36,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("results"), help="where tables/, figures/ and report.html go")
     parser.add_argument("--best", action="store_true", help="best accuracy instead of final, in files of its own")
     parser.add_argument(
-        "--into", type=Path, metavar="FILE", help="a Markdown file with places for tables, to be filled"
+        "--into",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="Markdown files with places for tables, to be filled",
     )
     parser.add_argument("--config-dir", type=Path, help="a folder with suites of one's own, in suite/")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="finished runs of a Weights & Biases project as well")
@@ -74,8 +79,8 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> int:
     if not (tables := [table for table in tables if not table.long.empty]):
         print("no finished run belongs to a suite; run one with suite=NAME", file=sys.stderr)
         return 2
-    if arguments.into is not None:
-        write_text(arguments.into, filled(arguments.into.read_text(), tables))
+    for file in arguments.into:
+        write_text(file, filled(file.read_text(), tables))
     folder, drawings = arguments.out / "tables", arguments.out / "figures"
     for place in (folder, drawings):
         place.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from alignprune_exp.data.images import Array
 from alignprune_exp.data.source import Images
 from alignprune_exp.data.split import Split
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Selection
-from alignprune_exp.pruning.static import Prune4ReL
+from alignprune_exp.pruning.coresets.prune4rel import Prune4ReL
 from alignprune_exp.run import Run
 
 KEYS = ["step", "samples", "seconds", "baseline", "baseline_seconds", "ratio", "peak_mb"]
@@ -276,4 +276,4 @@ def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch
     with watched:
         benchmarking.walk(run)
     assert steps > 12
-    assert watched.callers == {"trajectories.py:record", "plugin.py:_weights_of", "augment.py:apply"}
+    assert watched.callers == {"bank.py:record", "dynamic.py:_weights_of", "augment.py:apply"}

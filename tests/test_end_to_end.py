@@ -303,14 +303,17 @@ def test_sweep_with_a_job_whose_data_are_missing_is_refused_before_the_first(cli
     assert not Path("results").exists()
 
 
-# --- the README
+# --- the READMEs
 
 
-README = (REPOSITORY / "README.md").read_text()
+OPTIONS = (CONF / "README.md").read_text()
+READMES = [file.read_text() for file in REPOSITORY.rglob("README.md") if ".venv" not in file.parts]
 
 
-def test_every_name_in_the_readmes_table_is_an_option_or_a_key(cli, capfd):
-    table = re.findall(r"^\| (`.*?) \| (.*) \|$", README.split("| group | options |")[1].split("\n\n")[0], re.MULTILINE)
+def test_every_name_in_the_table_of_options_is_an_option_or_a_key(cli, capfd):
+    table = re.findall(
+        r"^\| (`.*?) \| (.*) \|$", OPTIONS.split("| group | options |")[1].split("\n\n")[0], re.MULTILINE
+    )
     assert {group for cell, _ in table for group in re.findall(r"`(\w+)`", cell)} >= set(GROUPS)
     for cell, text in table:
         files = [file for group in re.findall(r"`(\w+)`", cell) for file in (CONF / group).glob("*.yaml")]
@@ -323,8 +326,9 @@ def test_every_name_in_the_readmes_table_is_an_option_or_a_key(cli, capfd):
                 assert quoted in {file.stem for file in files} | keys, quoted
 
 
-def test_every_command_of_the_readme_composes(cli):
-    commands = [shlex.split(found) for found in re.findall(rf"{PROGRAM}( [^`#\n]+)", README)]
+def test_every_command_of_the_readmes_composes(cli):
+    found = {command for text in READMES for command in re.findall(rf"{PROGRAM}( [^`#\n]+)", text)}
+    commands = [shlex.split(command) for command in sorted(found)]
     commands = [[a for a in command if a not in ("-m", "--help", "--cfg", "job")] for command in commands]
     assert len(commands) > 3
     for command in commands:

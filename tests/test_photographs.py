@@ -38,6 +38,7 @@ from alignprune_exp.data.images import Cut, resized_crop
 from alignprune_exp.data.sources import parquet as shards
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
+from alignprune_exp.learners.ce import CrossEntropy
 from alignprune_exp.models import build
 from alignprune_exp.report.figures import save_all
 from alignprune_exp.report.html import page
@@ -872,16 +873,16 @@ def test_an_image_that_turns_bad_in_mid_training_ends_the_run_which_goes_on_with
     line = [*dataset, f"workers={workers}"]
     assert _train(tmp_path / "undisturbed", *line) == 0
     whole = {path: path.read_bytes() for path in root.glob("train/*/*.JPEG")}
-    logits = Experiment._training_logits
+    losses = CrossEntropy.losses
 
-    def disturbed(self, images):
-        if self.pruning.epoch == 3:
+    def disturbed(self, step, forward):
+        if step.epoch == 3:
             for path, content in whole.items():
                 path.write_bytes(content[: len(content) // 2])
-        return logits(self, images)
+        return losses(self, step, forward)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Experiment, "_training_logits", disturbed)
+        patch.setattr(CrossEntropy, "losses", disturbed)
         assert _train(tmp_path, *line) == 1
     error = capsys.readouterr().err
     assert re.search(r"^run \w+ ended in epoch [34], step \d+: /\S*JPEG cannot be read as an image", error)

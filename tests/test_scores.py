@@ -11,8 +11,8 @@ from scipy import stats
 from scipy.spatial import distance
 
 from alignprune_exp.pruning import SCORES, Trajectories, fast, within_class
+from alignprune_exp.pruning.bank import BLOCK
 from alignprune_exp.pruning.scores import cosine, pearson, ranks, spearman
-from alignprune_exp.pruning.trajectories import BLOCK
 
 
 def faster(formula, **how):

@@ -22,9 +22,9 @@ from alignprune_exp.data.augment import rand_augment
 from alignprune_exp.errors import UsageError
 from alignprune_exp.network import Network
 from alignprune_exp.pruning import PRUNERS, Choice, Criterion, DynamicPruning, Evidence, Fixed, WarmUpLog
+from alignprune_exp.pruning.coresets.prune4rel import Neighbours, reliable
 from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.pruning.selection import proportional
-from alignprune_exp.pruning.static import Neighbours, reliable
 from alignprune_exp.run import Run
 from alignprune_exp.setup import make_pruning
 from alignprune_exp.train import main
@@ -285,7 +285,7 @@ def test_prune4rel_tells_saturated_samples_apart():
 
 @pytest.mark.parametrize("tile", [64, 1 << 20])
 def test_the_graph_is_exact_and_what_is_cut_off_is_reported(monkeypatch, tile):
-    monkeypatch.setattr("alignprune_exp.pruning.static.TILE", tile)
+    monkeypatch.setattr("alignprune_exp.pruning.coresets.prune4rel.TILE", tile)
     embeddings = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
     close = np.array(similarities(embeddings.astype(float)))
     np.fill_diagonal(close, 0)

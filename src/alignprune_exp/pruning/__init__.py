@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bank import History, Trajectories
     from .cleaning import within_class
-    from .plugin import DynamicPruning, NonFiniteLossError
+    from .coresets import Choice, Criterion, Evidence, WarmUpLog
+    from .dynamic import DynamicPruning, NonFiniteLossError
     from .pruners import PRUNERS, Fixed, Full
     from .scores import SCORES, Score
     from .selection import Plan, Pruner, Selection
-    from .static import Choice, Criterion, Evidence, WarmUpLog
-    from .trajectories import History, Trajectories
 
 __all__ = [
     "PRUNERS",
@@ -37,12 +37,12 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("DynamicPruning", "NonFiniteLossError"), "plugin"),
+    **dict.fromkeys(("DynamicPruning", "NonFiniteLossError"), "dynamic"),
     **dict.fromkeys(("PRUNERS", "Fixed", "Full"), "pruners"),
     **dict.fromkeys(("Plan", "Pruner", "Selection"), "selection"),
-    **dict.fromkeys(("Choice", "Criterion", "Evidence", "WarmUpLog"), "static"),
+    **dict.fromkeys(("Choice", "Criterion", "Evidence", "WarmUpLog"), "coresets"),
     **dict.fromkeys(("SCORES", "Score"), "scores"),
-    **dict.fromkeys(("History", "Trajectories"), "trajectories"),
+    **dict.fromkeys(("History", "Trajectories"), "bank"),
     "within_class": "cleaning",
 }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .coresets import STATIC
 from .kmeans import cluster
 from .selection import (
     MAX_RATIO,
@@ -30,7 +31,6 @@ from .selection import (
     uniform,
     unweighted,
 )
-from .static import STATIC
 
 if TYPE_CHECKING:
     from typing_extensions import Self

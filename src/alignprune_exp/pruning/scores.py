@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import fast
+from .bank import History
 from .seeding import generator
-from .trajectories import History
 
 
 def pearson(losses_WB: Tensor, reference_W: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from .bank import Trajectories
 from .cleaning import within_class
+from .coresets import Criterion
 from .pruners import PRUNERS
 from .scores import SCORES, Loss, Score, settled
 from .seeding import generator
 from .selection import Pruner, Selection, settings
-from .static import Criterion
-from .trajectories import Trajectories
 
 if TYPE_CHECKING:
     import pandas as pd

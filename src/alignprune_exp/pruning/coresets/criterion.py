@@ -1,0 +1,198 @@
+"""One choice after a warm-up, which training from scratch then keeps to.
+
+A `Criterion` says what it needs of an `Evidence`, and chooses once. Shape legend: n samples, C classes, d dimensions of
+an embedding, k chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..selection import Floats, Ints, Plan, share
+
+ROWS = 1 << 14  # samples in float64 at a time
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a warm-up leaves behind for a choice: arrays or tensors. A criterion says which of it it ``needs``.
+
+    Attributes:
+        labels: (n,) given labels, 0..C-1.
+        probabilities: (n, C) softmax of the network at the end of the warm-up, in eval mode, without augmentation; for
+            a criterion that is ``strong``, of strongly augmented images.
+        embeddings: (n, d) what goes into its last linear layer, of the same images.
+        losses: (n,) mean training loss over the warm-up.
+        forgotten: (n,) forgetting events over the warm-up; infinity where a sample was never classified right.
+        reference: the same of the reference set, whose labels are trusted.
+    """
+
+    labels: Ints
+    probabilities: Floats | None = None
+    embeddings: Floats | None = None
+    losses: Floats | None = None
+    forgotten: Floats | None = None
+    reference: Evidence | None = None
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            values: Any = getattr(self, each.name)
+            if values is not None and each.name != "reference":
+                plain = values.detach().cpu() if hasattr(values, "detach") else values
+                object.__setattr__(self, each.name, np.asarray(plain))
+
+
+class WarmUpLog:
+    """Counts, epoch by epoch, what the warm-up shows of n samples.
+
+    A forgetting event (Toneva et al., 2019) is a sample that was classified right when it was last seen and is wrong
+    now, both times as the training pass found it.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.epochs = 0
+        self.sums = np.zeros(n)
+        self.right = np.zeros(n, bool)
+        self.learnt = np.zeros(n, bool)
+        self.events = np.zeros(n, np.int64)
+
+    def observe(self, losses: Floats, correct: NDArray[np.bool_]) -> None:
+        """Take note of an epoch: every sample's loss (n,), and whether it was classified right (n,)."""
+        self.epochs += 1
+        self.sums += losses
+        self.events += self.right & ~correct
+        self.learnt |= correct
+        self.right = correct.copy()
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """The mean loss (n,) over the epochs."""
+        return self.sums / max(self.epochs, 1)
+
+    @property
+    def forgotten(self) -> NDArray[np.float64]:
+        """The forgetting events (n,), infinity where a sample was never classified right."""
+        return np.where(self.learnt, self.events, np.inf)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: tensors and numbers."""
+        import torch
+
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in ("sums", "right", "learnt", "events")}
+        return {"epochs": self.epochs, **arrays}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epochs = state["epochs"]
+        for name in ("sums", "right", "learnt", "events"):
+            setattr(self, name, state[name].numpy().copy())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What training keeps to.
+
+    Attributes:
+        indices: (k,) chosen samples, ascending, each once.
+        facts: numbers about how they were chosen, by name, for the record.
+    """
+
+    indices: Ints
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion(Plan):
+    """Chooses floor(fraction * n) samples once, by what a warm-up shows. Subclass it and implement ``pick``.
+
+    >>> evidence = Evidence(labels=labels, probabilities=probabilities)                 # doctest: +SKIP
+    >>> chosen = EL2N(fraction=0.5).choose(evidence, np.random.default_rng(0))          # doctest: +SKIP
+    >>> pruning = DynamicPruning(dataset, 200, Fixed(indices=chosen.indices))           # doctest: +SKIP
+
+    Attributes:
+        warmup: epochs on everything before the choice, on top of those of training; below 1 a share of those, rounded.
+        fraction: share of the samples that is kept.
+    """
+
+    warmup: int | float = 10
+    fraction: float = 0.5
+    keeps: ClassVar[str] = "fraction"
+    needs: ClassVar[frozenset[str]] = frozenset()  # fields of the Evidence
+    strong: ClassVar[bool] = False  # whether its probabilities and embeddings are of strongly augmented images
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if self.warmup < 0 or (self.warmup >= 1 and self.warmup != int(self.warmup)):
+            raise ValueError(
+                f"{name}: warmup={self.warmup} is out of range; use a number of epochs, or a share of them below 1"
+            )
+        if self.warmup == 0 and self.needs & {"losses", "forgotten"}:
+            raise ValueError(f"{name}: warmup=0 leaves no losses to choose by; use 1 or more")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"{name}: fraction={self.fraction} is out of range; use a number above 0, up to 1")
+
+    def pruned(self, epochs: int) -> range:
+        warmup = self.warmup_epochs(epochs)
+        return range(warmup, warmup + epochs)
+
+    def beside(self, epochs: int) -> float:
+        return self.warmup_epochs(epochs)
+
+    def warmup_epochs(self, epochs: int) -> int:
+        return int(self.warmup) if self.warmup >= 1 or self.warmup == 0 else max(1, round(self.warmup * epochs))
+
+    def choose(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
+        """Return the choice; raise ValueError for evidence that is missing, of a wrong shape, or not a number."""
+        self._check(evidence)
+        return self.pick(evidence, rng)
+
+    def pick(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
+        """Return the choice, from the evidence that the criterion needs."""
+        raise NotImplementedError
+
+    def _check(self, evidence: Evidence) -> None:
+        name = type(self).__name__
+        parts = [("", evidence)]
+        if "reference" in self.needs:
+            if evidence.reference is None:
+                raise ValueError(f"{name} chooses by a reference set, which the evidence lacks")
+            parts.append(("the reference set's ", evidence.reference))
+        for whose, part in parts:
+            size = len(part.labels)
+            for needed in sorted(self.needs - {"reference"} | {"labels"}):
+                values = getattr(part, needed)
+                if values is None:
+                    raise ValueError(f"{name} chooses by {whose}{needed}, which the evidence lacks")
+                if len(values) != size:
+                    raise ValueError(f"the evidence has {len(values)} of {whose}{needed} for {size} labels")
+                if np.isnan(values.sum()):
+                    raise ValueError(f"{whose}{needed} in the evidence hold NaN")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticRandom(Criterion):
+    """Control: a uniform choice, which needs no warm-up."""
+
+    warmup: int | float = 0
+
+    def pick(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
+        n = len(evidence.labels)
+        return Choice(np.sort(rng.choice(n, share(n, self.fraction), replace=False)))
+
+
+def by_class(labels: Ints, apart: bool) -> list[Ints]:
+    """Return the samples of each class that has any, or all samples as one group."""
+    if not apart:
+        return [np.arange(len(labels))]
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def blocks(n: int) -> Iterator[slice]:
+    """Return slices of ``range(n)`` that are small enough for copies in float64."""
+    return (slice(start, start + ROWS) for start in range(0, n, ROWS))
