@@ -15,10 +15,14 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from alignprune_exp.errors import UsageError
+from alignprune_exp.records import read_dynamics, read_record, read_samples
 from alignprune_exp.report.figures import draw, encode
 from alignprune_exp.report.html import page
 from alignprune_exp.report.publish import publish, scrubbed_command
@@ -33,6 +37,7 @@ from alignprune_exp.report.tables import (
     read_records,
     wide_csv,
 )
+from alignprune_exp.runs import run_folders
 from alignprune_exp.suites import load_suite
 from alignprune_exp.suspects import Sheet
 from alignprune_exp.train import main as train
@@ -159,20 +164,47 @@ def test_footnotes_name_what_differs(results, suite):
 def test_published_records_hold_nothing_of_the_machine(results, suite):
     new, known, missing = publish(suite, results)
     assert (len(new), known, missing) == (17, [], ["infobatch_das sym0.5 seed 2"])
-    for id in new:
-        folder = results / "records" / "runs" / id
-        assert sorted(path.name for path in folder.iterdir()) == [
-            "config.yaml",
-            "dynamics.parquet",
-            "environment.json",
-            "metrics.jsonl",
-            "summary.json",
-        ]
-        for path in folder.iterdir():
-            data = path.read_bytes()
-            for word in (HOST, SECRET, "somebody", "/home", str(results), "~/"):
-                assert word.encode() not in data, (path, word)
+    (pack,) = (results / "records").iterdir()
+    assert pack.name == "main_smoke.parquet"
+    rows = pq.read_table(pack).to_pylist()
+    assert [row["id"] for row in rows] == sorted(new)
+    for row in rows:
+        for word in (HOST, SECRET, "somebody", "/home", str(results), "~/"):
+            assert word not in str(row), word
     assert publish(suite, results)[:2] == ([], sorted(new))
+
+
+def test_a_published_run_reads_like_its_folder(results, suite):
+    publish(suite, results)
+    for folder, packed in zip(run_folders(results), run_folders(results / "records"), strict=True):
+        ours, theirs = read_record(folder), read_record(packed)
+        assert (ours.summary, ours.rows) == (theirs.summary, theirs.rows)
+        pd.testing.assert_frame_equal(read_dynamics(ours), read_dynamics(theirs))
+        with pytest.raises(UsageError, match="published records have none"):
+            read_samples(packed)
+
+
+def test_runs_that_suites_share_are_published_once_and_others_join_their_pack(results, suite):
+    some = replace(suite, cells=suite.cells[:3])
+    first, known, _ = publish(some, results)
+    assert (len(first), known) == (3, [])
+    new, known, _ = publish(replace(suite, name="another"), results)
+    assert known == first
+    assert publish(suite, results)[:2] == ([], sorted([*new, *first]))
+    packs = {path.name: set(pq.read_table(path)["id"].to_pylist()) for path in (results / "records").iterdir()}
+    assert packs == {"main_smoke.parquet": set(first), "another_smoke.parquet": set(new)}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other columns"])
+def test_a_pack_that_cannot_be_read_is_one_sentence(results, suite, damage):
+    publish(suite, results)
+    (pack,) = (results / "records").iterdir()
+    if damage == "other columns":
+        pq.write_table(pa.table({"id": ["a"]}), pack)
+    else:
+        pack.write_bytes(pack.read_bytes()[: pack.stat().st_size // 2])
+    with pytest.raises(UsageError, match=f"{pack.name} cannot be read as published records"):
+        read_records([results / "records"])
 
 
 def test_a_different_record_is_never_overwritten(results, suite):
@@ -184,6 +216,28 @@ def test_a_different_record_is_never_overwritten(results, suite):
     with pytest.raises(UsageError, match=f"another record of run {path.name}"):
         publish(suite, results)
     assert {p: p.read_bytes() for p in (results / "records").rglob("*.*") if p.is_file()} == before
+
+
+def test_a_flipped_bit_of_a_pack_alters_no_record_in_silence(results, suite):
+    publish(replace(suite, cells=suite.cells[:2]), results)
+    (pack,) = (results / "records").iterdir()
+    data, rng = pack.read_bytes(), np.random.default_rng(0)
+
+    def read():
+        records = [read_record(folder) for folder in run_folders(results / "records")]
+        return [(r.summary, r.environment, r.rows, read_dynamics(r).to_dict()) for r in records]
+
+    whole, refused = read(), 0
+    for number in range(100):
+        flipped = bytearray(data)
+        flipped[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        pack.write_bytes(flipped)
+        os.utime(pack, ns=(number, number))  # an earlier one is not read again
+        try:
+            assert read() == whole
+        except UsageError:
+            refused += 1
+    assert refused > 30
 
 
 def test_commands_lose_their_paths_alone():

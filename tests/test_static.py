@@ -216,7 +216,7 @@ def test_glister_takes_each_classes_share_whatever_the_rounds(rounds):
     seen = evidence(3)
     indices = chosen("static_glister", seen, rounds=rounds, fraction=0.5)
     counts = np.bincount(seen.labels, minlength=C).tolist()
-    assert np.bincount(seen.labels[indices], minlength=C).tolist() == proportional(counts, 30)
+    assert np.bincount(seen.labels[indices], minlength=C).tolist() == proportional(counts, 30).tolist()
 
 
 # Prune4ReL

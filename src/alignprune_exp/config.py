@@ -11,6 +11,7 @@ import os
 import re
 import typing
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -41,8 +42,25 @@ Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Side = Annotated[int, Field(ge=1, le=4096)]  # of an image, in pixels
 
 
+@dataclass(frozen=True)
+class Neutral:
+    """Marks a key: at this value it does what was done before there was the key, and so is not part of an id."""
+
+    value: Any
+
+
 class Node(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def telling(self) -> dict[str, Any]:
+        """Return the values, nodes as dictionaries, without those that are neutral."""
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            value = value.telling() if isinstance(value, Node) else value
+            if Neutral(value) not in field.metadata:
+                found[name] = dict(value) if isinstance(value, dict) else value
+        return found
 
 
 class Dataset(Node):
@@ -114,14 +132,14 @@ class Score(Node):
     name: str
     window: Annotated[int, Field(ge=3, le=EPOCHS)]
     unseen: Literal["carry", "mask", "refresh"]
-    bank: Literal["float32", "float16"]
+    bank: Annotated[Literal["float32", "float16"], Neutral("float32")]
 
 
 class Trusted(Node):
     """A reference set with trusted labels, held out of training; ``reference=none`` is one of size 0."""
 
     size: Annotated[float, Field(ge=0, le=10**9)]
-    per_class: bool
+    per_class: Annotated[bool, Neutral(False)]
     noise: Share
     train: bool
 
@@ -196,14 +214,14 @@ class DivideMix(Node):
 class Narrow(Node):
     name: Literal["small_cnn", "resnet8"]
     width: Annotated[int, Field(ge=1, le=1024)]
-    norm: Literal["batch", "sync", "group"]
+    norm: Annotated[Literal["batch", "sync", "group"], Neutral("batch")]
 
 
 class ResNet(Node):
     name: Literal["resnet18", "resnet50"]
     stem: Literal["small", "large"]
-    weights: Literal["none", "imagenet"]
-    norm: Literal["batch", "sync", "group"]
+    weights: Annotated[Literal["none", "imagenet"], Neutral("none")]
+    norm: Annotated[Literal["batch", "sync", "group"], Neutral("batch")]
 
 
 class Optimizer(Node):
@@ -248,7 +266,7 @@ class Config(Node):
     pruner: dict[str, Any]
     saved: Annotated[float, Field(gt=0, lt=1)] | None
     score: Score
-    learner: Annotated[CrossEntropy | Elr | Sop | DivideMix, Field(discriminator="name")]
+    learner: Annotated[CrossEntropy | Elr | Sop | DivideMix, Field(discriminator="name"), Neutral({"name": "ce"})]
     model: Annotated[Narrow | ResNet, Field(discriminator="name")]
     optimizer: Optimizer
     tracking: Annotated[NoTracking | Wandb, Field(discriminator="name")]
@@ -393,16 +411,14 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
     """Return what makes a run the run it is: the config less its inert keys, and the data's fingerprint.
 
     The number of processes belongs to it where each normalises by statistics of its own share of a batch.
-    A key that is added later must be left out here while it has the value that reproduces the old behaviour; a rule
-    that is corrected raises its pruner's ``revision``.
+    A key that is added later is `Neutral` at the value that reproduces the old behaviour; a rule that is corrected
+    raises its pruner's ``revision``.
     """
-    values = config.model_dump()
+    values = config.telling()
     del values["saved"]  # what it asks for is in the pruner's settings
     for node, keys in NOT_IDENTITY.items():
         for key in keys:
             (values[node] if node else values).pop(key, None)
-    if config.learner.name == "ce":
-        del values["learner"]
     noise = values["noise"]
     if noise["name"] == "clean" and isinstance(config.dataset, Photographs):
         noise["name"] = "real"  # both mean the labels as they come
@@ -410,12 +426,6 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
         del noise["rate"]
     if noise["name"] != "real" or config.dataset.name != "cifar10":
         del noise["labels"]
-    if config.score.bank == "float32":
-        del values["score"]["bank"]
-    if isinstance(config.reference, Trusted) and not config.reference.per_class:
-        del values["reference"]["per_class"]
-    if isinstance(config.model, ResNet) and config.model.weights == "none":
-        del values["model"]["weights"]
     if not config.reference.aligns:
         values["reference"] = {"size": 0.0}
     pruner = make_pruner(config.pruner)
@@ -429,10 +439,8 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
         del values["recorded"]
     if config.device.startswith("cuda"):
         values["device"] = "cuda"
-    if config.model.norm == "batch":
-        del values["model"]["norm"]
-        if processes > 1:
-            values["processes"] = processes
+    if config.model.norm == "batch" and processes > 1:
+        values["processes"] = processes
     values["data"] = fingerprint
     return values
 

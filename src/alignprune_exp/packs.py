@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +23,8 @@ FILES = {  # of a run's folder, by column; all texts but the dynamics, which are
     "dynamics": "dynamics.parquet",
 }
 COLUMNS = {name: column for column, name in FILES.items()}
+TEXTS = ("id", *(column for column in FILES if column != "dynamics"))
+DIGESTS = ("digest", "digest_dynamics")  # of a row's texts, and of its dynamics
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,19 @@ class Packed:
     is_file = exists
 
     def read_bytes(self) -> bytes:
-        """Raises FileNotFoundError for what is not packed."""
+        """Raises FileNotFoundError for what is not packed, and OSError for dynamics that were altered."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         if self.file not in COLUMNS:
             raise FileNotFoundError(str(self))
         table, rows = _opened(self.pack, self.pack.stat().st_mtime_ns)
-        content = table[COLUMNS[self.file]][rows[self.run]]
+        row = rows[self.run]
+        content = table[COLUMNS[self.file]][row]
         if self.file != FILES["dynamics"]:
             return content.as_py().encode()
+        if _digest(content.as_py()) != table["digest_dynamics"][row].as_py():
+            raise OSError(errno.EIO, "it does not match its checksum", str(self))
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_struct_array(content.values), buffer)
         return buffer.getvalue()
@@ -96,9 +104,14 @@ def _row(id: str, files: Mapping[str, bytes]) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    texts = {column: files[name].decode() for column, name in FILES.items() if column != "dynamics"}
+    texts = {"id": id} | {column: files[FILES[column]].decode() for column in TEXTS[1:]}
     dynamics = pq.read_table(pa.BufferReader(files[FILES["dynamics"]])).to_pylist()
-    return {"id": id, **texts, "dynamics": dynamics}
+    digests = dict(zip(DIGESTS, (_digest(list(texts.values())), _digest(dynamics)), strict=True))
+    return {**texts, "dynamics": dynamics, **digests}
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()
 
 
 @lru_cache(maxsize=64)
@@ -109,10 +122,12 @@ def _opened(path: Path, changed: int) -> tuple[Any, dict[str, int]]:
 
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-        missing = {"id", *FILES} - set(table.column_names)
-        if missing:
+        if missing := {"id", *FILES, *DIGESTS} - set(table.column_names):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except (pa.ArrowException, OSError, ValueError) as error:
+        for row in table.select([*TEXTS, "digest"]).to_pylist():
+            if _digest([row[column] for column in TEXTS]) != row["digest"]:
+                raise ValueError(f"run {row['id']} does not match its checksum")
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path} cannot be read as published records ({reason}): take it back with git") from None
     return table, {id: row for row, id in enumerate(table["id"].to_pylist())}

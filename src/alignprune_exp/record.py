@@ -34,12 +34,16 @@ class Journal:
 
     A checkpoint carries it, so that a run never goes on from files that somebody else may have changed.
 
+    Args:
+        run: the run's id, which ``dynamics.parquet`` carries.
+
     Attributes:
         rows: those of ``metrics.jsonl``, one an epoch.
         dynamics: the content of ``dynamics.parquet``; None before there is an epoch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
+        self.run = run
         self.rows: list[Row] = []
         self.dynamics: bytes | None = None
         self._table: Any = None
@@ -53,7 +57,7 @@ class Journal:
         new = pa.Table.from_pylist(dynamics)
         self._table = new if self._table is None else pa.concat_tables([self._table, new]).combine_chunks()
         file = io.BytesIO()
-        pq.write_table(self._table, file)
+        pq.write_table(self._table.replace_schema_metadata({"run": self.run}), file, write_page_checksum=True)
         self.dynamics = file.getvalue()
 
     def write(self, folder: RunFolder) -> None:

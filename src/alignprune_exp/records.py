@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .console import one_line
 from .errors import UsageError
 from .files import write_atomically
-from .runs import CHECKPOINTS, Folder, owner_alive, read_json
+from .runs import CHECKPOINTS, Folder, owner_alive, read_json, run_folders
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,6 +174,16 @@ def read_record(folder: Folder) -> Record | None:
         if told != value and (told is None or value is None or not math.isclose(told, value, abs_tol=1e-9)):
             raise Damaged(folder / "metrics.jsonl", f"{key} {_shown(value)}, where summary.json has {_shown(told)}")
     return record
+
+
+def finished_configs(results: Path) -> frozenset[str]:
+    """Return the config ids of the finished runs under ``results``; those of damaged records count for none."""
+    found = set()
+    for folder in run_folders(results):
+        with suppress(Damaged):
+            if (record := read_record(folder)) is not None:
+                found.add(record.summary["config_id"])
+    return frozenset(found)
 
 
 def _retold(record: Record) -> Iterator[tuple[str, float | None]]:

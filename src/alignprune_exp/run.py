@@ -126,7 +126,7 @@ class Run:
         self.setup = setup = Setup.of(config, processes or Processes())
         self.reference = Reference(setup)
         self.choice: Choice | None = None
-        self.journal = record.Journal()
+        self.journal = record.Journal(setup.id)
         self.loop: Loop | None = None
         if isinstance(setup.plan, Pruner):
             self.loop = self._phase(setup.plan, config.epochs)

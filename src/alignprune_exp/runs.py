@@ -75,20 +75,6 @@ def read_json(path: Folder) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def summaries(results: Path) -> Iterator[tuple[Folder, dict[str, Any]]]:
-    """Yield the folder and summary of every ended run under ``results``, but for those set aside or damaged."""
-    for folder in run_folders(results):
-        if (summary := read_json(folder / "summary.json")) is not None:
-            yield folder, summary
-
-
-def finished_configs(results: Path) -> frozenset[str]:
-    """Return the config ids of the finished runs under ``results``."""
-    return frozenset(
-        summary.get("config_id", "") for _, summary in summaries(results) if summary.get("status") == "finished"
-    )
-
-
 def _tells_how_a_run_ended(summary: Any) -> bool:
     if not isinstance(summary, dict) or summary.get("status") not in ("finished", "failed"):
         return False

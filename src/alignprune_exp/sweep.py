@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 from .config import Config, identity
 from .console import Progress, say
 from .errors import Elsewhere, UsageError
-from .runs import finished_configs, run_id
+from .records import finished_configs
+from .runs import run_id
 
 
 @dataclass(frozen=True)
