@@ -225,9 +225,10 @@ class Experiment:
                 error = self._walk(folder, stop, tracker)
             summary = self._summary(error)
             if writes:
-                self._write_record(folder, environment)
+                folder.check_owned()
                 if error is None:
                     self._write_samples(folder.path / "samples.parquet")
+                self._write_record(folder, environment)
                 write_json(folder.path / "summary.json", summary)
         except BaseException as ended:
             tracker.finish({"status": "stopped" if isinstance(ended, Stopped) else "interrupted"})
