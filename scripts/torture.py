@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 from alignprune_exp import commandline, experiment  # noqa: F401  what a run needs, once for all that are forked
+from alignprune_exp.console import Progress
 from alignprune_exp.errors import Stopped
 from alignprune_exp.runs import CHECKPOINTS, RECORD
 
@@ -111,11 +112,12 @@ class Victim:
         return self.end(process, status)[0] == status
 
     def bits(self) -> tuple[list[str], list[object], bytes]:
-        """Return the names of the finished run's files, its metrics without seconds, and its samples."""
+        """Return the names in the finished run's record, its metrics without seconds, and its samples."""
         (folder,) = (path.parent for path in self.files("summary.json"))
         rows = [json.loads(line).items() for line in (folder / "metrics.jsonl").read_text().splitlines()]
         metrics = [{key: value for key, value in row if not key.startswith("seconds")} for row in rows]
-        return sorted(os.listdir(folder)), metrics, (folder / "samples.parquet").read_bytes()
+        names = sorted({*os.listdir(folder)} - {*CHECKPOINTS, "lock"})  # which a kill right after the end leaves
+        return names, metrics, (folder / "samples.parquet").read_bytes()
 
 
 INJURIES = {
@@ -152,12 +154,13 @@ def script() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    counts: Counter[tuple[str, str]] = Counter()
+    counts, progress = Counter[tuple[str, str]](), Progress()
     with tempfile.TemporaryDirectory() as place:
         undisturbed, began = Victim(Path(place, "undisturbed"), random.Random()), time.monotonic()
         undisturbed.end(undisturbed.begin(), 0)
         seconds, wanted = time.monotonic() - began, undisturbed.bits()
         for number in range(asked.rounds):
+            progress.show(f"round {number} of {asked.rounds}")
             kind, rng = [*INJURIES][number % len(INJURIES)], random.Random(f"{asked.seed} {number}")
             hit, outcome = torture(Victim(Path(place, str(number)), rng, seconds), kind, wanted)
             counts.update({(kind, "hurt"): hit, (kind, outcome): hit})
