@@ -95,4 +95,5 @@ def terminable() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) == signal.default_int_handler:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -166,9 +166,10 @@ class Run:
                 error = self._walk(folder, stop, tracker)
             summary = record.summary(setup, self.loop, self.choice, self.journal.rows, error)
             if writes:
-                self._write(folder, environment)
+                folder.check_owned()
                 if error is None:
                     record.write_samples(folder.path / "samples.parquet", setup, self._running)
+                self._write(folder, environment)
                 write_json(folder.path / "summary.json", summary)
         except BaseException as ended:
             tracker.finish({"status": "stopped" if isinstance(ended, Stopped) else "interrupted"})
