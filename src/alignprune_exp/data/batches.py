@@ -72,7 +72,7 @@ class Batches:
         self._split, self._seed, self._workers = split, seed, workers
         self._labels = torch.from_numpy(split.labels).to(self.device)
         self._augmentation = Augmentation(
-            seed, flip=train and flip, crop=crop if train else 0, cuts=train and split.source.store.cuts
+            seed, flip=train and flip, crop=crop if train else 0, cuts=train and split.source.cuts is not None
         )
         _, height, width = split.source.shape
         if self._augmentation.crop >= min(height, width):
@@ -80,7 +80,7 @@ class Batches:
                 f"a crop padding of {crop} pixels does not fit images of {width}x{height}: type a smaller "
                 "one, or 0 for none"
             )
-        self._held = None if split.images is None else self._augmentation.pad(split.images.to(self.device))
+        self._held = None if split.images is None else self._augmentation.pad(split.images).to(self.device)
         self._keys: list[tuple[Tensor, int | None, int]] = []
         # One entry per value of an image row, so that the inner loop runs over W·C values and not over C.
         scale = np.tile(1 / (255 * std), width)

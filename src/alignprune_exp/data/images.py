@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from alignprune_exp.data.source import Store, Unreadable, brief
+from alignprune_exp.data.source import Unreadable, brief
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -34,7 +34,7 @@ class Fit:
 
     image_size: int | None = None
 
-    def centre(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image) -> Image.Image:
         if self.image_size is None:
             return rgb(image)
         return ImageOps.fit(rgb(image), (self.image_size, self.image_size), Image.Resampling.BILINEAR)
@@ -55,6 +55,10 @@ class Cut:
     area: float
     aspect: float
     eval_crop: float
+
+    def __call__(self, image: Image.Image, *draws: np.ndarray) -> Image.Image:
+        """Return a view of a photograph, at random by ``draws``, or else its centre."""
+        return self.view(image, *draws) if draws else self.centre(image)
 
     def view(self, image: Image.Image, draws: np.ndarray) -> Image.Image:
         """Return a random resized crop; a JPEG is decoded at no more than the resolution that it needs."""
@@ -98,17 +102,17 @@ def resized_crop(width: int, height: int, draws: np.ndarray, area: float, aspect
 
 
 @dataclass(frozen=True)
-class Array(Store):
+class Array:
     """Images that are decoded already, uint8 (n, C, H, W)."""
 
     images: np.ndarray
 
-    def read(self, row: int, draws: np.ndarray | None = None) -> np.ndarray:
+    def read(self, row: int, *draws: np.ndarray) -> np.ndarray:
         return self.images[row]
 
 
 @dataclass(frozen=True)
-class Files(Store):
+class Files:
     """Encoded images, in files under a folder.
 
     Attributes:
@@ -119,22 +123,10 @@ class Files(Store):
 
     root: Path
     paths: np.ndarray
-    cut: Fit | Cut
+    cut: Callable[..., Image.Image]
 
-    @property
-    def cuts(self) -> bool:
-        return isinstance(self.cut, Cut)
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        side = self.cut.image_size
-        return None if side is None else (3, side, side)
-
-    def read(self, row: int, draws: np.ndarray | None = None) -> np.ndarray:
-        cut = self.cut
-        if draws is None or isinstance(cut, Fit):
-            return self._decoded(row, cut.centre)
-        return self._decoded(row, lambda image: cut.view(image, draws))
+    def read(self, row: int, *draws: np.ndarray) -> np.ndarray:
+        return self._decoded(row, lambda image: self.cut(image, *draws))
 
     def problem(self, row: int) -> str | None:
         """Return what is wrong with an image, if anything; all of it is read, at the lowest resolution it has."""

@@ -182,7 +182,7 @@ def prepare(
         for name, images in source.evaluations.items()
     }
     images_held = len(reference_rows) + len(test_rows) + sum(len(chosen) for _, chosen in evaluated_on.values())
-    if not source.train.store.cuts:
+    if source.train.cuts is None:
         images_held += len(train_rows)
     resident = images_held * int(np.prod(source.train.shape)) <= resident_bytes
 
@@ -191,7 +191,7 @@ def prepare(
     ) -> Split:
         return Split(images, rows, labels, clean, images.pixels(rows) if held else None)
 
-    train = split(source.train, train_rows, labels, clean_labels, resident and not source.train.store.cuts)
+    train = split(source.train, train_rows, labels, clean_labels, resident and source.train.cuts is None)
     reference = None
     if len(reference_rows):
         rng = generator(seed, "reference noise")
