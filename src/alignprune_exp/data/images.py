@@ -28,6 +28,12 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def glance(image: Image.Image) -> Image.Image:
+    """Return an image at the lowest resolution that it has, all of it being read."""
+    image.draft(None, (1, 1))
+    return rgb(image)
+
+
 @dataclass(frozen=True)
 class Fit:
     """An image becomes a square of ``image_size`` pixels, the largest around its centre; None leaves it as it is."""
@@ -126,27 +132,17 @@ class Files:
     cut: Callable[..., Image.Image]
 
     def read(self, row: int, *draws: np.ndarray) -> np.ndarray:
-        return self._decoded(row, lambda image: self.cut(image, *draws))
-
-    def problem(self, row: int) -> str | None:
-        """Return what is wrong with an image, if anything; all of it is read, at the lowest resolution it has."""
         try:
-            self._decoded(row, _glance)
-        except Unreadable as error:
-            return str(error)
-        return None
-
-    def _decoded(self, row: int, work: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-        file, name = self._file(row)
-        try:
-            with Image.open(file, formats=IMAGE_FORMATS) as opened:
-                return np.asarray(work(opened)).transpose(2, 0, 1)
+            with Image.open(self._file(row), formats=IMAGE_FORMATS) as opened:
+                return np.asarray(self.cut(opened, *draws)).transpose(2, 0, 1)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise Unreadable(f"{name} cannot be read as an image ({brief(error)})") from error
+            raise Unreadable(f"{self._name(row)} cannot be read as an image ({brief(error)})") from error
 
-    def _file(self, row: int) -> tuple[Path | BytesIO, str]:
-        path = self.root / os.fsdecode(self.paths[row])
-        return path, str(path)
+    def _file(self, row: int) -> Path | BytesIO:
+        return self.root / os.fsdecode(self.paths[row])
+
+    def _name(self, row: int) -> str:
+        return str(self._file(row))
 
 
 @dataclass(frozen=True)
@@ -159,11 +155,10 @@ class Shards(Files):
 
     columns: Mapping[str, Any]
 
-    def _file(self, row: int) -> tuple[Path | BytesIO, str]:
+    def _file(self, row: int) -> BytesIO:
         shard, _, place = os.fsdecode(self.paths[row]).rpartition("#")
-        return BytesIO(self.columns[shard][int(place)].as_py() or b""), f"row {place} of {self.root / shard}"
+        return BytesIO(self.columns[shard][int(place)].as_py() or b"")
 
-
-def _glance(image: Image.Image) -> Image.Image:
-    image.draft(None, (1, 1))
-    return rgb(image)
+    def _name(self, row: int) -> str:
+        shard, _, place = os.fsdecode(self.paths[row]).rpartition("#")
+        return f"row {place} of {self.root / shard}"

@@ -14,23 +14,22 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alignprune_exp.console import Progress
-from alignprune_exp.data.images import IMAGE_SUFFIXES, Files
+from alignprune_exp.data.images import IMAGE_SUFFIXES, Files, glance
+from alignprune_exp.data.source import Unreadable
 from alignprune_exp.errors import UsageError
 from alignprune_exp.files import cache_folder, write_atomically
 
 SETTLED = 2_000_000_000  # ns that a folder must have been left alone before its index is kept
 _SUFFIXES = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
-Found = tuple[
-    bytes, int, int
-]  # an image's path, encoded and relative to its split's folder; its size in bytes; its label
-Splits = dict[str, np.ndarray]  # by name, arrays (n,) with the fields path, size and label
+Found = tuple[bytes, int, int]  # of an image its path, relative to its split's folder, its size in bytes and its label
+Splits = dict[str, np.ndarray]  # by name, of all images, (n,), with these as the fields path, size and label
 
 
 @dataclass(frozen=True)
@@ -127,18 +126,15 @@ class Survey:
         """Return the names of the folders in ``parent``, in order."""
         return [os.fsdecode(entry.name) for entry in self._entries(parent) if entry.is_dir()]
 
-    def _files(self, folder: str, nested: bool) -> Iterator[tuple[bytes, int]]:
-        """Yield the paths, in order, and the sizes of the images in a folder; with ``nested`` also of those below."""
+    def _files(self, folder: str, nested: bool) -> Iterator[bytes]:
+        """Yield the paths of the images in a folder, in order; with ``nested`` also in those below."""
         for entry in self._entries(folder):
             path = os.fsencode(folder) + b"/" + entry.name
-            if entry.is_dir():
-                if nested and not entry.is_symlink():
-                    yield from self._files(os.fsdecode(path), nested)
-            elif (
-                entry.name.lower().endswith(_SUFFIXES)
-                and (size := self._size(path, "replace or delete it")) is not None
-            ):
-                yield path, size
+            if not entry.is_dir():
+                if entry.name.lower().endswith(_SUFFIXES):
+                    yield path
+            elif nested and not entry.is_symlink():
+                yield from self._files(os.fsdecode(path), nested)
 
     def _entries(self, folder: str) -> list[os.DirEntry[bytes]]:
         """Return what a folder has, in order, but for what is hidden."""
@@ -146,12 +142,12 @@ class Survey:
         with _there(self.root / folder), os.scandir(os.fsencode(self.root / folder)) as entries:
             return sorted((entry for entry in entries if entry.name[:1] != b"."), key=lambda entry: entry.name)
 
-    def _size(self, path: bytes, remedy: str) -> int | None:
+    def _size(self, path: bytes, remedy: str, *where: Any) -> int | None:
         place = os.fsencode(self.root) + b"/" + path
         try:
             return os.stat(place).st_size
         except OSError as error:
-            self.refuse(f"{os.fsdecode(place)} cannot be read ({error.strerror})", remedy)
+            self.refuse(f"{os.fsdecode(place)} cannot be read ({error.strerror})", remedy.format(*where))
         return None
 
     def by_folder(
@@ -165,29 +161,27 @@ class Survey:
         folders = [f"{parent}/{name}{below}" for name in names]
         found = (
             (path, size, label)
-            for label, (name, folder) in enumerate(zip(names, folders, strict=True))
-            if name in there
-            for path, size in self._files(folder, nested)
+            for label, folder in enumerate(folders)
+            if names[label] in there
+            for path in self._files(folder, nested)
+            if (size := self._size(path, "replace or delete it")) is not None
         )
-        where = [f"{self.root / folder}" for folder in folders]
-        return self.listed(found, self.root / parent, where if every else ())
+        return self.listed(found, self.root / parent, [f"{self.root / folder}" for folder in folders if every])
 
     def by_list(self, file: Path, named: Iterable[tuple[int, bytes, int]], classes: Sequence[str]) -> np.ndarray:
         """Return the images that a list names: the line's number, the path and the label of each, as in `Splits`."""
-        found = (
-            (path, size, label)
-            for number, path, label in named
-            if (size := self._listed_size(path, file, number)) is not None
-        )
-        return self.listed(found, file, [f"{name} in {file}" for name in classes])
 
-    def _listed_size(self, path: bytes, file: Path, number: int) -> int | None:
-        folder = os.path.dirname(f"{self.root}/{os.fsdecode(path)}")
-        if folder not in self.stamps:
-            while not os.path.isdir(folder):  # the nearest one that is there changes when this one comes
-                folder = os.path.dirname(folder)
-            self.stamp(folder)
-        return self._size(path, f"fetch it, or delete line {number} of {file}")
+        def found() -> Iterator[Found]:
+            for number, path, label in named:
+                folder = os.path.dirname(f"{self.root}/{os.fsdecode(path)}")
+                if folder not in self.stamps:
+                    while not os.path.isdir(folder):  # the nearest one that is there changes when this one comes
+                        folder = os.path.dirname(folder)
+                    self.stamp(folder)
+                if (size := self._size(path, "fetch it, or delete line {} of {}", number, file)) is not None:
+                    yield path, size, label
+
+        return self.listed(found(), file, [f"{name} in {file}" for name in classes])
 
     def listed(self, found: Iterable[Found], where: Path | str, classes: Sequence[str]) -> np.ndarray:
         """Gather the images of a split, which are ``where``, and refuse ``classes``, by number, without one.
@@ -249,15 +243,22 @@ def indexed(
 
 def _readable(store: Files, images: np.ndarray, survey: Survey) -> np.ndarray:
     """Return what is left of a split without the images that cannot be read."""
-    keep = np.ones(len(images), bool)
-    progress = Progress()
+    glanced, progress, keep = replace(store, cut=glance), Progress(), np.ones(len(images), bool)
+
+    def problem(row: int) -> str | None:
+        try:
+            glanced.read(row)
+        except Unreadable as error:
+            return str(error)
+        return None
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(images), 4096):
             rows = range(start, min(start + 4096, len(images)))
-            for row, problem in zip(rows, pool.map(store.problem, rows), strict=True):
-                if problem:
+            for row, wrong in zip(rows, pool.map(problem, rows), strict=True):
+                if wrong:
                     keep[row] = False
-                    survey.skipped.append(problem)
+                    survey.skipped.append(wrong)
                 progress.show(f"reading every image once: {row}/{len(images)}")
     return images[keep]
 

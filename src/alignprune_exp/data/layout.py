@@ -88,10 +88,11 @@ class Layout:
         )
 
     def _key(self) -> bytes:
-        """Return what the index depends on beside the files: the code that reads them, and the settings."""
+        """Return what the index depends on beside the files: the settings, and the code that reads them."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in OF_PIXELS}
         resolved = {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in values.items()}
-        return json.dumps(resolved).encode() + Path(inspect.getfile(type(self))).read_bytes()
+        code = {inspect.getfile(each) for each in type(self).__mro__[:-1]}
+        return json.dumps(resolved).encode() + b"".join(Path(file).read_bytes() for file in sorted(code))
 
 
 @dataclass(frozen=True, kw_only=True)
