@@ -117,7 +117,7 @@ def plainly(image: np.ndarray, sample: int, epoch: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Counted(Store):
+class Counted:
     """Counts how often each image is opened, by whichever process."""
 
     store: Store

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from alignprune_exp.data.augment import Augmentation, mix
 from alignprune_exp.data.batches import Batches
 from alignprune_exp.data.datasets import load
-from alignprune_exp.data.source import Images, Store
+from alignprune_exp.data.source import Images
 from alignprune_exp.data.split import Split, prepare
 from alignprune_exp.errors import UsageError
 
@@ -23,7 +23,7 @@ MEAN, STD = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.25, 0.3])
 CHANCE = 1e-4  # of a statistical test rejecting the truth; the seeds are fixed, so it fails always or never
 
 
-class _Store(Store):
+class _Store:
     """Images of fixed noise, 3x10x8 pixels each."""
 
     def read(self, row):
@@ -155,13 +155,20 @@ def test_a_corrupt_image_read_by_a_worker_is_named_in_one_sentence(tmp_path, wor
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_of_fewer_samples_than_ranks_some_get_none(resident):
+    batches = _batches(_split(resident=resident))
+    found = [[index.tolist() for index, _, _ in batches.epoch(np.array([7, 3]), 0, rank=k, ranks=3)] for k in range(3)]
+    assert found == [[[7]], [[3]], []]
+
+
 CRASH = """
 import numpy as np
 from alignprune_exp.data.batches import Batches
-from alignprune_exp.data.source import Images, Store
+from alignprune_exp.data.source import Images
 from alignprune_exp.data.split import Split
 
-class Blank(Store):
+class Blank:
     def read(self, row):
         return np.zeros((3, 8, 8), np.uint8)
 

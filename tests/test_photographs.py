@@ -30,7 +30,7 @@ import make_miniature
 from alignprune_exp import suspects
 from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.config import ResNet, identity
-from alignprune_exp.data import index as listing
+from alignprune_exp.data import layout
 from alignprune_exp.data.augment import ATTEMPTS, Augmentation
 from alignprune_exp.data.batches import Batches
 from alignprune_exp.data.datasets import load
@@ -360,7 +360,7 @@ def test_what_a_layout_lacks_is_named(tmp_path, miniatures):
         folder.rmdir()
     with pytest.raises(UsageError, match=r"flat/val has no class folders: sort its images into val/<wnid>/"):
         _load("imagenet", root)
-    with pytest.raises(UsageError, match=r"image_column=img is no column of .*parquet: use one of image, label"):
+    with pytest.raises(UsageError, match=r"parquet has no column img, but image, label: type .*image_column"):
         _load("parquet", miniatures / "parquet", image_column="img")
     with pytest.raises(UsageError, match=r"test_split=validation has no .*the folder has test, train"):
         _load("parquet", miniatures / "parquet", test_split="validation")
@@ -379,8 +379,8 @@ def kept(tmp_path, monkeypatch):
     """A miniature that has been left alone for long, the folder of its index, and how often it was made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = []
-    survey = listing.Survey
-    monkeypatch.setattr(listing, "Survey", lambda on_error: made.append(on_error) or survey(on_error))
+    survey = layout.Survey
+    monkeypatch.setattr(layout, "Survey", lambda root, on_error: made.append(on_error) or survey(root, on_error))
     return tmp_path / "cache" / "alignprune-exp" / "index", made
 
 

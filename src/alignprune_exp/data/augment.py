@@ -61,27 +61,19 @@ class Augmentation:
         key = int(generator(self.seed, "augmentation", *where).integers(1 << 63))
         return mix(sample * _GOLDEN + key)
 
+    @property
+    def _around(self) -> tuple[tuple[int, int], ...]:
+        return (self.crop, self.crop), (self.crop, self.crop), (0, 0)
+
     def pad(self, images: Tensor) -> Tensor:
         """Reflect-pad images, uint8 (n, C, H, W), for `apply`: (n, H + 2·crop, W + 2·crop, C)."""
-        n, channels, height, width = images.shape
-        p = self.crop
-        padded = images.new_empty(n, height + 2 * p, width + 2 * p, channels)
-        rows = padded[:, p : p + height]
-        rows[:, :, p : p + width] = images.permute(0, 2, 3, 1)
-        for x in range(p):
-            rows[:, :, x] = rows[:, :, 2 * p - x]
-            rows[:, :, -1 - x] = rows[:, :, x - 1 - 2 * p]
-        for y in range(p):
-            padded[:, y] = padded[:, 2 * p - y]
-            padded[:, -1 - y] = padded[:, y - 1 - 2 * p]
-        return padded
+        return torch.from_numpy(np.pad(images.permute(0, 2, 3, 1).numpy(), ((0, 0), *self._around), "reflect"))
 
     def cut(self, image: np.ndarray, top: int, left: int, flip: int) -> Tensor:
-        """Crop one image, uint8 (H, W, C), out of its reflect-padded self, as `apply` does, and mirror it."""
-        p, (height, width, _) = self.crop, image.shape
-        if (top, left) != (p, p):
-            padded = np.pad(image, ((p, p), (p, p), (0, 0)), "reflect")
-            image = padded[top : top + height, left : left + width]
+        """Crop one image, uint8 (H, W, C), out of its padded self, as `apply` does, and mirror it."""
+        if (top, left) != (self.crop, self.crop):
+            height, width, _ = image.shape
+            image = np.pad(image, self._around, "reflect")[top : top + height, left : left + width]
         cut = torch.from_numpy(image if image.flags.writeable else image.copy())
         return cut.flip(1) if flip else cut
 

@@ -9,6 +9,7 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,21 +69,19 @@ class Batches:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.channels_last, self.dtype = channels_last, dtype
-        self._n, self._seed = len(split), seed
+        self._split, self._seed, self._workers = split, seed, workers
         self._labels = torch.from_numpy(split.labels).to(self.device)
-        cuts = train and split.source.store.cuts
-        augmentation = Augmentation(seed, flip=train and flip, crop=crop if train else 0, cuts=cuts)
+        self._augmentation = Augmentation(
+            seed, flip=train and flip, crop=crop if train else 0, cuts=train and split.source.cuts is not None
+        )
         _, height, width = split.source.shape
-        if augmentation.crop >= min(height, width):
+        if self._augmentation.crop >= min(height, width):
             raise UsageError(
                 f"a crop padding of {crop} pixels does not fit images of {width}x{height}: type a smaller "
                 "one, or 0 for none"
             )
-        self._pixels: _Held | _Read
-        if split.images is not None:
-            self._pixels = _Held(split.images, augmentation, self.device)
-        else:
-            self._pixels = _Read(split, augmentation, self.device, workers)
+        self._held = None if split.images is None else self._augmentation.pad(split.images).to(self.device)
+        self._keys: list[tuple[Tensor, int | None, int]] = []
         # One entry per value of an image row, so that the inner loop runs over W·C values and not over C.
         scale = np.tile(1 / (255 * std), width)
         shift = np.tile(-mean / std, width)
@@ -107,7 +106,7 @@ class Batches:
 
     def evaluation(self, order: Tensor | np.ndarray | None = None) -> Iterator[Batch]:
         """Yield the same without augmentation; all samples, in order, if no ``order`` is given."""
-        return self._batches(torch.arange(self._n) if order is None else order, None, 0)
+        return self._batches(torch.arange(len(self._split)) if order is None else order, None, 0)
 
     def strong(self, order: Tensor | np.ndarray, epoch: int) -> Iterator[Batch]:
         """Yield the same as a training epoch would show them, and by `rand_augment` on top."""
@@ -124,14 +123,50 @@ class Batches:
         strongly: bool = False,
     ) -> Iterator[Batch]:
         index = torch.as_tensor(order).to("cpu", torch.int64)[start * self.batch_size :]
-        if len(index) == 0:
-            return
         shares = (part.tensor_split(ranks)[rank] for part in index.split(self.sizes(len(index))))
-        parts = tuple(share for share in shares if len(share))
-        for part, images in zip(parts, self._pixels.batches(parts, epoch, views), strict=True):
+        parts = [share for share in shares if len(share)]
+        if not parts:
+            return
+        augmented = self._decoded(parts, epoch, views) if self._held is None else self._gathered(parts, epoch, views)
+        for part, images in zip(parts, augmented, strict=True):
             if strongly and epoch is not None:
                 images = rand_augment(images, part, self._seed, epoch)
             yield part, self._normalise(images), self._labels.index_select(0, part.to(self.device, non_blocking=True))
+
+    def _gathered(self, parts: list[Tensor], epoch: int | None, views: int) -> Iterator[Tensor]:
+        """Yield augmented batches, uint8 (views · B, H, W, C), of the images that are held on the device."""
+        assert self._held is not None
+        # Drawn on the CPU, once an epoch: nothing in a batch waits for the device.
+        order, sizes = torch.cat(parts), [len(part) for part in parts]
+        top, left, flips = self._augmentation.places(order, epoch, views)
+        _, height, width, _ = self._held.shape
+        begins = ((order * height + top) * width + left).to(self.device)
+        for begin, flip in zip(begins.split(sizes, 1), flips.split(sizes, 1), strict=True):
+            yield self._augmentation.apply(self._held, begin.flatten(), flip.flatten())
+
+    def _decoded(self, parts: list[Tensor], epoch: int | None, views: int) -> Iterator[Tensor]:
+        """Yield the same of images that are decoded each time, by the workers."""
+        self._keys[:] = [(part, epoch, views) for part in parts]
+        decoded = iter(self._loader)
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # ahead of what torch, having started workers, waits for then
+        for images in decoded:
+            if isinstance(images, str):
+                raise UsageError(images)
+            yield images.to(self.device, non_blocking=True)
+
+    @cached_property
+    def _loader(self) -> DataLoader[Any]:
+        """Its workers stay alive between epochs. It does not hold this object: in a cycle they would be slow to end."""
+        return DataLoader(
+            _Decoded(self._split, self._augmentation),
+            sampler=self._keys,
+            batch_size=None,
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
+            worker_init_fn=_leave_signals_to_the_run,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def sizes(self, n: int) -> list[int]:
         """Return the sizes of the batches that ``n`` samples make.
@@ -155,64 +190,6 @@ class Batches:
         return x if self.channels_last else x.contiguous()
 
 
-class _Held:
-    """All images on the device, as uint8 (n, H, W, C), padded."""
-
-    def __init__(self, images: Tensor, augmentation: Augmentation, device: torch.device) -> None:
-        self.images = augmentation.pad(images.to(device))
-        self.augmentation = augmentation
-
-    def batches(self, parts: tuple[Tensor, ...], epoch: int | None, views: int) -> Iterator[Tensor]:
-        # Drawn on the CPU, once an epoch: nothing in a batch waits for the device.
-        order, sizes = torch.cat(parts), [len(part) for part in parts]
-        top, left, flips = self.augmentation.places(order, epoch, views)
-        _, height, width, _ = self.images.shape
-        begins = ((order * height + top) * width + left).to(self.images.device)
-        for begin, flip in zip(begins.split(sizes, 1), flips.split(sizes, 1), strict=True):
-            yield self.augmentation.apply(self.images, begin.flatten(), flip.flatten())
-
-
-class _Read:
-    """Decodes batch by batch in a DataLoader, whose workers stay alive between epochs."""
-
-    def __init__(self, split: Split, augmentation: Augmentation, device: torch.device, workers: int) -> None:
-        # The loader holds the list and not this object: in a cycle its workers would take seconds to end.
-        self.keys: list[tuple[Tensor, int | None, int]] = []
-        self.device = device
-        self.loader: DataLoader[Any] = DataLoader(
-            _Decoded(split, augmentation),
-            sampler=self.keys,
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals_to_the_run,
-            pin_memory=device.type == "cuda",
-        )
-
-    def batches(self, parts: tuple[Tensor, ...], epoch: int | None, views: int) -> Iterator[Tensor]:
-        self.keys[:] = [(part, epoch, views) for part in parts]
-        decoded = iter(self.loader)
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)  # ahead of what torch, having started workers, waits for then
-        for images in decoded:
-            if isinstance(images, str):
-                raise UsageError(images)
-            yield images.to(self.device, non_blocking=True)
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """A scheduler signals every process of a job; the run takes its checkpoint, and ends its workers after that."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _end_workers() -> None:
-    """End workers that a traceback still holds: the interpreter waits for them, and they ignore its signal."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise
-    for child in multiprocessing.active_children():
-        child.kill()
-
-
 class _Decoded(Dataset[Any]):
     """Maps (samples, epoch, views) to the augmented images, uint8 (views · B, H, W, C).
 
@@ -234,3 +211,16 @@ class _Decoded(Dataset[Any]):
             return str(error)
         cut = self.augmentation.cut
         return default_collate([cut(*each) for each in zip(images, *places, strict=True)])  # into shared memory
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A scheduler signals every process of a job; the run takes its checkpoint, and ends its workers after that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """End workers that a traceback still holds: the interpreter waits for them, and they ignore its signal."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise
+    for child in multiprocessing.active_children():
+        child.kill()

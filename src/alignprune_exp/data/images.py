@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from alignprune_exp.data.source import Store, Unreadable, brief
+from alignprune_exp.data.source import Unreadable, brief
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -28,13 +28,19 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def glance(image: Image.Image) -> Image.Image:
+    """Return an image at the lowest resolution that it has, all of it being read."""
+    image.draft(None, (1, 1))
+    return rgb(image)
+
+
 @dataclass(frozen=True)
 class Fit:
     """An image becomes a square of ``image_size`` pixels, the largest around its centre; None leaves it as it is."""
 
     image_size: int | None = None
 
-    def centre(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image) -> Image.Image:
         if self.image_size is None:
             return rgb(image)
         return ImageOps.fit(rgb(image), (self.image_size, self.image_size), Image.Resampling.BILINEAR)
@@ -55,6 +61,10 @@ class Cut:
     area: float
     aspect: float
     eval_crop: float
+
+    def __call__(self, image: Image.Image, *draws: np.ndarray) -> Image.Image:
+        """Return a view of a photograph, at random by ``draws``, or else its centre."""
+        return self.view(image, *draws) if draws else self.centre(image)
 
     def view(self, image: Image.Image, draws: np.ndarray) -> Image.Image:
         """Return a random resized crop; a JPEG is decoded at no more than the resolution that it needs."""
@@ -98,17 +108,17 @@ def resized_crop(width: int, height: int, draws: np.ndarray, area: float, aspect
 
 
 @dataclass(frozen=True)
-class Array(Store):
+class Array:
     """Images that are decoded already, uint8 (n, C, H, W)."""
 
     images: np.ndarray
 
-    def read(self, row: int, draws: np.ndarray | None = None) -> np.ndarray:
+    def read(self, row: int, *draws: np.ndarray) -> np.ndarray:
         return self.images[row]
 
 
 @dataclass(frozen=True)
-class Files(Store):
+class Files:
     """Encoded images, in files under a folder.
 
     Attributes:
@@ -119,42 +129,20 @@ class Files(Store):
 
     root: Path
     paths: np.ndarray
-    cut: Fit | Cut
+    cut: Callable[..., Image.Image]
 
-    @property
-    def cuts(self) -> bool:
-        return isinstance(self.cut, Cut)
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        side = self.cut.image_size
-        return None if side is None else (3, side, side)
-
-    def read(self, row: int, draws: np.ndarray | None = None) -> np.ndarray:
-        cut = self.cut
-        if draws is None or isinstance(cut, Fit):
-            return self._decoded(row, cut.centre)
-        return self._decoded(row, lambda image: cut.view(image, draws))
-
-    def problem(self, row: int) -> str | None:
-        """Return what is wrong with an image, if anything; all of it is read, at the lowest resolution it has."""
+    def read(self, row: int, *draws: np.ndarray) -> np.ndarray:
         try:
-            self._decoded(row, _glance)
-        except Unreadable as error:
-            return str(error)
-        return None
-
-    def _decoded(self, row: int, work: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-        file, name = self._file(row)
-        try:
-            with Image.open(file, formats=IMAGE_FORMATS) as opened:
-                return np.asarray(work(opened)).transpose(2, 0, 1)
+            with Image.open(self._file(row), formats=IMAGE_FORMATS) as opened:
+                return np.asarray(self.cut(opened, *draws)).transpose(2, 0, 1)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise Unreadable(f"{name} cannot be read as an image ({brief(error)})") from error
+            raise Unreadable(f"{self._name(row)} cannot be read as an image ({brief(error)})") from error
 
-    def _file(self, row: int) -> tuple[Path | BytesIO, str]:
-        path = self.root / os.fsdecode(self.paths[row])
-        return path, str(path)
+    def _file(self, row: int) -> Path | BytesIO:
+        return self.root / os.fsdecode(self.paths[row])
+
+    def _name(self, row: int) -> str:
+        return str(self._file(row))
 
 
 @dataclass(frozen=True)
@@ -167,11 +155,10 @@ class Shards(Files):
 
     columns: Mapping[str, Any]
 
-    def _file(self, row: int) -> tuple[Path | BytesIO, str]:
+    def _file(self, row: int) -> BytesIO:
         shard, _, place = os.fsdecode(self.paths[row]).rpartition("#")
-        return BytesIO(self.columns[shard][int(place)].as_py() or b""), f"row {place} of {self.root / shard}"
+        return BytesIO(self.columns[shard][int(place)].as_py() or b"")
 
-
-def _glance(image: Image.Image) -> Image.Image:
-    image.draft(None, (1, 1))
-    return rgb(image)
+    def _name(self, row: int) -> str:
+        shard, _, place = os.fsdecode(self.paths[row]).rpartition("#")
+        return f"row {place} of {self.root / shard}"

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,37 +16,19 @@ from alignprune_exp.errors import UsageError
 from alignprune_exp.files import printable
 from alignprune_exp.pruning.reference import class_shares
 
-OF_PHOTOGRAPHS: dict[str, Any] = {  # what a `Source` says of a large set of photographs
-    "as_shipped": True,
-    # By channel, of the training pixels of ILSVRC-12 in 0..1 units: what torchvision's weights were trained with.
-    "statistics": (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])),
-}
-
 
 class Unreadable(Exception):
     """An image cannot be decoded; says which one, and why."""
 
 
-class Store:
-    """Decodes the images of a split one by one."""
+class Store(Protocol):
+    """Decodes single images."""
 
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        """(C, H, W) of every image, where that is known before one is decoded."""
-        return None
-
-    @property
-    def cuts(self) -> bool:
-        """Whether an image is trained on in random cuts, made as it is decoded."""
-        return False
-
-    def read(self, row: int, draws: np.ndarray | None = None) -> np.ndarray:
+    def read(self, row: int, *draws: np.ndarray) -> np.ndarray:
         """Return the image at ``row``, uint8 (C, H, W); raise Unreadable where it cannot be decoded.
 
-        With ``draws``, uniform in [0, 1), float64 (K, 4), it is a random cut that they alone decide; for stores that
-        have any.
+        Where images are cut at random, ``draws`` decide where: uniform in [0, 1), float64 (K, 4).
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -58,20 +40,22 @@ class Images:
         store: decodes single images.
         paths: encoded, relative to the root, S (n,), where each image has one.
         remedy: what to do about an image that cannot be decoded.
+        cuts: side in pixels of the random cuts, made as an image is decoded, that training sees; None for all of it.
     """
 
     labels: np.ndarray
     store: Store
     paths: np.ndarray | None = None
     remedy: str = "replace or delete it"
+    cuts: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of every image, if need be of the first."""
-        return self.store.shape or self._read(0).shape
+        """(C, H, W) of every image."""
+        return self._read(0).shape if self.cuts is None else (3, self.cuts, self.cuts)
 
     def pixels(self, rows: np.ndarray) -> torch.Tensor:
         """Decode the images at ``rows``, int (k,), into uint8 (k, C, H, W), in memory channels last.
@@ -88,7 +72,7 @@ class Images:
     def decoded(self, rows: np.ndarray, draws: np.ndarray | None = None) -> list[np.ndarray]:
         """Decode the images at ``rows``, int (k,); return uint8 (H, W, C) for each.
 
-        With ``draws``, float64 (k, K, 4), they are cut at random; see ``Store.read``.
+        With ``draws``, float64 (k, K, 4), they are cut at random; see `Store`.
 
         Raises UsageError, naming file and row, for a corrupt image or one of another size than the first's.
         """
@@ -182,11 +166,10 @@ def brief(error: Exception) -> str:
     return lines[0][:120].rstrip(".")
 
 
-def existing(name: str, root: str | Path | None, holds: str) -> Path:
+def existing(name: str, root: Path | None, holds: str) -> Path:
     """Return the folder of the data set ``name``, or raise UsageError that says what it ``holds``."""
     if root is None:
         raise UsageError(f"dataset={name} needs its folder: type dataset.root=FOLDER, where FOLDER has {holds}")
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
+    if not root.is_dir():
         raise UsageError(f"dataset.root={root} is not a folder: type the folder that has {holds}")
-    return folder
+    return root

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ class Split:
     rows: np.ndarray
     labels: np.ndarray
     clean_labels: np.ndarray | None
-    images: torch.Tensor | None
+    images: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,37 +125,10 @@ def prepare(
 
     Raises UsageError for sizes and rates that do not fit, and as ``human_labels`` and ``Images.pixels`` do.
     """
-    official, n_classes = source.train.labels, len(source.classes)
-    if noise not in NOISES:
-        raise UsageError(f"noise={noise} is unknown; use one of {', '.join(NOISES)}")
-    if noise in ("sym", "asym"):
-        _check_fraction("noise.rate", noise_rate)
     _check_fraction("reference.noise", reference_noise)
-
-    rows = _subset_rows(official, subset, n_classes, seed)
-    pool = source.train if source.reference is None else source.reference
-    candidates = rows if source.reference is None else np.arange(len(pool))
-    chosen = _reference_rows(
-        pool.labels[candidates],
-        reference_size,
-        generator(0 if pool is source.test else seed, "reference"),
-        source.classes if reference_per_class else None,
-    )
-    reference_rows = candidates[chosen]
-    train_rows = rows if source.reference is not None else np.delete(rows, chosen)
+    pool, train_rows, reference_rows = _parted(source, seed, subset, reference_size, reference_per_class)
+    labels, pairing, fingerprint = _given(source, train_rows, seed, noise, noise_rate, noise_labels, noise_file, root)
     trusted = pool.labels[reference_rows]
-
-    given, pairing, fingerprint = official, "", source.fingerprint
-    if noise == "real" and not source.as_shipped:
-        given = label_noise.human_labels(noise_file, root, source.name, noise_labels, official)
-        pairing = "verified" if source.official_order else "unverified"
-        fingerprint = hashlib.sha256(fingerprint.encode() + given.astype("<i8").tobytes()).hexdigest()
-    labels = given[train_rows]
-    if noise == "sym":
-        labels = label_noise.symmetric(labels, n_classes, noise_rate, generator(seed, "label noise"))
-    elif noise == "asym":
-        target = label_noise.asymmetric_map(n_classes, source.superclass, source.asymmetric)
-        labels = label_noise.asymmetric(labels, target, noise_rate, generator(seed, "label noise"))
     if reference_train:
         if source.reference is not None:
             raise UsageError(
@@ -165,47 +138,24 @@ def prepare(
         train_rows = np.concatenate([train_rows, reference_rows])
         labels = np.concatenate([labels, trusted])
     known = source.labels_clean or (noise != "clean" and not source.as_shipped)
-    clean_labels = official[train_rows] if known else None
+    clean_labels = source.train.labels[train_rows] if known else None
 
-    test_rows = np.arange(len(source.test))
-    if pool is source.test:
-        test_rows = np.delete(test_rows, reference_rows)
-    test_rows = test_rows[_test_rows(source.test.labels[test_rows], test_subset)]
-    if source.train.shape != source.test.shape:
-        raise UsageError(
-            f"training and test images of {source.name} differ in size ({source.train.shape} and "
-            f"{source.test.shape} as channels, height, width): give them one with dataset.image_size="
-            f"{min(source.train.shape[1:])}"
-        )
-    evaluated_on = {
-        name: (images, _test_rows(images.labels, min(test_subset, len(images)) if test_subset else None))
-        for name, images in source.evaluations.items()
-    }
-    images_held = len(reference_rows) + len(test_rows) + sum(len(chosen) for _, chosen in evaluated_on.values())
-    if not source.train.store.cuts:
-        images_held += len(train_rows)
-    resident = images_held * int(np.prod(source.train.shape)) <= resident_bytes
-
-    def split(
-        images: Images, rows: np.ndarray, labels: np.ndarray, clean: np.ndarray | None, held: bool = resident
-    ) -> Split:
-        return Split(images, rows, labels, clean, images.pixels(rows) if held else None)
-
-    train = split(source.train, train_rows, labels, clean_labels, resident and not source.train.store.cuts)
-    reference = None
+    splits = {"train": Split(source.train, train_rows, labels, clean_labels)}
     if len(reference_rows):
         rng = generator(seed, "reference noise")
-        evaluated = label_noise.symmetric(trusted, n_classes, reference_noise, rng)
-        reference = split(pool, reference_rows, evaluated, trusted)
-    mean, std = source.statistics or _statistics(train, seed)
+        doubted = label_noise.symmetric(trusted, len(source.classes), reference_noise, rng)
+        splits["reference"] = Split(pool, reference_rows, doubted, trusted)
+    rest = np.delete(np.arange(len(source.test)), reference_rows if pool is source.test else [])
+    splits["test"] = _evaluated(source.test, rest, test_subset)
+    for name, images in source.evaluations.items():
+        splits[name] = _evaluated(images, np.arange(len(images)), test_subset and min(test_subset, len(images)))
+    splits = _held(source, splits, resident_bytes)
+    mean, std = source.statistics or _statistics(splits["train"], seed)
     return TrainingData(
-        train=train,
-        reference=reference,
-        test=split(source.test, test_rows, source.test.labels[test_rows], source.test.labels[test_rows]),
-        evaluations={
-            name: split(images, rows, images.labels[rows], images.labels[rows])
-            for name, (images, rows) in evaluated_on.items()
-        },
+        train=splits["train"],
+        reference=splits.get("reference"),
+        test=splits["test"],
+        evaluations={name: splits[name] for name in source.evaluations},
         classes=source.classes,
         noise_rate=float(np.mean(labels != clean_labels)) if clean_labels is not None else float("nan"),
         pairing=pairing,
@@ -216,31 +166,81 @@ def prepare(
     )
 
 
+def _parted(
+    source: Source, seed: int, subset: int | None, size: float, per_class: bool
+) -> tuple[Images, np.ndarray, np.ndarray]:
+    """Return where the reference set is from, and the rows to train on and of the reference set there, ascending."""
+    rows = _some("subset", source.train.labels, subset, len(source.classes), generator(seed, "subset"))
+    pool = source.train if source.reference is None else source.reference
+    candidates = rows if source.reference is None else np.arange(len(pool))
+    rng = generator(0 if pool is source.test else seed, "reference")
+    chosen = _reference_rows(pool.labels[candidates], size, rng, source.classes if per_class else None)
+    return pool, rows if source.reference is not None else np.delete(rows, chosen), candidates[chosen]
+
+
+def _given(
+    source: Source,
+    rows: np.ndarray,
+    seed: int,
+    noise: str,
+    rate: float,
+    human: str,
+    file: Path | None,
+    root: Path | None,
+) -> tuple[np.ndarray, str, str]:
+    """Return the labels to train on, the pairing and the fingerprint of `TrainingData`."""
+    if noise not in NOISES:
+        raise UsageError(f"noise={noise} is unknown; use one of {', '.join(NOISES)}")
+    if noise in ("sym", "asym"):
+        _check_fraction("noise.rate", rate)
+    shipped, n_classes, rng = source.train.labels, len(source.classes), generator(seed, "label noise")
+    if noise == "real" and not source.as_shipped:
+        labels = label_noise.human_labels(file, root, source.name, human, shipped)
+        content = hashlib.sha256(source.fingerprint.encode() + labels.astype("<i8").tobytes())
+        return labels[rows], "verified" if source.official_order else "unverified", content.hexdigest()
+    labels = shipped[rows]
+    if noise == "sym":
+        labels = label_noise.symmetric(labels, n_classes, rate, rng)
+    elif noise == "asym":
+        target = label_noise.asymmetric_map(n_classes, source.superclass, source.asymmetric)
+        labels = label_noise.asymmetric(labels, target, rate, rng)
+    return labels, "", source.fingerprint
+
+
+def _evaluated(images: Images, rows: np.ndarray, subset: int | None) -> Split:
+    rows = rows[_some("test_subset", images.labels[rows], subset, 1, generator(0, "test subset"))]
+    return Split(images, rows, images.labels[rows], images.labels[rows])
+
+
+def _held(source: Source, splits: dict[str, Split], resident_bytes: int) -> dict[str, Split]:
+    """Take all images but those that are trained on in cuts into memory, where all of them fit into that many bytes."""
+    shape = source.train.shape
+    if shape != source.test.shape:
+        raise UsageError(
+            f"training and test images of {source.name} differ in size ({shape} and {source.test.shape} as channels, "
+            f"height, width): give them one with dataset.image_size={min(shape[1:])}"
+        )
+    held = {name: split for name, split in splits.items() if name != "train" or source.train.cuts is None}
+    if sum(map(len, held.values())) * int(np.prod(shape)) > resident_bytes:
+        return splits
+    return splits | {name: replace(split, images=split.source.pixels(split.rows)) for name, split in held.items()}
+
+
 def _check_fraction(key: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise UsageError(f"{key}={value:g} is not a fraction: type a number from 0 to 1")
 
 
-def _subset_rows(labels: np.ndarray, subset: int | None, n_classes: int, seed: int) -> np.ndarray:
-    if subset is None:
+def _some(key: str, labels: np.ndarray, size: int | None, least: int, rng: np.random.Generator) -> np.ndarray:
+    """Return ``size`` positions, stratified, ascending, or all."""
+    if size is None:
         return np.arange(len(labels))
-    if not n_classes <= subset <= len(labels):
+    if not least <= size <= len(labels):
         raise UsageError(
-            f"dataset.subset={subset} does not fit {len(labels)} training images of {n_classes} classes: "
-            f"type a number from {n_classes} to {len(labels)}, or null for all"
+            f"dataset.{key}={size} does not fit {len(labels)} images, {least} of which are needed: type a number from "
+            f"{least} to {len(labels)}, or null for all"
         )
-    return stratified(labels, subset, generator(seed, "subset"))
-
-
-def _test_rows(labels: np.ndarray, subset: int | None) -> np.ndarray:
-    if subset is None:
-        return np.arange(len(labels))
-    if not 1 <= subset <= len(labels):
-        raise UsageError(
-            f"dataset.test_subset={subset} does not fit {len(labels)} test images: type a number from 1 to "
-            f"{len(labels)}, or null for all"
-        )
-    return stratified(labels, subset, generator(0, "test subset"))
+    return stratified(labels, size, rng)
 
 
 def _reference_rows(
