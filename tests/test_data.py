@@ -273,6 +273,32 @@ def test_names_that_are_not_of_utf8_are_read_and_can_be_written(tmp_path):
         _load("image_folder", tmp_path).train.pixels(np.arange(6))
 
 
+def test_image_folder_passes_over_what_is_hidden_and_no_image_and_refuses_or_skips_what_leads_nowhere(tmp_path):
+    _image_folder(tmp_path)
+    plain = _load("image_folder", tmp_path, image_size=8)
+    for place in (".ipynb_checkpoints/0.png", "nested/.2.png", "notes.txt", "folder.png/notes.txt"):
+        (tmp_path / "train/cat" / place).parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "train/cat/0.png", tmp_path / "train/cat" / place)
+    assert _load("image_folder", tmp_path, image_size=8).fingerprint == plain.fingerprint
+    (tmp_path / "train/cat/nested/gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "train/cat/loop").symlink_to(tmp_path / "train/cat")
+    with pytest.raises(UsageError, match=r"cat/nested/gone.png cannot be read \(No such .*\): replace or delete it$"):
+        _load("image_folder", tmp_path, image_size=8)
+    skipping = load({"name": "image_folder", "root": tmp_path, "image_size": 8, "on_error": "skip"})
+    assert len(skipping.skipped) == 1
+    assert skipping.fingerprint == plain.fingerprint
+
+
+def test_image_folder_is_listed_anew_each_time(tmp_path):
+    _image_folder(tmp_path)
+    for path in [tmp_path, *tmp_path.rglob("*")]:
+        os.utime(path, (1_600_000_000,) * 2)
+    first = _load("image_folder", tmp_path, image_size=8).fingerprint
+    image = tmp_path / "train/cat/0.png"
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert _load("image_folder", tmp_path, image_size=8).fingerprint != first
+
+
 def test_image_folder_labels_are_of_unknown_quality_until_noise_is_injected(tmp_path):
     _image_folder(tmp_path)
     source = _load("image_folder", tmp_path, image_size=8)
@@ -304,7 +330,7 @@ def test_root_mistakes_name_what_is_missing(tmp_path):
 def test_parquet_mistakes_name_columns_and_rows(tmp_path):
     _cifar10_parquet(tmp_path)
     with pytest.raises(
-        UsageError, match=r"train.parquet has no column fine_label, but img, label: fetch the files of cifar100"
+        UsageError, match=r"train.parquet has no column fine_label and coarse_label, but img, label: fetch the files of cifar100"
     ):
         _load("cifar100", tmp_path)
     _parquet(tmp_path / "train.parquet", _noise_images(3), label=[0, 9, 10])

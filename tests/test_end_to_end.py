@@ -71,7 +71,7 @@ MORE_MISTAKES = [
     ("dataset=null", ["dataset", "digits"]),
     ("noise.rate=[0.1", ["noise.rate=[0.1", "key=value"]),
     ("dataset.flip=1", ["dataset.flip=1", "boolean"]),
-    ("paths.results=3", ["paths.results=3", "string"]),
+    ("paths.results=", ["paths.results", "empty"]),
     ("tracking.mode=offline", ["tracking.mode", "none"]),
     ("hydra/launcher=slrm", ["hydra/launcher=slrm", "basic"]),
     ("-m score=loss,dsa", ["dsa", "did you mean das"]),
@@ -284,12 +284,12 @@ def test_sweep_runs_full_once_for_both_scores(cli):
 
 
 def test_sweep_runs_the_others_when_one_fails_and_lists_it(cli, tmp_path):
-    status, _, err = cli("-m", *TINY, "optimizer.lr=1e30,0.05")
+    status, _, err = cli("-m", *TINY, "optimizer.lr=1000", "optimizer.weight_decay=100,0.0005")
     assert status == 1
     assert "Traceback" not in err
     closing = err[err.index("1 of 2") :]
-    assert "optimizer.lr=1e+30" in closing
-    assert "optimizer.lr=0.05" not in closing
+    assert "optimizer.weight_decay=100" in closing
+    assert "optimizer.weight_decay=0.0005" not in closing
     assert {summary["status"] for summary in _summaries()} == {"finished", "failed"}
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 

@@ -28,6 +28,7 @@ from alignprune_exp import setup
 from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.errors import Failed, Stopped, UsageError
 from alignprune_exp.learners.ce import CrossEntropy
+from alignprune_exp.network import Network
 from alignprune_exp.pruning import DynamicPruning
 from alignprune_exp.run import Run
 from alignprune_exp.runs import CHECKPOINTS, RunFolder
@@ -814,11 +815,23 @@ def test_force_runs_again_and_keeps_the_old_folders(tmp_path):
         assert not (path / "lock").exists()
 
 
-DIVERGES = ("optimizer.lr=1e30", "precision=fp32")
+@pytest.fixture
+def diverging(monkeypatch):
+    """Let the weights become infinite in the first step."""
+    learn = Network.learn
+
+    def ruined(self, loss):
+        learn(self, loss)
+        with torch.no_grad():
+            for weight in self.learner.parameters():
+                weight *= math.inf
+
+    monkeypatch.setattr(Network, "learn", ruined)
 
 
+@pytest.mark.usefixtures("diverging")
 def test_a_loss_that_is_not_finite_fails_the_run_and_its_record_says_where(tmp_path, capsys):
-    assert launch(tmp_path, *DIVERGES) == 1
+    assert launch(tmp_path) == 1
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1, error
     folder = only_run(tmp_path)
@@ -831,17 +844,18 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_its_record_says_where(tmp_p
     assert not (folder / "metrics.jsonl").exists() or metrics_of(folder) == []
 
 
+@pytest.mark.usefixtures("diverging")
 def test_a_failed_run_says_why_and_force_tries_again(tmp_path, capsys, monkeypatch):
-    assert launch(tmp_path, *DIVERGES) == 1
+    assert launch(tmp_path) == 1
     folder = only_run(tmp_path)
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(Run, "train", lambda *_: pytest.fail("trained again"))
-        assert launch(tmp_path, *DIVERGES) == 1
+        assert launch(tmp_path) == 1
     error = capsys.readouterr().err
     assert "step 1" in error
     assert "force=true" in error
-    assert launch(tmp_path, *DIVERGES, "force=true") == 1
+    assert launch(tmp_path, "force=true") == 1
     assert summary_of(folder.with_name(f"{folder.name}~1"))["status"] == "failed"
     assert summary_of(folder)["status"] == "failed"
 
@@ -870,19 +884,30 @@ def test_a_loss_that_turns_bad_later_leaves_the_checkpoint_before_it(tmp_path, m
         assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
+@pytest.mark.usefixtures("diverging")
 def test_a_stop_after_a_bad_step_leaves_no_checkpoint_of_it(tmp_path):
     stop = Stop()
     with pytest.raises(Failed, match="epoch 0, step 1"):
-        stop.run(config_of(tmp_path, *DIVERGES), 3)
+        stop.run(config_of(tmp_path), 3)
     assert checkpoints(only_run(tmp_path)) == []
     assert summary_of(only_run(tmp_path))["status"] == "failed"
 
 
-@pytest.mark.parametrize("lr", ["1e15", "1e30"])
-def test_weights_that_the_last_step_of_an_epoch_ruins_fail_the_run(tmp_path, capsys, lr):
+@pytest.mark.parametrize("factor", [1e30, math.inf])
+def test_weights_that_the_last_step_of_an_epoch_ruins_fail_the_run(tmp_path, capsys, monkeypatch, factor):
     """No reference set would notice, and only the evaluation sees a loss that is not finite."""
-    overrides = ("reference=none", "score=loss", "batch_size=400", f"optimizer.lr={lr}", "precision=fp32")
-    assert launch(tmp_path, *overrides) == 1
+    learn, steps = Network.learn, []
+
+    def ruined(self, loss):
+        learn(self, loss)
+        steps.append(1)
+        with torch.no_grad():
+            for weight in self.learner.parameters():
+                weight *= factor if len(steps) == 4 else 1
+
+    monkeypatch.setattr(Network, "learn", ruined)
+    assert launch(tmp_path, "reference=none", "score=loss", "batch_size=400", "precision=fp32") == 1
+    assert len(steps) == 4
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     folder = only_run(tmp_path)
     assert summary_of(folder)["status"] == "failed"

@@ -366,6 +366,21 @@ def test_what_a_layout_lacks_is_named(tmp_path, miniatures):
         _load("parquet", miniatures / "parquet", test_split="validation")
 
 
+def test_a_list_that_is_a_folder_a_folder_that_is_called_an_image_and_a_root_in_braces(tmp_path):
+    root = _miniature("tiny_imagenet", tmp_path / "{}", "--broken", "empty")
+    with pytest.raises(UsageError, match=r"\{\}/train/n00000001/images has no image: add images"):
+        _load("tiny_imagenet", root)
+    root = _miniature("tiny_imagenet", tmp_path / "{name}")
+    before = _load("tiny_imagenet", root).fingerprint
+    (root / "train/n00000001/images/folder.JPEG").mkdir()
+    assert _load("tiny_imagenet", root).fingerprint == before
+    file = root / "val/val_annotations.txt"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UsageError, match=r"val_annotations.txt cannot be read \(Is a directory\): put it there"):
+        _load("tiny_imagenet", root)
+
+
 # ---- the index -------------------------------------------------------------------------------------------
 
 

@@ -155,7 +155,7 @@ def test_a_resumed_run_is_mirrored_as_the_same_run(tmp_path, wandb, monkeypatch)
 
 def test_a_failed_run_is_closed_as_failed(tmp_path, wandb):
     fake = wandb()
-    assert launch(tmp_path, "optimizer.lr=1000", "optimizer.momentum=0.99", "precision=fp32") == 1
+    assert launch(tmp_path, "optimizer.lr=1000", "optimizer.weight_decay=100", "precision=fp32") == 1
     (run,) = fake.runs
     assert run.summary["status"] == "failed"
     assert run.exit_codes == [1]

@@ -211,32 +211,32 @@ def show(text: bytes) -> str:
 
 
 def indexed(
-    key: bytes,
+    key: bytes | None,
     begin: Callable[[], Survey],
     read: Callable[[Survey], tuple[Sequence[str], Splits]],
     store: Callable[[str, np.ndarray], Files],
 ) -> Index:
     """Return the index of a data set, from the cache where neither a folder nor a list has changed since.
 
-    An image that is replaced in place, which leaves its folder's time as it was, goes unnoticed.
-
     Args:
-        key: what the index depends on beside the files.
+        key: what the index depends on beside the files; None where it is not to be kept.
         begin: returns a survey of the folder that has seen nothing yet.
         read: lets it look; returns the names of the classes, and the splits.
         store: opens the images of a split, by their paths. Where mistakes are to be skipped every image is read once,
             and those that cannot be are left out.
     """
-    digest = hashlib.sha256(key + Path(__file__).read_bytes())
-    place = cache_folder("index") / f"{digest.hexdigest()[:32]}.npz"
-    if (index := _cached(place)) is not None:
-        return index
+    place = None
+    if key is not None:
+        digest = hashlib.sha256(key + Path(__file__).read_bytes())
+        place = cache_folder("index") / f"{digest.hexdigest()[:32]}.npz"
+        if (index := _cached(place)) is not None:
+            return index
     began, survey = time.time_ns(), begin()
     classes, splits = read(survey)
     if survey.on_error == "skip":
         splits = {name: _readable(store(name, images["path"]), images, survey) for name, images in splits.items()}
     index = Index(splits, tuple(classes), tuple(survey.skipped))
-    if max(survey.stamps.values()) < began - SETTLED:
+    if place is not None and max(survey.stamps.values()) < began - SETTLED:
         _keep(place, index, survey.stamps)
     return index
 

@@ -33,6 +33,7 @@ class Layout:
         reference: the split that the reference set is drawn from, if it has a place of its own.
         as_shipped: see `Source`.
         statistics: see `Source`.
+        cached: whether an index is kept, since nobody replaces its images in place, which would go unnoticed.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Layout:
     reference: ClassVar[str | None] = None
     as_shipped: ClassVar[bool] = False
     statistics: ClassVar[tuple[np.ndarray, np.ndarray] | None] = None
+    cached: ClassVar[bool] = False
 
     def read(self, survey: Survey) -> tuple[Sequence[str], Splits]:
         """Return the names of the classes, and the splits; those beside train, test and reference are evaluated on."""
@@ -67,7 +69,8 @@ class Layout:
 
     def open(self) -> Source:
         """Return the data set; raise UsageError for missing, incomplete or malformed files."""
-        index = indexed(self._key(), lambda: Survey(self.folder, self.on_error), self.read, self.store)
+        key = self._key() if self.cached else None
+        index = indexed(key, lambda: Survey(self.folder, self.on_error), self.read, self.store)
         cuts = self.cut.image_size if isinstance(self.cut, Cut) else None
         remedy, images = skippable("replace or delete it", self.on_error), {}
         for split, listed in index.splits.items():
@@ -105,6 +108,7 @@ class Photographs(Layout):
     eval_crop: float
 
     as_shipped = True
+    cached = True
     # By channel, of the training pixels of ILSVRC-12 in 0..1 units: what torchvision's weights were trained with.
     statistics = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 

@@ -37,8 +37,10 @@ class ImageFolder(Layout):
 
     def read(self, survey: Survey) -> tuple[list[str], Splits]:
         there = survey.folders("")
-        if not (held_out := next((name for name in ("test", "val") if name in there), "")):
-            raise UsageError(f"dataset.root={self.root} lacks the folder test (or val): put one folder per class there")
+        held_out = next((name for name in ("test", "val") if name in there), "")
+        if lacking := [what for what, name in (("train", "train"), ("test (or val)", held_out)) if name not in there]:
+            folders = f"folder {lacking[0]}" if len(lacking) == 1 else f"folders {' and '.join(lacking)}"
+            raise UsageError(f"dataset.root={self.root} lacks the {folders}: put one folder per class there")
         train, classes = self.folder / "train", survey.folders("train")
         if len(classes) < 2:
             raise UsageError(

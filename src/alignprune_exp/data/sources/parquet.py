@@ -155,7 +155,8 @@ def _table(file: Path, images: Sequence[str], labels: list[str], remedy: str) ->
         image = next((name for name in images if name in schema.names), images[0])
         for column in (image, *labels):
             if column not in schema.names:
-                raise UsageError(f"{file} has no column {column}, but {', '.join(schema.names)}: {remedy}")
+                wanted = " and ".join(name for name in (image, *labels) if name not in schema.names)
+                raise UsageError(f"{file} has no column {wanted}, but {', '.join(schema.names)}: {remedy}")
             kind = schema.field(column).type
             if column == image:
                 fits, wanted = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0, "a struct with bytes"
