@@ -329,9 +329,8 @@ def test_root_mistakes_name_what_is_missing(tmp_path):
 
 def test_parquet_mistakes_name_columns_and_rows(tmp_path):
     _cifar10_parquet(tmp_path)
-    with pytest.raises(
-        UsageError, match=r"train.parquet has no column fine_label and coarse_label, but img, label: fetch the files of cifar100"
-    ):
+    missing = r"train.parquet has no column fine_label and coarse_label, but img, label: fetch the files of cifar100"
+    with pytest.raises(UsageError, match=missing):
         _load("cifar100", tmp_path)
     _parquet(tmp_path / "train.parquet", _noise_images(3), label=[0, 9, 10])
     with pytest.raises(UsageError, match=r"row 2 of .*train.parquet has label 10 where 0 to 9 are wanted"):
