@@ -49,9 +49,11 @@ RUNS = {  # by name, the overrides
 
 def machine():
     """Return what bits depend on beside the code."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    file = Path("/proc/cpuinfo")
+    facts = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line) if file.exists() else {}
+    known = {key.strip(): fact.strip() for key, fact in facts.items()}
+    parts = [known.get(key, "") for key in ("model name", "cpu family", "model")] if known else [platform.processor()]
+    return f"{' '.join(parts)}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def results(name, folder):
