@@ -11,13 +11,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ..config import PATHS
 from ..errors import UsageError
 from ..packs import pack
 from ..records import Record, config_ids_of, read_config, read_dynamics, read_record
 from ..runs import Folder, run_folders
 from ..suites import Suite, suite_of
 
-FOLDERS = ("paths.data", "paths.results", "dataset.root", "dataset.imagenet_root")
 OF_THE_MACHINE = ("host", "slurm_job_id")  # keys of environment.json that are never published
 
 
@@ -104,7 +104,7 @@ def scrubbed_command(command: str) -> str:
     for part in words:
         key, equals, value = part.partition("=")
         of_a_person = key.lstrip("+").startswith("tracking.")
-        if equals and (key.lstrip("+") in FOLDERS or _is_path(value)):
+        if equals and (key.lstrip("+") in PATHS or _is_path(value)):
             part = f"{key}={'FILE' if key == 'noise.file' else 'DIR'}"
         elif not equals and _is_path(part):
             part = "PATH"
