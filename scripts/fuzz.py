@@ -27,7 +27,8 @@ from unittest import mock
 import numpy as np
 import yaml
 
-from alignprune_exp import console, experiment, train
+from alignprune_exp import console, setup, train
+from alignprune_exp import run as run_module
 from alignprune_exp.commandline import config_dir
 from alignprune_exp.config import identity
 from alignprune_exp.runs import run_id
@@ -119,14 +120,15 @@ def nothing_runs():
 
     def run(config, command, group=None):
         run_id(identity(config, ""))
-        experiment.make_pruning(config, range(1), clean=np.ones(1, bool))
+        setup.make_pruning(config, range(1), clean=np.ones(1, bool))
         return {}, Path()
 
     def launch(self, jobs):
         return [launchers._ended(0) for _ in jobs]
 
     with (
-        mock.patch.multiple(experiment, run=run, load_data=mock.DEFAULT),
+        mock.patch.object(run_module, "run", run),
+        mock.patch.object(setup, "load_data"),
         mock.patch.object(console, "closing", return_value=""),
         mock.patch.object(launchers.JoblibLauncher, "launch_jobs", launch),
         mock.patch.object(launchers.SlurmLauncher, "launch_jobs", launch),
