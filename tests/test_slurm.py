@@ -183,13 +183,16 @@ def test_an_interrupted_job_goes_on_from_the_very_step(tmp_path, interrupt):
 @pytest.mark.slurm
 @pytest.mark.usefixtures("cluster")
 def test_a_job_that_hits_its_time_limit_goes_on_from_the_very_step(tmp_path, monkeypatch):
-    """Slurm looks at its limits every half a minute or so: the run is made to last until it has looked."""
+    """Slurm looks at its limits every half a minute or so: the run is made to last until it has looked.
+
+    It may do so before the first epoch has ended.
+    """
     (tmp_path / "dawdling.py").write_text(DAWDLING)
     monkeypatch.syspath_prepend(tmp_path)
     long = [*LONG, "score.name=dawdling.Dawdling"]
-    limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50"]
+    limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=40"]
     process = sweep(tmp_path / "slurm", *long, *limit, python_path=tmp_path)
-    until(at_epoch(tmp_path / "slurm", 1), process)
+    until(lambda: queued("%T") == ["RUNNING"], process)
     (job,) = queued()
     while process.poll() is None:
         if queued("%T") == ["PENDING"]:
