@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from alignprune_exp.data.augment import Augmentation
-from alignprune_exp.data.batches import Batches
-from alignprune_exp.data.datasets import load
+from alignprune_exp.data.batches import ImageBatches
 from alignprune_exp.data.images import Array
 from alignprune_exp.data.source import Images, Store
+from alignprune_exp.data.sources.files import ImageFolder
 from alignprune_exp.data.split import Split
 from benchmarking import THREADS, Report, best, measured, memory_bandwidth, parser, peak_mb, reset_peak
 
@@ -52,8 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return report.finish(options.json)
 
 
-def batches_of(split: Split, **settings: Any) -> Batches:
-    return Batches(split, device="cpu", mean=MEAN, std=STD, seed=SEED, train=True, flip=True, crop=CROP, **settings)
+def batches_of(split: Split, **settings: Any) -> ImageBatches:
+    return ImageBatches(
+        split, device="cpu", mean=MEAN, std=STD, seed=SEED, train=True, flip=True, crop=CROP, **settings
+    )
 
 
 class PerImage(Dataset[tuple[torch.Tensor, int]]):
@@ -130,7 +132,7 @@ class Counted:
 
 def from_disk(report: Report, root: Path, n: int) -> None:
     make_jpegs(root, n)
-    source = load({"name": "image_folder", "root": root, "image_size": SIZE}).train
+    source = ImageFolder(name="image_folder", root=str(root), image_size=SIZE, on_error="stop").open().train
     opened = torch.zeros(n, dtype=torch.int32).share_memory_()
     counted = replace(source, store=Counted(source.store, opened))
     torch.set_num_threads(1)  # the workers have the other core

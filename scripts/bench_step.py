@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from alignprune_exp import models
+from alignprune_exp.config import MODEL
 from alignprune_exp.run import Run
 from alignprune_exp.setup import resolve_precision
 from benchmarking import THREADS, Report, best, config, parser, peak_mb, reset_peak, walk
@@ -71,7 +71,7 @@ def step(report: Report, model: str, batch: int, compiled: bool) -> None:
     def made(bf16: bool, compiled: bool = False) -> Callable[[], float]:
         torch.manual_seed(0)
         layout = torch.channels_last if bf16 else torch.contiguous_format
-        network = models.build(architecture, 3, 10).to(memory_format=layout)
+        network = MODEL.make(architecture, 3, 10).to(memory_format=layout)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
         forward: Any = torch.compile(network) if compiled else network
         x = images.to(memory_format=layout)

@@ -128,7 +128,7 @@ def nothing_runs():
 
     with (
         mock.patch.object(run_module, "run", run),
-        mock.patch.object(setup, "load_data"),
+        mock.patch.object(setup, "open_task"),
         mock.patch.object(console, "closing", return_value=""),
         mock.patch.object(launchers.JoblibLauncher, "launch_jobs", launch),
         mock.patch.object(launchers.SlurmLauncher, "launch_jobs", launch),

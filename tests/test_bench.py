@@ -18,7 +18,7 @@ import bench_prune4rel
 import bench_selection
 import bench_step
 import benchmarking
-from alignprune_exp.data.batches import Batches
+from alignprune_exp.data.batches import ImageBatches
 from alignprune_exp.data.images import Array
 from alignprune_exp.data.source import Images
 from alignprune_exp.data.split import Split
@@ -124,8 +124,8 @@ def test_prune4rel_is_compared_with_its_rule(tmp_path, monkeypatch, capsys):
 
 
 def test_other_batches_than_the_plain_ones_are_wrong(monkeypatch, tmp_path, capsys):
-    normalise = Batches._normalise
-    monkeypatch.setattr(Batches, "_normalise", lambda self, images: normalise(self, images) + 0.01)
+    normalise = ImageBatches._normalise
+    monkeypatch.setattr(ImageBatches, "_normalise", lambda self, images: normalise(self, images) + 0.01)
     monkeypatch.setattr(bench_data, "from_disk", lambda *_: None)
     assert rows_of(bench_data, tmp_path, "--images", "150")[0] == 1
     assert "WRONG: in memory" in capsys.readouterr().out
@@ -233,10 +233,10 @@ def test_batches_held_on_a_device_wait_for_nothing():
     split = Split(source, np.arange(30), source.labels, None, torch.from_numpy(pixels))
     settings = {"batch_size": 7, "mean": np.full(3, 0.5), "std": np.full(3, 0.2), "seed": 0, "train": True}
     with OtherDevice() as device:
-        made = list(Batches(split, device="meta", flip=True, crop=2, **settings).epoch(torch.arange(30), 1))
+        made = list(ImageBatches(split, device="meta", flip=True, crop=2, **settings).epoch(torch.arange(30), 1))
         assert not device.waits
     for (_, x, labels), (_, y, expected) in zip(
-        made, Batches(split, device="cpu", flip=True, crop=2, **settings).epoch(torch.arange(30), 1), strict=True
+        made, ImageBatches(split, device="cpu", flip=True, crop=2, **settings).epoch(torch.arange(30), 1), strict=True
     ):
         assert torch.equal(x.held, y)
         assert torch.equal(labels.held, expected)
@@ -261,7 +261,7 @@ def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch
     """On the CPU; the tests above show that the functions named here do not wait elsewhere."""
     short = ("epochs=12", "dataset.subset=200", "pruner.delta=1.0", "eval_every=12")
     run = Run(benchmarking.config(f"learner={learner[0]}", *learner[1:], *short))
-    watched, epoch = Watched(), run.setup.train_batches.epoch
+    watched, epoch = Watched(), run.setup.task.train.epoch
     steps = 0
 
     def watching(*given, **more):
@@ -272,7 +272,7 @@ def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch
             steps += 1
         watched.on = False
 
-    monkeypatch.setattr(run.setup.train_batches, "epoch", watching)
+    monkeypatch.setattr(run.setup.task.train, "epoch", watching)
     with watched:
         benchmarking.walk(run)
     assert steps > 12

@@ -11,14 +11,26 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from alignprune_exp.commandline import checked, config_dir
-from alignprune_exp.config import Config, identity, make_pruner, validate
+from alignprune_exp.config import PRUNER, REGISTRIES, Config, identity, validate
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Pruner
 from alignprune_exp.runs import run_id
 from alignprune_exp.setup import make_pruning
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = ("dataset", "noise", "pruner", "score", "reference", "learner", "model", "optimizer", "scale", "tracking")
+GROUPS = (
+    "task",
+    "dataset",
+    "noise",
+    "pruner",
+    "score",
+    "reference",
+    "learner",
+    "model",
+    "optimizer",
+    "scale",
+    "tracking",
+)
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 FINGERPRINT = "0" * 64
 ROOT = "dataset.root=/nowhere"
@@ -208,7 +220,7 @@ OTHER = {
 INERT = {"paths.results", "paths.data", "tracking.name", "force", "keep_checkpoints", "workers"}
 INERT |= {"noise.file", "noise.labels"}
 # Changing the name alone leaves keys of the old option behind, or lacks those of the new.
-NO_OTHER = {"dataset.name", "pruner.name", "learner.name"}
+NO_OTHER = {"task.name", "dataset.name", "pruner.name", "learner.name"}
 
 
 @pytest.mark.parametrize(
@@ -317,6 +329,9 @@ def _numbers(schema, place=""):
 
 def test_every_number_has_a_least_and_a_most():
     numbers = dict(_numbers(Config.model_json_schema()))
+    for registry in REGISTRIES:
+        for name in registry.builtin if registry.kind != "pruner" else ():  # whose classes check themselves
+            numbers |= dict(_numbers(registry.schema(name).model_json_schema(), f"{registry.kind} {name}"))
     assert len(numbers) > 40
     assert [at for at, number in numbers.items() if not {"maximum", "exclusiveMaximum"} & number.keys()] == []
     assert [at for at, number in numbers.items() if not {"minimum", "exclusiveMinimum"} & number.keys()] == []
@@ -329,11 +344,11 @@ def test_every_number_of_a_pruner_has_a_least_and_a_most(name, far):
     for key, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             with pytest.raises(UsageError, match=key):
-                make_pruner(values | {key: type(value)(far)})
+                PRUNER.read(values | {key: type(value)(far)})
 
 
 def test_a_pruner_of_ones_own_sets_its_own_ranges():
-    many = make_pruner({"name": f"{__name__}.Many", "rounds": 10**6})
+    many = PRUNER.make(PRUNER.read({"name": f"{__name__}.Many", "rounds": 10**6}))
     assert many == Many(rounds=10**6)
 
 

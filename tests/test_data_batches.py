@@ -1,4 +1,4 @@
-"""Batches: augmentation by hash, exact normalisation, and the same batches however they are made."""
+"""ImageBatches: augmentation by hash, exact normalisation, and the same batches however they are made."""
 
 import os
 import subprocess
@@ -13,9 +13,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from alignprune_exp.data.augment import Augmentation, mix
-from alignprune_exp.data.batches import Batches
-from alignprune_exp.data.datasets import load
+from alignprune_exp.data.batches import ImageBatches
+from alignprune_exp.data.noise import Clean
 from alignprune_exp.data.source import Images
+from alignprune_exp.data.sources.digits import Digits
+from alignprune_exp.data.sources.files import ImageFolder
 from alignprune_exp.data.split import Split, prepare
 from alignprune_exp.errors import UsageError
 
@@ -40,7 +42,7 @@ def _split(n=23, resident=True):
 def _batches(split, **changes):
     plain = {"batch_size": 5, "device": "cpu", "mean": MEAN, "std": STD, "seed": 1}
     augmentation = {"train": True, "flip": True, "crop": 3}
-    return Batches(split, **(plain | augmentation | changes))
+    return ImageBatches(split, **(plain | augmentation | changes))
 
 
 def _collect(batches):
@@ -146,7 +148,7 @@ def test_a_corrupt_image_read_by_a_worker_is_named_in_one_sentence(tmp_path, wor
         path = tmp_path / ("train", "test")[k % 2] / str(k // 2 % 2) / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), (k, 0, 0)).save(path)
-    source = load({"name": "image_folder", "root": tmp_path, "image_size": 8})
+    source = ImageFolder(name="image_folder", root=str(tmp_path), image_size=8, on_error="stop").open()
     (tmp_path / os.fsdecode(source.train.paths[4])).write_bytes(b"not an image")
     split = Split(source.train, np.arange(6), source.train.labels, None, None)
     with pytest.raises(UsageError) as caught:
@@ -164,7 +166,7 @@ def test_of_fewer_samples_than_ranks_some_get_none(resident):
 
 CRASH = """
 import numpy as np
-from alignprune_exp.data.batches import Batches
+from alignprune_exp.data.batches import ImageBatches
 from alignprune_exp.data.source import Images
 from alignprune_exp.data.split import Split
 
@@ -173,7 +175,7 @@ class Blank:
         return np.zeros((3, 8, 8), np.uint8)
 
 labels, colour = np.zeros(8, np.int64), np.full(3, 0.5)
-batches = Batches(
+batches = ImageBatches(
     Split(Images(labels, Blank()), np.arange(8), labels, None, None),
     batch_size=2, device="cpu", mean=colour, std=colour, seed=0, train=True, flip=True, crop=0, workers=1
 )
@@ -211,17 +213,14 @@ def test_channels_first_and_one_channel():
     assert x.is_contiguous()
     assert torch.equal(x, next(_batches(split).epoch(np.arange(5), 0))[1])
     data = prepare(
-        load({"name": "digits"}),
+        Digits(name="digits").open(),
         seed=0,
         subset=None,
         test_subset=None,
         reference_size=0,
         reference_noise=0,
         reference_train=False,
-        noise="clean",
-        noise_rate=0,
-        noise_labels="",
-        noise_file=None,
+        noise=Clean(),
         root=None,
     )
     _, x, _ = _collect(_batches(data.train, mean=data.mean, std=data.std, batch_size=100).evaluation())

@@ -328,7 +328,7 @@ def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(t
     one = Run(config_of(tmp_path, "label_smoothing=0.2", f"recorded={recorded}", "epochs=5", "precision=fp32"))
     seen = Observed(one)
     folder = trained(one)
-    labels = torch.from_numpy(one.setup.data.train.labels)
+    labels = torch.from_numpy(one.setup.task.data.train.labels)
     plain_sum = {}
     for (epoch, index, logits, weights), returned in zip(seen.steps, seen.returned, strict=True):
         plain = F.cross_entropy(logits, labels[index], reduction="none")
@@ -344,7 +344,7 @@ def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(t
 
 def independently(one, images, labels, smoothing=0.0):
     """Losses in eval mode, from the uint8 images, without the batches of the package."""
-    data, learner = one.setup.data, one.loop.network.learner
+    data, learner = one.setup.task.data, one.loop.network.learner
     x = (images.double().movedim(-1, 1) if images.shape[-1] == len(data.mean) else images.double()) / 255
     mean, std = (torch.from_numpy(np.asarray(v)).view(1, -1, 1, 1) for v in (data.mean, data.std))
     was_training = learner.training
@@ -360,8 +360,8 @@ def independently(one, images, labels, smoothing=0.0):
 def test_the_reference_and_test_losses_equal_an_independent_evaluation(tmp_path, overrides):
     one = Run(config_of(tmp_path, "precision=fp32", "epochs=5", *overrides))
     last = metrics_of(trained(one))[-1]
-    reference = one.setup.data.reference
-    for split, key in ((reference, "reference_loss"), (one.setup.data.test, "test_loss")):
+    reference = one.setup.task.data.reference
+    for split, key in ((reference, "reference_loss"), (one.setup.task.data.test, "test_loss")):
         images = torch.stack([split[i][0] for i in range(len(split))])
         assert last[key] == pytest.approx(independently(one, images, split.labels).double().mean().item(), rel=1e-5)
     right = reference.labels == reference.clean_labels
@@ -373,7 +373,7 @@ def test_the_reference_and_test_losses_equal_an_independent_evaluation(tmp_path,
 def test_refresh_records_the_evaluated_loss_of_the_unseen_and_leaves_batch_norm_alone(tmp_path, smoothing):
     smoothed = (f"label_smoothing={smoothing}", "recorded=smoothed")
     one = Run(config_of(tmp_path, "score.unseen=refresh", "precision=fp32", "epochs=6", *smoothed))
-    train = one.setup.data.train
+    train = one.setup.task.data.train
     images = torch.stack([train[i][0] for i in range(len(train))])
     pruning, learner = one.loop.pruning, one.loop.network.learner
     unseen, end_epoch = pruning.unseen, pruning.end_epoch
@@ -417,7 +417,7 @@ def test_carry_and_mask_do_not_forward_the_unseen(undisturbed):
 
 def test_the_split_is_the_same_for_every_method_of_a_study(tmp_path):
     def split(*overrides):
-        data = Run(config_of(tmp_path, *overrides)).setup.data
+        data = Run(config_of(tmp_path, *overrides)).setup.task.data
         return data, tuple(part.rows.tolist() for part in (data.train, data.reference, data.test))
 
     first, rows = split()
@@ -537,7 +537,7 @@ def test_a_signal_in_the_middle_of_an_epoch_leaves_a_checkpoint_there(
 def test_a_signal_before_training_starts_gets_one_sentence_and_leaves_nothing_in_the_way(
     tmp_path, undisturbed, monkeypatch, capsys, number, when
 ):
-    of, name = {"the data loads": (setup, "load_data"), "the folder is claimed": (run_module.Run, "_resume")}[when]
+    of, name = {"the data loads": (setup, "open_task"), "the folder is claimed": (run_module.Run, "_resume")}[when]
     work, before = getattr(of, name), signal.getsignal(number)
 
     def signalled(*arguments):

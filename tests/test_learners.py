@@ -2,7 +2,7 @@
 
 import json
 import math
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,16 +14,17 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 from torch.nn import functional as F
 
-from alignprune_exp import learners
 from alignprune_exp.commandline import checked, config_dir, inert_keys
-from alignprune_exp.config import identity, validate
+from alignprune_exp.config import LEARNER, identity, validate
 from alignprune_exp.errors import UsageError
 from alignprune_exp.learners import Step
+from alignprune_exp.learners import base as learners
 from alignprune_exp.learners.dividemix import clean_probability, mix, sharpen, targets
 from alignprune_exp.pruning import PRUNERS, NonFiniteLossError
 from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.run import Run
 from alignprune_exp.runs import run_id
+from alignprune_exp.tasks.classification import Classification
 from test_experiment import Stop, assert_same_results, metrics_of, only_run, trained
 
 N, B, C, PIXELS = 12, 6, 4, 5
@@ -41,7 +42,10 @@ def config_of(*overrides):
 def made(*overrides):
     """A learner with linear networks, in float64, on N samples."""
     torch.manual_seed(0)
-    return learners.build(config_of(*overrides), lambda: nn.Linear(PIXELS, C), N, C).double()
+    config = config_of(*overrides)
+    task = SimpleNamespace(classes=range(C), losses=partial(Classification.losses, None))
+    networks = [nn.Linear(PIXELS, C) for _ in range(LEARNER.find(config.learner.name).count)]
+    return LEARNER.make(config.learner, networks, learners.Given(task, N, config.seed, config.label_smoothing)).double()
 
 
 def step_of(views=1, epoch=0, number=0, steps=4, seed=0):
@@ -73,8 +77,8 @@ class Given:
 def test_cross_entropy_is_torchs_and_its_plain_loss_is_not_smoothed(smoothing):
     step, given = step_of(), Given()
     plain, training, predicted = made(f"label_smoothing={smoothing}").losses(step, given)
-    torch.testing.assert_close(plain, F.cross_entropy(given.logits, step.labels, reduction="none"))
-    expected = F.cross_entropy(given.logits, step.labels, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(plain, F.cross_entropy(given.logits, step.targets, reduction="none"))
+    expected = F.cross_entropy(given.logits, step.targets, reduction="none", label_smoothing=smoothing)
     torch.testing.assert_close(training, expected)
     assert torch.equal(predicted, given.logits.argmax(1))
 
@@ -84,7 +88,7 @@ def test_what_is_recorded_is_the_plain_cross_entropy_whatever_is_trained_on(lear
     one = made(f"learner={learner}")
     step = step_of(one.views)
     plain, training, _ = one.losses(step, one)
-    expected = F.cross_entropy(one.networks[0](step.images[:B]), step.labels, reduction="none")
+    expected = F.cross_entropy(one.networks[0](step.inputs[:B]), step.targets, reduction="none")
     torch.testing.assert_close(plain, expected)
     assert plain.shape == training.shape == (B,)
     assert torch.equal(plain, training) == (learner == "ce")
@@ -113,7 +117,7 @@ def test_elr_is_its_formula_over_many_steps_and_remembers_the_rows_of_the_batch_
         step, given = step_of(seed=number), Given(scale=4.0, seed=number)
         before = one.target_NC.clone()
         _, training, _ = one.losses(step, given)
-        expected = elr_by_hand(by_hand, step.index, given.logits, step.labels, beta=0.7, coefficient=3.0)
+        expected = elr_by_hand(by_hand, step.index, given.logits, step.targets, beta=0.7, coefficient=3.0)
         assert training.tolist() == pytest.approx(expected)
         others = torch.ones(N, dtype=torch.bool).index_fill_(0, step.index, False)
         assert torch.equal(one.target_NC[others], before[others])
@@ -128,7 +132,7 @@ def test_elrs_gradient_is_the_papers():
     one.losses(step, given)[1].sum().backward()
     p, t = given.logits.detach().softmax(1), one.target_NC[step.index]
     g = torch.stack([p[:, c] / (1 - (p * t).sum(1)) * ((t - t[:, [c]]) * p).sum(1) for c in range(C)], 1)
-    torch.testing.assert_close(given.logits.grad, p - one_hot(step.labels) + 3.0 * g)
+    torch.testing.assert_close(given.logits.grad, p - one_hot(step.targets) + 3.0 * g)
 
 
 def test_elr_stays_finite_where_a_network_is_sure_of_itself():
@@ -167,7 +171,7 @@ def test_sop_is_its_formula(scale):
     one.u_N[step.index[0]] = 3.0  # beyond the clamp
     one.v_NC[step.index[1]] = -2.0
     _, training, _ = one.losses(step, given)
-    rows = zip(step.index.tolist(), given.logits.tolist(), step.labels.tolist(), strict=True)
+    rows = zip(step.index.tolist(), given.logits.tolist(), step.targets.tolist(), strict=True)
     expected = [sum(sop_by_hand(float(one.u_N[i]), one.v_NC[i].tolist(), z, y)) for i, z, y in rows]
     assert training.tolist() == pytest.approx(expected)
 
@@ -175,7 +179,7 @@ def test_sop_is_its_formula(scale):
 def test_sops_gradients_are_the_papers_and_those_of_finite_differences():
     """The cross-entropy moves the network and u, the squared distance v; by hand, where no clamp acts."""
     one, step, given = sop(), step_of(), Given()
-    u, v, y = one.u_N[step.index], one.v_NC[step.index], one_hot(step.labels)
+    u, v, y = one.u_N[step.index], one.v_NC[step.index], one_hot(step.targets)
     p = given.logits.detach().softmax(1)
     assert (p - v.square()).min() > 1e-4
     hard = one_hot(given.logits.argmax(1))
@@ -194,7 +198,7 @@ def test_sops_gradients_are_the_papers_and_those_of_finite_differences():
     torch.testing.assert_close(given.logits.grad, weights[:, None] * share * (p - y))
 
     h = 1e-6
-    for k, (i, z, label) in enumerate(zip(step.index, given.logits.tolist(), step.labels.tolist(), strict=True)):
+    for k, (i, z, label) in enumerate(zip(step.index, given.logits.tolist(), step.targets.tolist(), strict=True)):
         ui, vi = float(before_u[i]), before_v[i].tolist()
         slope = sop_by_hand(ui + h, vi, z, label)[0] - sop_by_hand(ui - h, vi, z, label)[0]
         assert by_u[k].item() == pytest.approx(weights[k].item() * slope / (2 * h), abs=1e-7)
@@ -340,7 +344,7 @@ def test_clean_labels_are_refined_by_the_network_itself_and_others_guessed_by_bo
 
 def published(one, step, settings, seed):
     """Both networks' losses as the paper writes them, over the parts of the batch, with the same draws."""
-    first, second = step.images.chunk(2)
+    first, second = step.inputs.chunk(2)
     with torch.no_grad():
         p = [[net(view).softmax(1) for view in (first, second)] for net in one.networks]
     total = 0
@@ -349,14 +353,14 @@ def published(one, step, settings, seed):
         x, u = (clean > 0.5).nonzero().squeeze(1), (clean <= 0.5).nonzero().squeeze(1)
         target = torch.empty(B, C, dtype=torch.float64)
         w = clean[x, None]
-        target[x] = w * one_hot(step.labels[x]) + (1 - w) * (p[k][0][x] + p[k][1][x]) / 2
+        target[x] = w * one_hot(step.targets[x]) + (1 - w) * (p[k][0][x] + p[k][1][x]) / 2
         target[u] = (p[0][0][u] + p[0][1][u] + p[1][0][u] + p[1][1][u]) / 4
         target = target**2 / (target**2).sum(1, keepdim=True)  # T = 0.5
         rng = generator(seed, "mixmatch", step.epoch, step.number, k)
         share = rng.beta(4.0, 4.0)
         partner = torch.from_numpy(rng.permutation(2 * B))
         share = max(share, 1 - share)
-        images, both = step.images, torch.cat([target, target])
+        images, both = step.inputs, torch.cat([target, target])
         logits = one.networks[k](share * images + (1 - share) * images[partner])
         both = share * both + (1 - share) * both[partner]
         xs, us = torch.cat([x, x + B]), torch.cat([u, u + B])
@@ -393,8 +397,8 @@ def test_the_warm_up_is_cross_entropy_of_each_network_on_its_own_view(penalised)
     one = made("learner=dividemix", f"learner.confidence_penalty={str(penalised).lower()}")
     step = step_of(views=2)
     _, training, predicted = one.losses(step, one)
-    logits = [net(view) for net, view in zip(one.networks, step.images.chunk(2), strict=True)]
-    expected = sum(F.cross_entropy(each, step.labels, reduction="none") for each in logits)
+    logits = [net(view) for net, view in zip(one.networks, step.inputs.chunk(2), strict=True)]
+    expected = sum(F.cross_entropy(each, step.targets, reduction="none") for each in logits)
     if penalised:
         expected = expected - sum(torch.distributions.Categorical(logits=each).entropy() for each in logits)
     torch.testing.assert_close(training, expected)
@@ -515,7 +519,7 @@ def test_a_mistake_is_one_sentence(overrides, words):
 
 @pytest.mark.parametrize("learner", LEARNERS[1:])
 def test_several_processes_are_refused_before_anything_is_read(learner, monkeypatch):
-    monkeypatch.setattr("alignprune_exp.setup.load_data", None)
+    monkeypatch.setattr("alignprune_exp.setup.open_task", None)
     with pytest.raises(UsageError, match=f"learner={learner} .* use learner=ce, or one process"):
         Run(config_of(f"learner={learner}"), SimpleNamespace(size=2, rank=0, local=0))
 
@@ -555,7 +559,7 @@ def test_every_learner_composes_with_every_pruner_and_score(learner, tmp_path):
 def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp_path):
     """Every recorded loss is the first network's plain one: in training, or after the warm-up in eval mode before."""
     one = Run(tiny(tmp_path, learner, "pruner=infobatch", "score=loss", "precision=fp32"))
-    labels = torch.from_numpy(one.setup.data.train.labels)
+    labels = torch.from_numpy(one.setup.task.data.train.labels)
     pruning, network = one.loop.pruning, one.loop.network.learner
     passed, noted, epochs = [0], {}, []
     losses, begin, end = network.losses, network.begin_epoch, pruning.end_epoch
@@ -572,7 +576,7 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
         if learner == "dividemix" and epoch >= 2:
             network.eval()
             with torch.no_grad():
-                for index, images, _ in one.setup.train_batches.evaluation(pruning.selection.indices):
+                for index, images, _ in one.setup.task.train.evaluation(pruning.selection.indices):
                     noted.update(zip(index.tolist(), network(images, 0), strict=True))
 
     def watched(step, forward):
@@ -595,7 +599,7 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
 
     network.losses, network.begin_epoch, pruning.end_epoch = watched, beginning, ended
     rows = metrics_of(trained(one))
-    reference = len(one.setup.data.reference)
+    reference = len(one.setup.task.data.reference)
     assert [row["samples_forwarded"] for row in rows] == [count + reference for _, count in epochs]
     assert rows[-1]["samples_seen"] == sum(kept for kept, _ in epochs)
     assert min(kept for kept, _ in epochs) < 60

@@ -7,19 +7,24 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from alignprune_exp.config import Narrow, ResNet
-from alignprune_exp.models import Quarters, build
+from alignprune_exp.config import MODEL
+from alignprune_exp.models import Quarters
+
+
+def node(**values):
+    return MODEL.read(values)
+
 
 CONFIGS = [
-    Narrow(name="small_cnn", width=8, norm="batch"),
-    Narrow(name="resnet8", width=8, norm="batch"),
-    ResNet(name="resnet18", stem="small", weights="none", norm="batch"),
-    ResNet(name="resnet18", stem="large", weights="none", norm="batch"),
-    ResNet(name="resnet50", stem="small", weights="none", norm="batch"),
-    ResNet(name="resnet50", stem="large", weights="none", norm="batch"),
-    Narrow(name="small_cnn", width=10, norm="group"),
-    Narrow(name="resnet8", width=8, norm="group"),
-    ResNet(name="resnet18", stem="small", weights="none", norm="group"),
+    node(name="small_cnn", width=8, norm="batch"),
+    node(name="resnet8", width=8, norm="batch"),
+    node(name="resnet18", stem="small", weights="none", norm="batch"),
+    node(name="resnet18", stem="large", weights="none", norm="batch"),
+    node(name="resnet50", stem="small", weights="none", norm="batch"),
+    node(name="resnet50", stem="large", weights="none", norm="batch"),
+    node(name="small_cnn", width=10, norm="group"),
+    node(name="resnet8", width=8, norm="group"),
+    node(name="resnet18", stem="small", weights="none", norm="group"),
 ]
 
 
@@ -27,7 +32,7 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, c.model_dump().values())))
 def test_one_finite_logit_a_class_and_a_gradient_for_every_parameter(config, channels, side):
     torch.manual_seed(0)
-    network = build(config, channels, classes=7).train()
+    network = MODEL.make(config, channels, 7).train()
     logits = network(torch.randn(4, channels, side, side))
     assert logits.shape == (4, 7)
     assert logits.isfinite().all()
@@ -43,7 +48,7 @@ def test_no_layers_gradient_is_one_that_cuda_refuses_to_compute_deterministicall
     )
     assert "AdaptiveAvgPool2d" in refused
     for config in CONFIGS:
-        for module in build(config, 3, classes=7).modules():
+        for module in MODEL.make(config, 3, 7).modules():
             to_one = getattr(module, "output_size", None) in (1, (1, 1))  # which torch computes as a mean
             assert type(module).__name__ not in refused or to_one
 
@@ -55,7 +60,7 @@ def test_quarters_are_those_of_adaptive_pooling(size):
 
 
 def test_resnet8_has_eight_weight_layers_on_its_main_path_and_torchvisions_blocks():
-    network = build(Narrow(name="resnet8", width=12, norm="batch"), channels=3, classes=10)
+    network = MODEL.make(node(name="resnet8", width=12, norm="batch"), 3, 10)
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert len([name for name in layers if "downsample" not in name]) == 8
     blocks = [m for m in network.modules() if isinstance(m, BasicBlock)]
@@ -66,7 +71,7 @@ def test_resnet8_has_eight_weight_layers_on_its_main_path_and_torchvisions_block
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_small_stem_keeps_the_resolution_that_the_large_one_divides_by_four(name):
     def first_stage_side(stem):
-        network = build(ResNet(name=name, stem=stem, weights="none", norm="batch"), channels=3, classes=2).eval()
+        network = MODEL.make(node(name=name, stem=stem, weights="none", norm="batch"), 3, 2).eval()
         seen = []
         network.layer1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[-1]))
         network(torch.zeros(1, 3, 32, 32))
@@ -78,7 +83,7 @@ def test_small_stem_keeps_the_resolution_that_the_large_one_divides_by_four(name
 @pytest.mark.parametrize("name", ["small_cnn", "resnet8"])
 def test_width_scales_the_number_of_parameters(name):
     def size(width):
-        return sum(p.numel() for p in build(Narrow(name=name, width=width, norm="batch"), 3, 10).parameters())
+        return sum(p.numel() for p in MODEL.make(node(name=name, width=width, norm="batch"), 3, 10).parameters())
 
     assert size(16) > 2 * size(8)
 
@@ -86,7 +91,7 @@ def test_width_scales_the_number_of_parameters(name):
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=lambda c: c.name)
 def test_with_group_norm_a_samples_logits_are_its_own(config):
     torch.manual_seed(0)
-    network = build(config.model_copy(update={"norm": "group"}), 3, 5).train()
+    network = MODEL.make(config.model_copy(update={"norm": "group"}), 3, 5).train()
     images = torch.randn(6, 3, 16, 16)
     torch.testing.assert_close(network(images)[:2], network(images[:2]))
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
@@ -95,7 +100,7 @@ def test_with_group_norm_a_samples_logits_are_its_own(config):
 def test_same_torch_seed_gives_the_same_weights():
     def weights():
         torch.manual_seed(3)
-        return build(Narrow(name="resnet8", width=8, norm="batch"), 3, 10).state_dict()
+        return MODEL.make(node(name="resnet8", width=8, norm="batch"), 3, 10).state_dict()
 
     first, second = weights(), weights()
     assert all(torch.equal(first[key], second[key]) for key in first)

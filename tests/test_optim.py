@@ -10,15 +10,14 @@ import yaml
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from alignprune_exp.config import Narrow, Optimizer
-from alignprune_exp.models import build as build_model
-from alignprune_exp.optim import build, one_cycle, set_progress
+from alignprune_exp.config import MODEL, OPTIMIZER
+from alignprune_exp.optim import one_cycle, set_progress
 
 CONF = Path(__file__).parents[1] / "conf" / "optimizer"
 
 
 def _config(name="sgd", **changes):
-    return Optimizer(**yaml.safe_load((CONF / f"{name}.yaml").read_text()) | changes)
+    return OPTIMIZER.read(yaml.safe_load((CONF / f"{name}.yaml").read_text()) | changes)
 
 
 def _parameters():
@@ -87,8 +86,8 @@ def test_set_progress_reaches_every_parameter_group():
 
 @pytest.mark.parametrize("name", ["sgd", "lars"])
 def test_weight_decay_is_on_all_parameters(name):
-    network = build_model(Narrow(name="small_cnn", width=4, norm="batch"), 1, 10)
-    optimizer = build(_config(name), network.parameters())
+    network = MODEL.make(MODEL.read({"name": "small_cnn", "width": 4, "norm": "batch"}), 1, 10)
+    optimizer = OPTIMIZER.make(_config(name), network.parameters())
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 5e-4 for p in group["params"]}
     assert decayed == {id(p) for p in network.parameters()}
 
@@ -99,8 +98,8 @@ def test_optimizer_as_configured_trains_on_digits_within_forty_steps(name):
     x = torch.tensor(digits.images[:512] / 16, dtype=torch.float32)[:, None]
     y = torch.tensor(digits.target[:512])
     torch.manual_seed(0)
-    network, config = build_model(Narrow(name="small_cnn", width=16, norm="batch"), 1, 10), _config(name)
-    optimizer = build(config, network.parameters())
+    network, config = MODEL.make(MODEL.read({"name": "small_cnn", "width": 16, "norm": "batch"}), 1, 10), _config(name)
+    optimizer = OPTIMIZER.make(config, network.parameters())
     losses = []
     for step in range(40):
         set_progress(optimizer, step / 40, config)

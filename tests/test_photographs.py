@@ -29,17 +29,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import make_miniature
 from alignprune_exp import suspects
 from alignprune_exp.commandline import checked, config_dir
-from alignprune_exp.config import ResNet, identity
+from alignprune_exp.config import MODEL, identity
 from alignprune_exp.data import layout
 from alignprune_exp.data.augment import ATTEMPTS, Augmentation
-from alignprune_exp.data.batches import Batches
-from alignprune_exp.data.datasets import load
+from alignprune_exp.data.batches import ImageBatches
+from alignprune_exp.data.datasets import DATASETS
 from alignprune_exp.data.images import Cut, resized_crop
 from alignprune_exp.data.sources import parquet as shards
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
 from alignprune_exp.learners.ce import CrossEntropy
-from alignprune_exp.models import build
 from alignprune_exp.report.figures import save_all
 from alignprune_exp.report.html import page
 from alignprune_exp.report.publish import scrubbed_command, scrubbed_config
@@ -47,6 +46,7 @@ from alignprune_exp.report.tables import make_table, markdown, read_records
 from alignprune_exp.suites import load_suite
 from alignprune_exp.suspects import report_sheet
 from alignprune_exp.train import main
+from test_data import noise_of
 
 NAMES = ("webvision", "clothing1m", "imagenet", "tiny_imagenet", "parquet")
 CUT = {"image_size": 24, "area": 0.08, "aspect": 0.75, "eval_crop": 0.875}
@@ -77,14 +77,14 @@ def miniatures(tmp_path_factory):
 
 
 def _load(name, root, on_error="stop", **changes):
-    return load({"name": name, "root": str(root), "on_error": on_error, **OPTIONS[name], **CUT, **changes})
+    return DATASETS[name](name=name, root=str(root), on_error=on_error, **OPTIONS[name] | CUT | changes).open()
 
 
 def _prepare(source, **changes):
     plain = {"seed": 0, "subset": None, "test_subset": None, "reference_size": 5.0, "reference_per_class": True}
-    plain |= {"reference_noise": 0.0, "reference_train": False, "noise": "real", "noise_rate": 0.0}
-    plain |= {"noise_labels": "worst", "noise_file": None, "root": None}
-    return prepare(source, **(plain | changes))
+    plain |= {"reference_noise": 0.0, "reference_train": False, "root": None}
+    noise = noise_of(changes.pop("noise", "real"), changes.pop("noise_rate", 0.0), None, None)
+    return prepare(source, noise=noise, **(plain | changes))
 
 
 def _composed(*overrides):
@@ -349,7 +349,7 @@ def test_print_colours_and_sixteen_bits_are_converted(tmp_path, name, kind):
 def test_what_a_layout_lacks_is_named(tmp_path, miniatures):
     for name in NAMES:
         with pytest.raises(UsageError, match=rf"dataset={name} needs its folder: type dataset.root=FOLDER"):
-            load({"name": name, "root": None, "on_error": "stop", **OPTIONS[name], **CUT})
+            DATASETS[name](name=name, root=None, on_error="stop", **OPTIONS[name], **CUT).open()
         (tmp_path / name).mkdir()
         with pytest.raises(UsageError, match=rf"{tmp_path / name}"):
             _load(name, tmp_path / name)
@@ -597,7 +597,7 @@ def test_a_large_jpeg_is_decoded_at_less_than_its_size_and_looks_the_same():
 
 def _batches(data, **changes):
     plain = {"batch_size": 6, "device": "cpu", "mean": data.mean, "std": data.std, "seed": 1}
-    return Batches(data.train, **(plain | {"train": True, "flip": True, "crop": 0} | changes))
+    return ImageBatches(data.train, **(plain | {"train": True, "flip": True, "crop": 0} | changes))
 
 
 def _by_sample(batches):
@@ -726,20 +726,20 @@ def published(tmp_path, monkeypatch):
 
 
 def _resnet(weights="imagenet", stem="large", norm="batch"):
-    return ResNet(name="resnet18", stem=stem, weights=weights, norm=norm)
+    return MODEL.read({"name": "resnet18", "stem": stem, "weights": weights, "norm": norm})
 
 
 def test_weights_are_fetched_checked_and_get_a_new_head(published):
     file, cached, state = published("resnet18")
     torch.manual_seed(0)
-    ours = build(_resnet(), 3, 7).state_dict()
+    ours = MODEL.make(_resnet(), 3, 7).state_dict()
     assert cached.read_bytes() == file.read_bytes()
     assert ours["fc.weight"].shape == (7, 512)
     assert all(torch.equal(ours[key], state[key]) for key in state if not key.startswith("fc."))
     torch.manual_seed(0)
-    assert torch.equal(build(_resnet("none"), 3, 7).state_dict()["fc.weight"], ours["fc.weight"])
+    assert torch.equal(MODEL.make(_resnet("none"), 3, 7).state_dict()["fc.weight"], ours["fc.weight"])
     file.unlink()  # from the cache, without a network
-    assert torch.equal(build(_resnet(), 3, 7).state_dict()["conv1.weight"], state["conv1.weight"])
+    assert torch.equal(MODEL.make(_resnet(), 3, 7).state_dict()["conv1.weight"], state["conv1.weight"])
 
 
 def test_weights_that_cannot_be_had_are_one_sentence(published):
@@ -748,17 +748,17 @@ def test_weights_that_cannot_be_had_are_one_sentence(published):
     content = file.read_bytes()
     file.write_bytes(content[:-1] + b"?")
     with pytest.raises(UsageError, match=rf"cannot be had \(invalid hash value.*\): {where}"):
-        build(_resnet(), 3, 7)
+        MODEL.make(_resnet(), 3, 7)
     assert not cached.exists()
     file.unlink()
     with pytest.raises(UsageError, match=rf"weights of resnet18 cannot be had \(.*No such file.*\): {where}"):
-        build(_resnet(), 3, 7)
+        MODEL.make(_resnet(), 3, 7)
     cached.write_bytes(content[: len(content) // 2])
     with pytest.raises(UsageError, match=rf"{cached} is damaged, since its sha256 does not begin .*: {where}"):
-        build(_resnet(), 3, 7)
+        MODEL.make(_resnet(), 3, 7)
     for bad in (_resnet(stem="small"), _resnet(norm="group")):
         with pytest.raises(UsageError, match=r"model.weights=imagenet fits colour images, model.stem=large"):
-            build(bad, 3, 7)
+            MODEL.make(bad, 3, 7)
 
 
 # ---- the script ------------------------------------------------------------------------------------------
@@ -994,7 +994,7 @@ def test_resnet50_takes_two_finite_steps_at_224_pixels_in_bf16(tmp_path):
     root = _miniature("imagenet", tmp_path / "set", "--size", "240")
     data = _prepare(_load("imagenet", root, image_size=224), reference_size=0.0)
     torch.manual_seed(0)
-    network = build(ResNet(name="resnet50", stem="large", weights="none", norm="batch"), 3, 4)
+    network = MODEL.make(MODEL.read({"name": "resnet50", "stem": "large", "weights": "none", "norm": "batch"}), 3, 4)
     network = network.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9)
     for _, images, labels in _batches(data, batch_size=16).epoch(torch.arange(32), 0):

@@ -20,7 +20,7 @@ from alignprune_exp.pruning.reference import class_shares, confident_thresholds,
 from alignprune_exp.pruning.scores import pearson, spearman
 from alignprune_exp.run import Run
 from alignprune_exp.runs import run_folders
-from alignprune_exp.setup import load_data
+from alignprune_exp.setup import open_task
 from alignprune_exp.suites import load_suite
 from alignprune_exp.train import main
 from test_experiment import Stop, assert_same_results, checkpoints, metrics_of, only_run, trained
@@ -246,7 +246,7 @@ class Watched:
 
     def __init__(self, config):
         self.one = one = Run(config)
-        self.labels = one.setup.data.train.labels
+        self.labels = one.setup.task.data.train.labels
         self.selections, self.references, self.choices, self.trajectory = [], [], [], []
         self.forwarded = 0
         reference, pruning, learner = one.reference, one.loop.pruning, one.loop.network.learner
@@ -282,7 +282,7 @@ class Watched:
 
 def outputs(one, state):
     """The network's logits for all training images as they are, computed without the run's own code."""
-    data, learner = one.setup.data, one.loop.network.learner
+    data, learner = one.setup.task.data, one.loop.network.learner
     x = torch.stack([data.train[i][0] for i in range(len(data.train))]).double() / 255
     mean, std = (torch.from_numpy(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
     learner.load_state_dict(state)
@@ -303,7 +303,7 @@ def watched(tmp_path_factory):
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_nothing_is_held_out(watched, kind):
     run = watched[kind]
-    assert run.one.setup.data.reference is None
+    assert run.one.setup.task.data.reference is None
     assert run.one.loop.pruning.n == len(run.labels) == 300
 
 
@@ -394,12 +394,13 @@ def test_the_record_says_how_noisy_the_set_was(watched, kind):
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_no_clean_label_has_a_say(watched, tmp_path, monkeypatch, kind):
-    def lying(config):
-        data = load_data(config)
-        data.train.clean_labels[:] = np.random.default_rng(0).permutation(data.train.clean_labels)
-        return data
+    def lying(*given):
+        task = open_task(*given)
+        train = task.data.train
+        task.corrupted = train.labels != np.random.default_rng(0).permutation(train.clean_labels)
+        return task
 
-    monkeypatch.setattr("alignprune_exp.setup.load_data", lying)
+    monkeypatch.setattr("alignprune_exp.setup.open_task", lying)
     run = Watched(config_of(tmp_path, "precision=fp32", *EVERY_KIND[kind])).run()
     undisturbed = watched[kind]
     assert run.selections == undisturbed.selections

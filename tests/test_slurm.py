@@ -183,7 +183,7 @@ def test_an_interrupted_job_goes_on_from_the_very_step(tmp_path, interrupt):
 @pytest.mark.slurm
 @pytest.mark.usefixtures("cluster")
 def test_a_job_that_hits_its_time_limit_goes_on_from_the_very_step(tmp_path, monkeypatch):
-    """Slurm may signal up to a minute earlier than asked: the run is made to last from 20 to 80 seconds at the least."""
+    """Slurm may signal up to a minute earlier than asked: the run lasts from 20 to 80 seconds at the least."""
     (tmp_path / "dawdling.py").write_text(DAWDLING)
     monkeypatch.syspath_prepend(tmp_path)
     long = [*LONG, "score.name=dawdling.Dawdling"]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from alignprune_exp import optim
-from alignprune_exp.config import validate
+from alignprune_exp.config import OPTIMIZER, validate
 from alignprune_exp.data.augment import rand_augment
 from alignprune_exp.errors import UsageError
 from alignprune_exp.network import Network
@@ -610,7 +610,7 @@ def test_training_begins_from_the_initialisation_and_schedule_of_any_other_run(t
 def test_the_evidence_is_that_of_the_network_at_the_end_of_the_warm_up(tmp_path, monkeypatch):
     seen = Seen(monkeypatch)
     one = Run(config_of(tmp_path, "pruner=static_glister", "pruner.warmup=2", base=SHORT))
-    data, warm = one.setup.data, one.loop
+    data, warm = one.setup.task.data, one.loop
     folder = trained(one)
     (found,) = seen.evidence
     network = warm.network.learner.networks[0].eval()
@@ -628,7 +628,7 @@ def test_the_evidence_is_that_of_the_network_at_the_end_of_the_warm_up(tmp_path,
 
 def by_hand(setup):
     """Walk the two phases of a run in a loop of one's own; return them, what was predicted, and a row an epoch."""
-    config, train, trusted = setup.config, setup.data.train, setup.data.reference
+    config, train, trusted = setup.config, setup.task.data.train, setup.task.data.reference
     log, predicted, rows = WarmUpLog(setup.n), np.full(setup.n, -1), []
 
     def seen(network, labels, batches):
@@ -639,12 +639,12 @@ def by_hand(setup):
         return loss, Evidence(labels=labels, probabilities=logits.softmax(1), embeddings=hidden)
 
     def walked(pruning, network):
-        optimizer = optim.build(config.optimizer, network.parameters())
+        optimizer = OPTIMIZER.make(config.optimizer, network.parameters())
         for epoch in range(pruning.first, pruning.epochs):
             order, total = pruning.order(), 0.0
             steps = math.ceil(len(order) / config.batch_size)
             network.train()
-            for step, (index, x, y) in enumerate(setup.train_batches.epoch(order, epoch)):
+            for step, (index, x, y) in enumerate(setup.task.train.epoch(order, epoch)):
                 progress = (epoch - pruning.first + step / steps) / (pruning.epochs - pruning.first)
                 rate = optim.set_progress(optimizer, progress, config.optimizer)
                 logits = network(x)
@@ -655,7 +655,7 @@ def by_hand(setup):
                 optimizer.step()
                 predicted[index] = logits.argmax(1)
                 total += losses.detach().sum().item()
-            reference_loss, _ = seen(network, trusted.labels, setup.reference_batches)
+            reference_loss, _ = seen(network, trusted.labels, setup.task.reference)
             pruning.end_epoch(reference_loss)
             log.observe(pruning.trajectories.last_N.numpy(), predicted == train.labels)
             rows.append({"train_loss": total / len(order), "reference_loss": reference_loss, "lr": rate})
@@ -664,8 +664,8 @@ def by_hand(setup):
     given = {"window": config.score.window, "seed": config.seed}
     network = Network(setup, "warm-up model").learner.networks[0]
     warm = walked(DynamicPruning(train, setup.warmup, pruner="full", **given), network)
-    _, evidence = seen(network, train.labels, setup.train_batches)
-    _, reference = seen(network, trusted.labels, setup.reference_batches)
+    _, evidence = seen(network, train.labels, setup.task.train)
+    _, reference = seen(network, trusted.labels, setup.task.reference)
     evidence = replace(evidence, losses=log.losses, forgotten=log.forgotten, reference=reference)
     choice = setup.plan.choose(evidence, generator(config.seed, "choose"))
     pruning = DynamicPruning(train, config.epochs, Fixed(indices=choice.indices), bank=warm.trajectories, **given)

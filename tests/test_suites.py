@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from alignprune_exp.config import make_pruner
+from alignprune_exp.config import PRUNER
 from alignprune_exp.errors import UsageError
 from alignprune_exp.records import read_dynamics, read_record, read_samples
 from alignprune_exp.report.tables import make_table, markdown, paired_difference, read_records
@@ -197,7 +197,7 @@ def test_methods_of_the_static_suite_save_what_their_column_says(scale):
     cells = load_suite("static", [f"scale={scale}"]).cells
     assert len({cell.config_id for cell in cells}) == len(cells) - 6  # full is one run in both columns
     for cell in cells:
-        pruner, saved = make_pruner(cell.config.pruner), float(cell.axes["saved"])
+        pruner, saved = PRUNER.make(cell.config.pruner), float(cell.axes["saved"])
         assert pruner == pruner.saving(saved, cell.config.epochs)
 
 
@@ -339,7 +339,8 @@ def test_mistakes_get_one_sentence(arguments, words, capsys):
     assert all(word in err for word in words)
 
 
-def test_status_imports_no_torch():
+def test_status_of_a_suite_that_was_composed_before_imports_no_torch():
+    load_suite("controls", ["scale=cpu"])
     code = "import sys; from alignprune_exp.status import main; main(['suite=controls', 'scale=cpu']); "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -32,8 +32,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .config import PATHS, Config, make_pruner, suggest, validate
+from .config import LEARNER, NOISE, PATHS, PRUNER, Config, Noise, validate
 from .errors import UsageError
+from .registry import settings
+from .schema import suggest
 
 PROGRAM = "python -m alignprune_exp.train"
 OF_HYDRA = ("hydra/launcher", "hydra.launcher", "hydra.searchpath")  # keys of Hydra's own that may be set
@@ -286,16 +288,16 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     """Say which keys of the command line have no effect."""
     notes = []
     given = sorted({override.split("=")[0].lstrip("+") for override in overrides})
-    pruner = config.pruner["name"]
+    pruner = config.pruner.name
     scores = [key for key in given if key.partition(".")[0] == "score"]
-    if scores and not make_pruner(config.pruner).uses_scores:
+    if scores and not PRUNER.make(config.pruner).uses_scores:
         notes.append(f"{', '.join(scores)} has no effect under pruner={pruner}, which ranks nothing")
-    if "saved" in given and make_pruner(config.pruner).keeps is None:
+    if "saved" in given and PRUNER.make(config.pruner).keeps is None:
         notes.append(f"saved has no effect under pruner={pruner}, which saves nothing")
     smoothing = [key for key in given if key in ("label_smoothing", "recorded")]
-    if smoothing and config.learner.name != "ce":
+    if smoothing and not LEARNER.find(config.learner.name).smooths:
         notes.append(f"{', '.join(smoothing)} has no effect under learner={config.learner.name}, which does not smooth")
-    inert = {"clean": ("rate", "labels", "file"), "real": ("rate",)}.get(config.noise.name, ("labels", "file"))
+    inert = Noise.model_fields.keys() - {"name", *settings(NOISE.find(config.noise.name))}
     if named := [key for key in given if key in [f"noise.{name}" for name in inert]]:
         notes.append(f"{', '.join(named)} has no effect under noise={config.noise.name}")
     return notes
@@ -314,7 +316,7 @@ def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, s
 
     def command(pruner: str, score: str | None, *more: str) -> str:
         changed = {change.split("=")[0] for change in more} | {"method", "pruner", "score", "score.name", "force"}
-        same = pruner == config.pruner["name"]
+        same = pruner == config.pruner.name
         kept = [
             override
             for override in overrides
@@ -326,8 +328,8 @@ def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, s
         return shlex.join([*program, *kept, *choice, *more])
 
     program = [interpreter(), *PROGRAM.split()[1:]]
-    pruner, score = config.pruner["name"], config.score.name
-    ranks = make_pruner(config.pruner).uses_scores
+    pruner, score = config.pruner.name, config.score.name
+    ranks = PRUNER.make(config.pruner).uses_scores
     aligns = config.reference.aligns
     commands = []
     if not ranks:

@@ -6,7 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .records import Metric
 
 QUIET = 30.0  # seconds without a line before a log file gets one from within an epoch
 
@@ -42,16 +45,16 @@ class Progress:
             say(line)
 
 
-def epoch_line(row: Mapping[str, Any], epochs: int, seconds_left: float) -> str:
+def epoch_line(row: Mapping[str, Any], epochs: int, seconds_left: float, judged: Metric) -> str:
     """Return one epoch's line: what ranked it, what was kept, how it went, and the time left."""
-    width = len(str(epochs))
+    width, tested = len(str(epochs)), row[f"test_{judged.name}"]
     parts = [
         f"epoch {row['epoch'] + 1:>{width}}/{epochs}",
         f"ranked by {row['ranked_by'] or '–':<10}",
         f"kept {row['kept_fraction']:.2f}",
         f"noise in it {_number(row['kept_noise'], '.3f')}",
         f"loss {row['train_loss']:.3f}",
-        f"test {'    –' if row['test_accuracy'] is None else format(row['test_accuracy'], '5.1f')} %",
+        f"test {'–' if tested is None else format(tested, f'.{judged.digits}f'):>5} {judged.unit}".rstrip(),
         f"{row['seconds']:.1f} s",
         f"left {duration(seconds_left)}",
     ]
@@ -70,10 +73,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def closing(summary: Mapping[str, Any], record: str, commands: Sequence[tuple[str, str]]) -> str:
+def closing(summary: Mapping[str, Any], judged: Metric, record: str, commands: Sequence[tuple[str, str]]) -> str:
     """Return the small table of a finished run, its record, and what to type next."""
     columns = {
-        "test accuracy": _number(summary["test_accuracy_final"], ".2f", " %"),
+        judged.words: judged.said(summary[f"test_{judged.name}_final"], judged.digits + 1),
         "saved": _number(summary["saved"], ".1%"),
         "kept noise": _number(summary["kept_noise_mean"], ".3f", f" of {_number(summary['noise_rate'], '.3f')}"),
         "detection AUROC": _number(summary["detection_auroc_last"], ".3f"),

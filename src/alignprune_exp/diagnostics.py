@@ -1,8 +1,7 @@
-"""What a selection and its scores look like where the clean labels are known."""
+"""What a selection and its scores look like where it is known which samples are corrupted."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,19 +47,20 @@ def dynamics(
     reference: NDArray[np.floating],
     scores: Mapping[str, NDArray[np.floating]],
     noisy: Mask | None,
-    labels: NDArray[np.int64],
+    strata: NDArray[np.int64] | None,
     selection: Selection,
-    classes: int,
+    chance_loss: float,
 ) -> list[dict[str, Any]]:
     """Return one epoch's rows of ``dynamics.parquet``.
 
     Args:
         losses: (n,) last recorded losses. reference: (R,) losses of the reference samples.
-        scores: (n,) each, by name. noisy: (n,), or None where unknown. labels: (n,) as trained on.
+        scores: (n,) each, by name. noisy: (n,), or None where unknown. strata: (n,), the class of each sample, if any.
+        chance_loss: of who knows nothing, four times which is the most that histograms of losses show.
 
     Each row has ``epoch``, ``kind``, ``name``, ``group`` (clean, noisy, reference, or all where unknown), ``x``
     and ``value``: ``loss_quantile`` at quantile x; ``histogram`` of the score ``name``, the count in the bin
-    centred at x; ``kept_fraction`` of class x.
+    centred at x; ``kept_fraction`` of class x, where there are classes.
     """
     everyone = np.ones(len(losses), bool)
     groups = {"all": everyone} if noisy is None else {"clean": ~noisy, "noisy": noisy}
@@ -76,7 +76,7 @@ def dynamics(
     for group, values in samples.items():
         if len(values):
             add("loss_quantile", "loss", group, QUANTILES, np.quantile(values, QUANTILES))
-    top = 4 * math.log(max(classes, 2))
+    top = 4 * chance_loss
     for name, score in scores.items():
         ranges = {"loss": (0.0, top), "small_loss": (-top, 0.0), "settled": (-top, 0.0)}
         low, high = ranges.get(name, (-1.0, 1.0))
@@ -84,8 +84,9 @@ def dynamics(
             values = np.clip(score[mask & ~np.isnan(score)], low, high)
             counts, edges = np.histogram(values, BINS, (low, high))
             add("histogram", name, group, (edges[1:] + edges[:-1]) / 2, counts)
-    members = np.bincount(labels, minlength=classes)
-    kept = np.bincount(labels[selection.indices], minlength=classes)
-    present = np.flatnonzero(members)
-    add("kept_fraction", "class", "all", present, kept[present] / members[present])
+    if strata is not None:
+        members = np.bincount(strata)
+        kept = np.bincount(strata[selection.indices], minlength=len(members))
+        present = np.flatnonzero(members)
+        add("kept_fraction", "class", "all", present, kept[present] / members[present])
     return rows

@@ -51,8 +51,8 @@ class Epoch:
         lr: the last learning rate.
         train_loss: mean plain loss of its samples.
         reference: losses (R,) of the reference set after it.
-        reference_loss, reference_noise: their mean, or what stands in for it; the wrong share of their labels.
-        tested: metrics of the evaluation sets, where it was evaluated.
+        reference_loss, reference_noise: their mean, or what stands in for it; the wrong share of them.
+        tested: metrics on what is evaluated on, where it was evaluated.
         refreshed, forwarded: samples passed through the network to refresh trajectories, and for the reference set.
         clock: where its seconds went.
     """
@@ -137,7 +137,7 @@ class Loop:
         pruning.end_epoch(now.reference_loss)
         clock.lap("score")
         if self.log is not None:
-            right = self.predicted.cpu().numpy() == setup.data.train.labels
+            right = self.predicted.cpu().numpy() == setup.task.strata
             self.log.observe(pruning.trajectories.last_N.cpu().numpy(), right)
         now.forwarded = len(now.reference) + self.reference.choose(network, pruning)
         clock.lap("reference")
@@ -162,25 +162,25 @@ class Loop:
         return order
 
     def _steps(self, order: np.ndarray) -> list[int]:
-        return self.setup.train_batches.sizes(len(order))
+        return self.setup.task.train.sizes(len(order))
 
     def _batches(
         self, order: np.ndarray, now: Epoch, clock: Clock, stop: threading.Event, save: Callable[[], None]
     ) -> Iterator[Step]:
         """Yield the epoch's steps that are left; raise Stopped, with a checkpoint left, where that was asked for."""
         setup, network, pruning = self.setup, self.network, self.pruning
-        batches, processes, sizes = setup.train_batches, setup.processes, self._steps(order)
+        batches, processes, sizes = setup.task.train, setup.processes, self._steps(order)
         epoch, steps, progress = now.number - pruning.first, len(sizes), Progress()
         if self.step == 0:
             network.learner.begin_epoch(epoch, batches.evaluation(now.selection.indices), network.logits)
         clock.lap("divide")
         network.learner.train()
         mine = batches.epoch(order, now.number, self.step, processes.rank, processes.size, network.learner.views)
-        for index, images, labels in mine:
+        for index, inputs, targets in mine:
             now.lr = network.schedule((epoch + self.step / steps) / (pruning.epochs - pruning.first))
             share = len(index) * processes.size / sizes[self.step]
             here = index.to(setup.device, non_blocking=True)
-            yield Step(here, images, labels, epoch, self.step, steps, share)
+            yield Step(here, inputs, targets, epoch, self.step, steps, share)
             self.step += 1
             if self.step < steps and self._stops(stop):
                 self._exchange()
@@ -195,8 +195,9 @@ class Loop:
             return stop.is_set()
         return self.step % STEPS_BETWEEN_QUESTIONS == 0 and self.setup.processes.any(stop.is_set())
 
-    def _note(self, step: Step, plain: Tensor, recorded: Tensor, predicted: Tensor) -> None:
-        self.predicted[step.index] = predicted
+    def _note(self, step: Step, plain: Tensor, recorded: Tensor, predicted: Tensor | None) -> None:
+        if predicted is not None:
+            self.predicted[step.index] = predicted
         self.loss_sum += plain.detach().sum()
         if self.setup.processes.size > 1:
             self._own.append((step.index, recorded.detach()))
@@ -228,22 +229,22 @@ class Loop:
         setup, unseen = self.setup, self.pruning.unseen().cpu()
         if len(unseen):
             smoothing = setup.config.label_smoothing if setup.config.recorded == "smoothed" else 0.0
-            batches = setup.train_batches.evaluation(setup.processes.share(unseen))
-            losses = setup.task.losses(self.network, batches, smoothing)
+            batches = setup.task.train.evaluation(setup.processes.share(unseen))
+            losses = setup.task.recorded(self.network, batches, smoothing)
             self.pruning.record(unseen, setup.processes.gather(losses))
         return len(unseen)
 
     def _test(self, epoch: int) -> dict[str, float]:
-        """Return accuracy and loss on the test set, and the accuracy on whatever else is evaluated on."""
+        """Return loss and metrics on the test set, and the metrics on whatever else is evaluated on."""
         tested: dict[str, float] = {}
-        for suffix, batches in self.setup.test_batches.items():
-            n = len(self.setup.test_sets[suffix])
-            share = self.setup.processes.share(torch.arange(n))
-            accuracy, loss = self.setup.task.evaluate(self.network, batches.evaluation(share), n, self.setup.processes)
-            tested[f"test_accuracy{suffix}"] = accuracy
+        task, processes = self.setup.task, self.setup.processes
+        for suffix, batches in task.tests.items():
+            share = processes.share(torch.arange(len(batches)))
+            found = task.evaluate(self.network, batches.evaluation(share), len(batches), processes)
+            tested |= {f"test_{metric.name}{suffix}": found[metric.name] for metric in task.metrics}
             if not suffix:
-                tested["test_loss"] = loss
-                if not math.isfinite(loss):
+                tested["test_loss"] = found["loss"]
+                if not all(map(math.isfinite, found.values())):
                     raise NonFiniteLossError(epoch, what="the test loss")
         return tested
 

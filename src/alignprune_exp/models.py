@@ -8,37 +8,84 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
 from .errors import UsageError
-
-if TYPE_CHECKING:
-    from .config import Narrow, ResNet
+from .schema import Neutral
 
 Norm = Callable[[int], nn.Module]  # from a number of channels to a normalisation
+Kind = Annotated[Literal["batch", "sync", "group"], Neutral("batch")]  # of normalisation
+Width = Annotated[int, Field(ge=1, le=1024)]  # channels of the first layer or stage
 
 
-def build(config: Narrow | ResNet, channels: int, classes: int) -> nn.Module:
-    """Return the network for images (B, channels, H, W) and logits (B, classes).
+def small_cnn(channels: int, classes: int, *, width: Width, norm: Kind = "batch") -> nn.Module:
+    """Two convolutions and a linear layer."""
+    normed = _norm(norm)
+    network = nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        normed(width),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
+        normed(2 * width),
+        nn.ReLU(inplace=True),
+        Quarters(),
+        nn.Flatten(),
+        nn.Linear(8 * width, classes),
+    )
+    return _synchronised(network, norm)
 
-    Freshly initialised, but for the weights that the config asks for. Raises UsageError where these cannot be had.
-    """
-    norm = _group_norm if config.norm == "group" else nn.BatchNorm2d
-    network: nn.Module
-    if config.name == "small_cnn":
-        network = small_cnn(channels, classes, config.width, norm)
-    elif config.name == "resnet8":
-        network = NarrowResNet(channels, classes, config.width, norm)
-    else:
-        network = _resnet(config, channels, classes, norm)
-    if config.norm == "sync" and dist.is_initialized():
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return network
+
+def resnet8(channels: int, classes: int, *, width: Width, norm: Kind = "batch") -> nn.Module:
+    """See `NarrowResNet`."""
+    return _synchronised(NarrowResNet(channels, classes, width, _norm(norm)), norm)
+
+
+def resnet18(
+    channels: int,
+    classes: int,
+    *,
+    stem: Literal["small", "large"],
+    weights: Annotated[Literal["none", "imagenet"], Neutral("none")] = "none",
+    norm: Kind = "batch",
+) -> nn.Module:
+    """torchvision's, with a stem for small images, or its weights. Raises UsageError where these cannot be had."""
+    return _synchronised(_resnet("resnet18", channels, classes, stem, weights, norm), norm)
+
+
+def resnet50(
+    channels: int,
+    classes: int,
+    *,
+    stem: Literal["small", "large"],
+    weights: Annotated[Literal["none", "imagenet"], Neutral("none")] = "none",
+    norm: Kind = "batch",
+) -> nn.Module:
+    """torchvision's, with a stem for small images, or its weights. Raises UsageError where these cannot be had."""
+    return _synchronised(_resnet("resnet50", channels, classes, stem, weights, norm), norm)
+
+
+# Each makes a network for images (B, channels, H, W) and logits (B, classes), freshly initialised but for its weights.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "small_cnn": small_cnn,
+    "resnet8": resnet8,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+}
+
+
+def _norm(kind: str) -> Norm:
+    return _group_norm if kind == "group" else nn.BatchNorm2d
+
+
+def _synchronised(network: nn.Module, norm: str) -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network) if norm == "sync" and dist.is_initialized() else network
 
 
 @contextmanager
@@ -55,22 +102,6 @@ def embeddings(network: nn.Module) -> Iterator[list[Tensor]]:
 
 def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(8, channels), channels)
-
-
-def small_cnn(channels: int, classes: int, width: int, norm: Norm = nn.BatchNorm2d) -> nn.Sequential:
-    """Two convolutions and a linear layer."""
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1, bias=False),
-        norm(width),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-        nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
-        norm(2 * width),
-        nn.ReLU(inplace=True),
-        Quarters(),
-        nn.Flatten(),
-        nn.Linear(8 * width, classes),
-    )
 
 
 class Quarters(nn.Module):
@@ -110,19 +141,19 @@ class NarrowResNet(nn.Module):
         return self.head(self.features(x_BCHW))
 
 
-def _resnet(config: ResNet, channels: int, classes: int, norm: Norm) -> nn.Module:
+def _resnet(name: str, channels: int, classes: int, stem: str, weights: str, norm: str) -> nn.Module:
     import torchvision.models
 
-    network = getattr(torchvision.models, config.name)(num_classes=classes, norm_layer=norm)
-    if config.weights == "imagenet":
-        if config.stem == "small" or channels != 3 or config.norm == "group":
+    network = getattr(torchvision.models, name)(num_classes=classes, norm_layer=_norm(norm))
+    if weights == "imagenet":
+        if stem == "small" or channels != 3 or norm == "group":
             raise UsageError(
                 "model.weights=imagenet fits colour images, model.stem=large and model.norm=batch or sync: set these, "
                 "or model.weights=none"
             )
-        network.load_state_dict(_published(config.name) | _head(network))
+        network.load_state_dict(_published(name) | _head(network))
         return network
-    if config.stem == "small":
+    if stem == "small":
         network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
     elif channels != 3:

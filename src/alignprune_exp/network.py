@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import distributed, learners, optim
+from . import distributed, optim
+from .config import LEARNER, OPTIMIZER
+from .learners.base import Given, Learner
 from .pruning import NonFiniteLossError
 from .pruning.seeding import generator
 from .setup import Setup
@@ -27,26 +29,28 @@ class Network:
         config = setup.config
         self.config, self.device, self.precision = config.optimizer, setup.device, setup.precision
         torch.manual_seed(int(generator(config.seed, purpose).integers(2**62)))
-        learner = learners.build(config, setup.task.network, setup.n, len(setup.data.classes))
-        self.learner = learner.to(self.device)
+        made = LEARNER.find(config.learner.name)
+        given = Given(setup.task, setup.n, config.seed, config.label_smoothing)
+        networks = [setup.task.network() for _ in range(made.count)]
+        self.learner: Learner = LEARNER.make(config.learner, networks, given).to(self.device)
         if config.channels_last:
             self.learner = self.learner.to(memory_format=torch.channels_last)
-        self.optimizer = optim.build(config.optimizer, self.learner.parameters())
+        self.optimizer: torch.optim.Optimizer = OPTIMIZER.make(config.optimizer, self.learner.parameters())
         self._parallel: nn.Module = self.learner
         if setup.processes.size > 1:
             self._parallel = distributed.parallel(self.learner)
         mode = config.compile if isinstance(config.compile, str) else None
         self._forward = torch.compile(self._parallel, mode=mode) if config.compile else self._parallel
 
-    def training_logits(self, images: Tensor, *network: int) -> Tensor:
-        """Return float32 logits (B, C) of all networks, or of one, to differentiate."""
+    def training_logits(self, inputs: Tensor, *network: int) -> Tensor:
+        """Return float32 outputs (B, …) of all networks, or of one, to differentiate."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self._forward(images, *network).float()
+            return self._forward(inputs, *network).float()
 
-    def logits(self, images: Tensor, *network: int) -> Tensor:
+    def logits(self, inputs: Tensor, *network: int) -> Tensor:
         """Return the same for evaluation."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.learner(images, *network).float()
+            return self.learner(inputs, *network).float()
 
     def schedule(self, progress: float) -> float:
         """Set the rates of training progress in [0, 1]; return the learning rate."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,21 +13,28 @@ if TYPE_CHECKING:
     from .config import Optimizer
 
 
-def build(config: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return SGD with Nesterov momentum, fused on CUDA, or timm's LARS; weight decay on all parameters."""
+def sgd(
+    parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, fused on CUDA; weight decay on all parameters."""
     parameters = list(parameters)
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.momentum > 0,
-            fused=parameters[0].device.type == "cuda",
-        )
+    fused = parameters[0].device.type == "cuda"
+    nesterov = momentum > 0
+    return torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused
+    )
+
+
+def lars(
+    parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """timm's LARS; weight decay on all parameters."""
     from timm.optim import Lars
 
-    return Lars(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return Lars(list(parameters), lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "lars": lars}
 
 
 def one_cycle(progress: float, config: Optimizer) -> tuple[float, float]:

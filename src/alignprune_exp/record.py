@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .diagnostics import detection_auroc, dynamics, kept_noise
 from .files import write_atomically
 from .loop import Epoch, Loop
 from .pruning import SCORES, Choice, DynamicPruning
-from .records import write_parquet
+from .records import ACCURACY, write_parquet
 from .runs import RunFolder, write_text
 from .setup import Setup
 
@@ -96,9 +97,9 @@ def epoch_rows(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, list[Row]]:
         now.reference.cpu().numpy(),
         scores,
         noisy,
-        setup.data.train.labels,
+        setup.task.strata,
         now.selection,
-        len(setup.data.classes),
+        setup.task.chance_loss,
     )
     clock.lap("diagnostics")
     looked_at = 0
@@ -134,7 +135,8 @@ def epoch_rows(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, list[Row]]:
 
 def metric_names(setup: Setup) -> list[str]:
     """Return the names of what an epoch's evaluation gives."""
-    return ["test_accuracy", "test_loss", *(f"test_accuracy{suffix}" for suffix in setup.test_sets if suffix)]
+    names = [f"test_{metric.name}" for metric in setup.task.metrics]
+    return [*names, "test_loss", *(name + suffix for suffix in setup.task.tests if suffix for name in names)]
 
 
 def ranking_name(pruning: DynamicPruning) -> str | None:
@@ -175,9 +177,9 @@ def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequen
         "dataset": config.dataset.name,
         "noise": config.noise.name,
         "noise_rate": None if setup.noisy is None else float(setup.noisy.mean()),
-        "pairing": setup.data.pairing or None,
+        **setup.task.facts,
         "learner": config.learner.name,
-        "pruner": config.pruner["name"],
+        "pruner": config.pruner.name,
         "score": ranking,
         "window": config.score.window if ranking else None,
         "seed": config.seed,
@@ -185,7 +187,7 @@ def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequen
         "epochs": config.epochs,
         "samples": setup.n,
         **_tested(setup, of_training),
-        **({"skipped": len(setup.data.skipped)} if setup.data.skipped else {}),
+        **({"skipped": len(setup.task.skipped)} if setup.task.skipped else {}),
         "saved": 1 - trained / (setup.n * config.epochs),
         "kept_noise_mean": _mean(row["kept_noise"] for row in pruned),
         "kept_noise_weighted_mean": _mean(row["kept_noise_weighted"] for row in pruned),
@@ -200,12 +202,16 @@ def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequen
 
 
 def _tested(setup: Setup, rows: Sequence[Row]) -> Row:
-    """Return final and best accuracy on every set that is evaluated on."""
-    found: Row = {}
-    for suffix in setup.test_sets:
-        values = [row[f"test_accuracy{suffix}"] for row in rows]
-        found[f"test_accuracy{suffix}_final"] = values[-1] if values else None
-        found[f"test_accuracy{suffix}_best"] = max((value for value in values if value is not None), default=None)
+    """Return final and best value of every metric on everything that is evaluated on."""
+    headline = setup.task.metrics[0]
+    found: Row = {} if headline == ACCURACY else {f"headline_{key}": value for key, value in asdict(headline).items()}
+    for suffix in setup.task.tests:
+        for metric in setup.task.metrics:
+            values = [row[f"test_{metric.name}{suffix}"] for row in rows]
+            known = [value for value in values if value is not None]
+            found[f"test_{metric.name}{suffix}_final"] = values[-1] if values else None
+            best = max if metric.higher else min
+            found[f"test_{metric.name}{suffix}_best"] = best(known, default=None)
     return found
 
 
@@ -239,7 +245,7 @@ def environment(setup: Setup, command: str, resumed_at: int) -> Row:
         "commit": commit(),
         "command": command,
         "resumed_at_epoch": resumed_at,
-        "data_fingerprint": setup.data.fingerprint,
+        "data_fingerprint": setup.task.fingerprint,
     }
 
 
@@ -248,23 +254,22 @@ def write_samples(path: Path, setup: Setup, loop: Loop) -> None:
     import pandas as pd
     import pyarrow as pa
 
-    pruning, train = loop.pruning, setup.data.train
+    pruning = loop.pruning
     empty = np.full(setup.n, np.nan, np.float32)
     scores = {f"score_{name}": empty for name in FROM_THE_BANK}
     scores |= {f"score_{name}": values for name, values in bank_scores(setup, pruning).items()}
+    classes = setup.task.classes
     frame = pd.DataFrame(
         {
-            "index": train.rows,
-            "path": pd.array(train.paths, dtype="string") if train.paths is not None else None,
-            "label": train.labels,
-            "clean_label": train.clean_labels if train.clean_labels is not None else None,
-            "predicted": loop.predicted.cpu().numpy(),
+            **setup.task.columns(),
+            **({} if classes is None else {"predicted": loop.predicted.cpu().numpy()}),
             "loss": pruning.trajectories.last_N.cpu().numpy(),
             **scores,
             "times_selected": setup.warmup + pruning.times_selected,
         }
     )
-    write_parquet(path, pa.Table.from_pandas(frame, preserve_index=False), classes=len(setup.data.classes))
+    facts = {} if classes is None else {"classes": len(classes)}
+    write_parquet(path, pa.Table.from_pandas(frame, preserve_index=False), **facts)
 
 
 def commit() -> str | None:

@@ -30,9 +30,48 @@ Epochs = Annotated[int, Field(ge=1, lt=2**31)]
 Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 
 DYNAMICS = {"epoch": "int", "kind": "text", "name": "text", "group": "text", "x": "float", "value": "float"}
-SAMPLES = {"index": "int", "label": "int", "loss": "score", "times_selected": "int"}
-MAYBE_UNKNOWN = {"path": "text", "clean_label": "int", "predicted": "int"}  # samples have all of them, or none
+SAMPLES = {"index": "int", "loss": "score", "times_selected": "int"}
+MAYBE_UNKNOWN = {
+    "path": "text",
+    "label": "int",
+    "clean_label": "int",
+    "predicted": "int",
+}  # samples have all of them, or none
 FAMILIES = {"auroc_": 1.0, "test_accuracy_": 100.0, "kept_noise_": 1.0, "seconds_": math.inf}  # from 0 up to there
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured on samples that are not trained on.
+
+    Attributes:
+        name: as records have it, after ``test_``.
+        words: as tables and figures say it.
+        unit: such as ``%``, or nothing.
+        higher: whether more is better.
+        digits: that are worth showing after the point.
+    """
+
+    name: str
+    words: str
+    unit: str = ""
+    higher: bool = True
+    digits: int = 1
+
+    def said(self, value: float | None, digits: int | None = None) -> str:
+        """Return a value with its unit."""
+        if value is None:
+            return "–"
+        return f"{value:.{self.digits if digits is None else digits}f}" + (f" {self.unit}" if self.unit else "")
+
+
+ACCURACY = Metric("accuracy", "test accuracy", "%")  # the headline of a record that names none
+
+
+def headline(summary: Mapping[str, Any]) -> Metric:
+    """Return the metric that a run is judged by."""
+    named = {key.removeprefix("headline_"): value for key, value in summary.items() if key.startswith("headline_")}
+    return Metric(**named) if named else ACCURACY
 
 
 class Damaged(UsageError):
@@ -66,7 +105,10 @@ class Values(BaseModel):
 
 
 class Finished(Values):
-    """``summary.json`` of a run that finished. Accuracies in per cent."""
+    """``summary.json`` of a run that finished. Accuracies in per cent.
+
+    ``headline_…`` describe the `Metric` that it is judged by, where that is not the accuracy.
+    """
 
     id: str
     config_id: str
@@ -74,7 +116,12 @@ class Finished(Values):
     dataset: str
     noise: str
     noise_rate: Share | None
-    pairing: Literal["verified", "unverified"] | None
+    pairing: Literal["verified", "unverified"] | None = None
+    headline_name: str | None = None
+    headline_words: str = ""
+    headline_unit: str = ""
+    headline_higher: bool = True
+    headline_digits: Annotated[int, Field(ge=0, le=9)] = 1
     pruner: str
     score: str | None
     window: Epochs | None
@@ -83,8 +130,8 @@ class Finished(Values):
     epochs: Epochs
     warmup_epochs: Count = 0
     samples: Annotated[Count, Field(ge=1)] | None = None
-    test_accuracy_final: Percent
-    test_accuracy_best: Percent
+    test_accuracy_final: Percent | None = None
+    test_accuracy_best: Percent | None = None
     saved: Annotated[float, Field(le=1)]  # below 0 where a warm-up cost more than the choice saved
     kept_noise_mean: Share | None
     kept_noise_weighted_mean: Share | None
@@ -94,6 +141,16 @@ class Finished(Values):
     samples_per_second: Seconds | None
     commit: str | None
     finished_at: str
+
+    @model_validator(mode="after")
+    def _check_headline(self) -> Finished:
+        values = self.model_dump()
+        for key in (f"test_{self.headline_name or ACCURACY.name}_{which}" for which in ("final", "best")):
+            if values.get(key) is None:
+                raise ValueError(f"{key} is missing")
+            if isinstance(values[key], (bool, str)):
+                raise ValueError(f"{key} is {_shown(values[key])}, which is no number")
+        return self
 
 
 class Failed(Values):
@@ -123,7 +180,7 @@ class Row(Values):
     epoch: Count
     ranked_by: str | None
     train_loss: float
-    test_accuracy: Percent | None
+    test_accuracy: Percent | None = None
     test_loss: float | None
     lr: Annotated[float, Field(ge=0)]
     kept_fraction: Share
@@ -169,6 +226,8 @@ def read_record(folder: Folder) -> Record | None:
         raise Damaged(folder / "environment.json", f"of config {_shown(environment['config_id'])}")
     if len(record.rows) != epochs:
         raise Damaged(folder / "metrics.jsonl", f"{len(record.rows)} of {epochs} epochs")
+    if (key := f"test_{headline(summary).name}") not in record.rows[-1]:
+        raise Damaged(folder / "metrics.jsonl", f"{key} is missing")
     for key, value in _retold(record):
         told = summary.get(key)
         if told != value and (told is None or value is None or not math.isclose(told, value, abs_tol=1e-9)):
@@ -195,11 +254,12 @@ def _retold(record: Record) -> Iterator[tuple[str, float | None]]:
         yield "saved", 1 - last["samples_seen"] / (samples * summary["epochs"])
     if (ranked := f"auroc_{summary['score']}") in last:
         yield "detection_auroc_last", last[ranked]
+    judged = headline(summary)
     for key in last:
-        if key.startswith("test_accuracy"):
+        if key.startswith(f"test_{judged.name}"):
             tested = [row[key] for row in rows[summary.get("warmup_epochs", 0) :] if row.get(key) is not None]
             yield f"{key}_final", last[key]
-            yield f"{key}_best", max(tested, default=None)
+            yield f"{key}_best", (max if judged.higher else min)(tested, default=None)
 
 
 def _refuse_lost(folder: Folder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,20 +19,19 @@ class Reference:
     """Where the reference trajectory comes from, epoch by epoch.
 
     Attributes:
-        samples: (R,) those of ``setup.reference_batches`` that are in the set.
+        samples: (R,) those of ``task.reference`` that are in the set.
     """
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        held_out = setup.data.reference
-        self.samples = torch.arange(0 if held_out is None else len(held_out))
+        self.samples = torch.arange(setup.task.held_out)
 
     def losses(self, network: Network) -> Tensor:
         """Return the samples' losses (R,), float64."""
         if len(self.samples) == 0:
             return torch.empty(0)
         share = self.setup.processes.share(self.samples)
-        losses = self.setup.task.losses(network, self.setup.reference_batches.evaluation(share))
+        losses = self.setup.task.recorded(network, self.setup.task.reference.evaluation(share))
         return self.setup.processes.gather(losses).double()
 
     def loss(self, losses_R: Tensor, pruning: DynamicPruning) -> float | None:
@@ -41,11 +41,11 @@ class Reference:
         return pruning.trajectories.population_mean() if self.setup.config.reference.aligns else None
 
     def noise(self) -> float | None:
-        """Return the wrong share of the set's labels, where that is known."""
-        trusted, noisy = self.setup.data.reference, self.setup.noisy
-        if trusted is not None and trusted.clean_labels is not None:
-            return float((trusted.labels != trusted.clean_labels).mean())
-        return None if noisy is None or len(self.samples) == 0 else float(noisy[self.samples].mean())
+        """Return the wrong share of the set, where that is known."""
+        task = self.setup.task
+        if task.held_out or task.corrupted is None or len(self.samples) == 0:
+            return task.reference_noise()
+        return float(task.corrupted[self.samples].mean())
 
     def choose(self, network: Network, pruning: DynamicPruning) -> int:
         """Choose a pseudo set anew where that is due; return how many samples were forwarded for it."""
@@ -56,12 +56,13 @@ class Reference:
         by_quality = reference.method == "cleanlab"
         if by_quality:
             own = setup.processes.share(torch.arange(setup.n))
-            batches = setup.train_batches.evaluation(own)
+            batches = setup.task.train.evaluation(own)
             trust = setup.task.label_quality(network, batches, own, setup.processes).cpu().numpy()
         else:
             trust = pruning.scores("small_loss")
         rng = generator(config.seed, "pseudo reference", pruning.epoch)
-        chosen = most_trusted(trust, setup.data.train.labels, reference_count(reference.size, setup.n), rng)
+        strata = np.zeros(setup.n, np.int64) if setup.task.strata is None else setup.task.strata
+        chosen = most_trusted(trust, strata, reference_count(reference.size, setup.n), rng)
         self.samples = torch.from_numpy(chosen)
         pruning.change_reference(self.losses(network).mean())
         return len(chosen) + by_quality * setup.n

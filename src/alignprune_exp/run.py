@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from . import record
-from .config import Config, NoTracking
+from .config import TRACKING, Config
 from .console import epoch_line, say
 from .distributed import Lost, Processes
 from .errors import GOES_ON, Failed, Stopped, UsageError
@@ -34,10 +34,11 @@ from .pruning import (
 )
 from .pruning.seeding import generator
 from .record import Row
+from .records import read_summary
 from .reference import Reference
 from .runs import RunFolder, owner_alive, write_json, write_text
 from .setup import Setup, make_pruning
-from .tracking import Tracker
+from .tracking import Mirror, Mirrored, Tracker
 
 Result = TypeVar("Result")
 
@@ -66,7 +67,7 @@ def run(config: Config, command: str, group: str | None = None) -> tuple[dict[st
 
         ended = _agreed(processes, begin)
         if processes.any(ended is not None):
-            return ended or folder.summary() or {}, folder.path
+            return ended or read_summary(folder.path) or {}, folder.path
         try:
             with processes.connected():
                 return one.train(folder, command, group), folder.path
@@ -101,7 +102,7 @@ def _has_died(folder: Path) -> bool:
 
 
 def _ended(folder: RunFolder) -> dict[str, Any] | None:
-    summary = folder.summary()
+    summary = read_summary(folder.path)
     if summary is None:
         return None
     if summary["status"] == "failed":
@@ -146,7 +147,7 @@ class Run:
     ) -> Loop:
         setup = self.setup
         clean = None if setup.noisy is None else ~setup.noisy
-        pruning = make_pruning(setup.config, setup.data.train, clean, setup.device, (pruner, epochs), bank)
+        pruning = make_pruning(setup.config, range(setup.n), clean, setup.device, (pruner, epochs), bank)
         return Loop(setup, pruning, Network(setup, purpose), self.reference, log, spent)
 
     def train(self, folder: RunFolder, command: str, group: str | None = None) -> dict[str, Any]:
@@ -157,13 +158,13 @@ class Run:
         environment = record.environment(setup, command, len(self.journal.rows))
         if writes:
             self._write(folder, environment)
-        tracking = config.tracking if writes else NoTracking(name="none")
-        mirrored = config.model_dump() | {"environment": environment}
-        tracker = Tracker(tracking, setup.id, group, folder.path, mirrored, say)
+        tracker = TRACKING.make(config.tracking) if writes else Tracker()
+        mirrored = Mirrored(setup.id, group, folder.path, config.model_dump() | {"environment": environment})
+        mirror = Mirror(tracker, mirrored, say)
         say(self._beginning())
         try:
             with _stop_signals() as stop, self._images_turn_bad():
-                error = self._walk(folder, stop, tracker)
+                error = self._walk(folder, stop, mirror)
             summary = record.summary(setup, self.loop, self.choice, self.journal.rows, error)
             if writes:
                 folder.check_owned()
@@ -172,9 +173,9 @@ class Run:
                 self._write(folder, environment)
                 write_json(folder.path / "summary.json", summary)
         except BaseException as ended:
-            tracker.finish({"status": "stopped" if isinstance(ended, Stopped) else "interrupted"})
+            mirror.finish({"status": "stopped" if isinstance(ended, Stopped) else "interrupted"})
             raise
-        tracker.finish(summary)
+        mirror.finish(summary)
         if summary["status"] == "failed":
             raise Failed(f"run {setup.id}: {summary['error']}; the record is in {folder.path}")
         if writes and not config.keep_checkpoints:
@@ -191,8 +192,8 @@ class Run:
         self.journal.write(folder)
         write_text(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.setup.config.model_dump())))
         write_json(folder.path / "environment.json", environment)
-        if self.setup.data.skipped:
-            write_text(folder.path / "skipped.txt", "".join(f"{line}\n" for line in self.setup.data.skipped))
+        if self.setup.task.skipped:
+            write_text(folder.path / "skipped.txt", "".join(f"{line}\n" for line in self.setup.task.skipped))
 
     def _beginning(self) -> str:
         setup, config = self.setup, self.setup.config
@@ -222,7 +223,7 @@ class Run:
             self._stop_if(stop)
         yield self._running
 
-    def _walk(self, folder: RunFolder, stop: threading.Event, tracker: Tracker) -> str | None:
+    def _walk(self, folder: RunFolder, stop: threading.Event, mirror: Mirror) -> str | None:
         """Train the epochs that are left, writing the record as they end; return why they cannot go on, if so."""
         setup, rows = self.setup, self.journal.rows
         for loop in self._phases(folder, stop):
@@ -236,9 +237,10 @@ class Run:
                 if setup.processes.rank == 0:
                     self.journal.write(folder)
                 self._save(folder)
-                tracker.log(row)
+                mirror.log(row)
                 recent = [row["seconds"] for row in rows[-5:]]
-                say(epoch_line(row, setup.epochs, sum(recent) / len(recent) * (setup.epochs - len(rows))))
+                left = sum(recent) / len(recent) * (setup.epochs - len(rows))
+                say(epoch_line(row, setup.epochs, left, setup.task.metrics[0]))
                 if len(rows) < setup.epochs:
                     self._stop_if(stop)
         return None
@@ -337,18 +339,19 @@ def _evidence(setup: Setup, criterion: Criterion, network: Network, log: WarmUpL
     known: dict[str, Any] = {"losses": log.losses, "forgotten": log.forgotten} if log.epochs else {}
     if needs & {"probabilities", "embeddings"}:
         share = processes.share(torch.arange(setup.n))
-        batches = setup.train_batches
+        batches = task.train
         own = task.outputs(
             network, batches.strong(share, log.epochs) if criterion.strong else batches.evaluation(share)
         )
         known["probabilities"], known["embeddings"] = (processes.gather(values).cpu().numpy() for values in own)
         samples += setup.n
-    if "reference" in needs and setup.data.reference is not None:
-        outputs = task.outputs(network, setup.reference_batches.evaluation())
+    if "reference" in needs and task.held_out:
+        outputs = task.outputs(network, task.reference.evaluation())
         probabilities, embeddings = (values.cpu().numpy() for values in outputs)
-        known["reference"] = Evidence(setup.data.reference.labels, probabilities, embeddings)
-        samples += len(setup.data.reference)
-    return Evidence(setup.data.train.labels, **known), samples
+        known["reference"] = Evidence(task.reference_labels(), probabilities, embeddings)
+        samples += task.held_out
+    assert task.strata is not None
+    return Evidence(task.strata, **known), samples
 
 
 @contextmanager

@@ -34,14 +34,6 @@ RECORD = (
     "samples.parquet",
     "summary.json",
 )
-SUMMARY_NUMBERS = (  # each may be unknown
-    "test_accuracy_final",
-    "saved",
-    "kept_noise_mean",
-    "noise_rate",
-    "detection_auroc_last",
-    "seconds_total",
-)
 
 
 def run_id(identity: Mapping[str, Any]) -> str:
@@ -75,14 +67,6 @@ def read_json(path: Folder) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _tells_how_a_run_ended(summary: Any) -> bool:
-    if not isinstance(summary, dict) or summary.get("status") not in ("finished", "failed"):
-        return False
-    numbers = [summary.get(key, "missing") for key in SUMMARY_NUMBERS]
-    said = summary.get("finished_at" if summary["status"] == "finished" else "error")
-    return isinstance(said, str) and all(isinstance(number, int | float | None) for number in numbers)
-
-
 class RunFolder:
     """``<results>/runs/<id>/``. Nothing is written before ``claim``."""
 
@@ -91,19 +75,6 @@ class RunFolder:
         self.path = results / "runs" / id
         self._latest: Path | None = None  # the checkpoint that was written or loaded last
         self._lock: Lock | None = None
-
-    def summary(self) -> dict[str, Any] | None:
-        """Return the summary of an ended run, else None. Raises UsageError if it cannot be read."""
-        path = self.path / "summary.json"
-        try:
-            summary = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, RecursionError):
-            summary = None
-        if not _tells_how_a_run_ended(summary):
-            raise UsageError(f"{path} is damaged; force=true runs it again and keeps this folder")
-        return summary
 
     def was_requeued(self) -> bool:
         """Return whether this very Slurm job began the run, did not end it, and was queued again."""

@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .config import NOTHING_HELD_OUT, Config, Pseudo, Trusted, identity, import_class, make_pruner
-from .data.batches import Batches
-from .data.datasets import load
-from .data.split import Split, TrainingData, prepare, reference_count
+from .config import LEARNER, PRUNER, SCORE, TASK, Config, Pseudo, Trusted, identity
+from .data.split import reference_count
 from .distributed import Processes
 from .errors import UsageError
-from .pruning import SCORES, Criterion, DynamicPruning, Full, Plan, Pruner, Score, Trajectories
+from .pruning import Criterion, DynamicPruning, Full, Plan, Pruner, Trajectories
 from .runs import run_id
-from .tasks.classification import Classification
+from .tasks import Task
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,7 @@ class Setup:
         processes: those of the run; this one is one of them.
         device: where this process computes.
         precision: ``bf16`` or ``fp32``, of the forward and backward passes.
-        data: what is trained and evaluated on.
-        task: what a sample's loss and a metric are.
+        task: what is trained and evaluated on, what a sample's loss and a metric are.
         id: of the run.
         config_id: of its config without its data.
     """
@@ -41,8 +37,7 @@ class Setup:
     processes: Processes
     device: torch.device
     precision: str
-    data: TrainingData
-    task: Classification
+    task: Task
     id: str
     config_id: str
 
@@ -54,7 +49,7 @@ class Setup:
         """
         _check_processes(config, processes)
         device = resolve_device(config.device, processes)
-        if config.model.norm == "sync" and processes.size > 1 and device.type == "cpu":
+        if getattr(config.model, "norm", None) == "sync" and processes.size > 1 and device.type == "cpu":
             raise UsageError("model.norm=sync is for CUDA devices; set model.norm=group, or one process")
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -62,19 +57,10 @@ class Setup:
         torch.backends.cudnn.benchmark = not config.deterministic
         check_load(config)
         torch.set_num_threads(config.threads)
-        data = load_data(config)
-        setup = cls(
-            config,
-            processes,
-            device,
-            resolve_precision(config.precision, device),
-            data,
-            Classification(config, data),
-            run_id(identity(config, data.fingerprint, processes.size)),
-            run_id(identity(config, fingerprint="")),
-        )
-        if config.score.name == "oracle" and setup.noisy is None:
-            raise UsageError("score=oracle needs clean labels, and this data set has none; use another score")
+        precision = resolve_precision(config.precision, device)
+        task = open_task(config, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        ids = (run_id(identity(config, task.fingerprint, processes.size)), run_id(identity(config, "")))
+        setup = cls(config, processes, device, precision, task, *ids)
         if isinstance(config.reference, Pseudo):
             reference_count(config.reference.size, setup.n)
         return setup
@@ -82,7 +68,7 @@ class Setup:
     @cached_property
     def plan(self) -> Plan:
         """What decides which samples are trained on, every epoch or once."""
-        return make_pruner(self.config.pruner)
+        return PRUNER.make(self.config.pruner)
 
     @property
     def chooses_once(self) -> bool:
@@ -102,52 +88,16 @@ class Setup:
     @property
     def n(self) -> int:
         """The number of training samples."""
-        return len(self.data.train)
+        return self.task.n
 
-    @cached_property
+    @property
     def noisy(self) -> np.ndarray | None:
         """Which training samples are corrupted (n,); None where that is unknown."""
-        train = self.data.train
-        return None if train.clean_labels is None else train.labels != train.clean_labels
-
-    @cached_property
-    def train_batches(self) -> Batches:
-        return self._batches(self.data.train, augmented=True)
-
-    @cached_property
-    def reference_batches(self) -> Batches:
-        """Those that a reference set is drawn from: its own, or the training samples'."""
-        return self.train_batches if self.data.reference is None else self._batches(self.data.reference)
-
-    @cached_property
-    def test_sets(self) -> dict[str, Split]:
-        """What is evaluated on, by the suffix of its metrics: the test set has none."""
-        return {"": self.data.test} | {f"_{name}": split for name, split in self.data.evaluations.items()}
-
-    @cached_property
-    def test_batches(self) -> dict[str, Batches]:
-        return {suffix: self._batches(split) for suffix, split in self.test_sets.items()}
-
-    def _batches(self, split: Split, augmented: bool = False) -> Batches:
-        config = self.config
-        return Batches(
-            split,
-            batch_size=config.batch_size if augmented else max(config.batch_size, 256),
-            device=self.device,
-            mean=self.data.mean,
-            std=self.data.std,
-            seed=config.seed,
-            train=augmented,
-            flip=config.dataset.flip,
-            crop=getattr(config.dataset, "crop", 0),
-            channels_last=config.channels_last,
-            dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
-            workers=config.workers,
-        )
+        return self.task.corrupted
 
 
 def _check_processes(config: Config, processes: Processes) -> None:
-    if processes.size > 1 and config.learner.name != "ce":
+    if processes.size > 1 and LEARNER.find(config.learner.name).remembers:
         raise UsageError(
             f"learner={config.learner.name} keeps to itself what it knows about a sample, and "
             f"{processes.size} processes would not share it; use learner=ce, or one process"
@@ -201,27 +151,25 @@ def refuse_load(key: str, asked: int) -> None:
         raise UsageError(f"{key}={asked} is far beyond this machine's {processors} processors; use at most {most}")
 
 
-def load_data(config: Config) -> TrainingData:
-    """Return what a run trains on and is evaluated on; raise UsageError where the files cannot give it."""
-    dataset, noise = config.dataset, config.noise
-    reference = config.reference if isinstance(config.reference, Trusted) else NOTHING_HELD_OUT
-    place = getattr(dataset, "root", None)
-    root = Path(place).expanduser() if place is not None else None
-    return prepare(
-        load(dataset.model_dump()),
-        seed=config.seed,
-        subset=dataset.subset,
-        test_subset=dataset.test_subset,
-        reference_size=reference.size,
-        reference_per_class=reference.per_class,
-        reference_noise=reference.noise,
-        reference_train=reference.train,
-        noise=noise.name,
-        noise_rate=noise.rate,
-        noise_labels=noise.labels,
-        noise_file=Path(noise.file).expanduser() if noise.file is not None else None,
-        root=root,
-    )
+def open_task(config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Task:
+    """Read the data of a run's task. Raises UsageError for what they cannot give, and what the config asks of them."""
+    task: Task = TASK.make(config.task, config, device, dtype)
+    _check_task(config, task)
+    return task
+
+
+def _check_task(config: Config, task: Task) -> None:
+    if config.score.name == "oracle" and task.corrupted is None:
+        raise UsageError("score=oracle needs clean labels, and this data set has none; use another score")
+    if task.classes is not None:
+        return
+    name, lacks = config.task.name, "needs class labels, and task="
+    if LEARNER.find(config.learner.name).by_class:
+        raise UsageError(f"learner={config.learner.name} {lacks}{name} has none; use learner=ce")
+    if isinstance(PRUNER.make(config.pruner), Criterion):
+        raise UsageError(f"pruner={config.pruner.name} {lacks}{name} has none; use one that chooses every epoch")
+    if isinstance(config.reference, Pseudo) and config.reference.method == "cleanlab":
+        raise UsageError(f"reference.method=cleanlab {lacks}{name} has none; use reference.method=small_loss")
 
 
 def make_pruning(
@@ -236,7 +184,7 @@ def make_pruning(
 
     ``phase`` has pruner and epochs of a phase of the run, where these are not the config's own.
     """
-    name, score, plan = config.pruner["name"], config.score.name, make_pruner(config.pruner)
+    name, score, plan = config.pruner.name, config.score.name, PRUNER.make(config.pruner)
     if isinstance(plan, Criterion):
         trusted = isinstance(config.reference, Trusted) and config.reference.size > 0
         if "reference" in plan.needs and not trusted:
@@ -249,7 +197,7 @@ def make_pruning(
             dataset,
             epochs,
             pruner,
-            _score(score),
+            SCORE.make(config.score),
             window=config.score.window,
             unseen=config.score.unseen,
             seed=config.seed,
@@ -268,12 +216,3 @@ def make_pruning(
             "set reference.size=0.01, reference=pseudo, or score=loss"
         )
     return pruning
-
-
-def _score(name: str) -> str | Score:
-    if name in SCORES:
-        return name
-    try:
-        return import_class(name, Score, "score", SCORES)()
-    except TypeError as error:
-        raise UsageError(f"score.name={name} is made without arguments, and says {error}") from None

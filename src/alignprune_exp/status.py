@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .console import duration, one_line
 from .errors import UsageError
-from .records import Damaged, config_ids_of, read_environment, read_metrics, read_record, read_summary
+from .records import Damaged, config_ids_of, headline, read_environment, read_metrics, read_record, read_summary
 from .runs import Folder, owner_alive, run_folders
 from .suites import Suite, suite_of
 
@@ -32,8 +32,9 @@ def state(folder: Folder) -> State:
     """Return the state of the run in a folder."""
     try:
         if (record := read_record(folder)) is not None:
-            accuracy, seconds = record.summary["test_accuracy_final"], record.summary["seconds_total"]
-            return State("done", f"{accuracy:.1f} %", taken=seconds)
+            judged = headline(record.summary)
+            final = judged.said(record.summary[f"test_{judged.name}_final"])
+            return State("done", final, taken=record.summary["seconds_total"])
         if (summary := read_summary(folder)) is not None:
             return State("failed", one_line(summary["error"]), taken=summary.get("seconds_total"))
         return _unfinished(folder)
@@ -81,7 +82,7 @@ def overview(suite: Suite, results: Path) -> str:
     lines.append("")
     lines.append(
         ", ".join(f"{counts[name]} {name}" for name in reversed(STATES) if counts[name])
-        + f" of {len(known)} runs at scale={suite.cells[0].config.scale}"
+        + f" of {len(known)} runs at scale={suite.scale}"
     )
     taken = [found.taken for found in known.values() if found.taken]
     if taken and counts["done"] < len(known):
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print the overview; return 0 with runs missing, 2 for a mistake."""
     try:
         suite = suite_of(arguments)
-        print(overview(suite, Path(suite.cells[0].config.paths.results)), flush=True)
+        print(overview(suite, Path(suite.results)), flush=True)
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2

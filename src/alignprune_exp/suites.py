@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from .commandline import check_size, checked, composing, config_dir, explained, refuse_clashes, with_path
-from .config import Config, identity, shown, validate
+from .config import Config, identity, validate
 from .errors import UsageError
 from .files import cache_folder
 from .runs import run_id, write_text
+from .schema import shown
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,17 @@ class Cell:
     Attributes:
         axes: the value on every axis of the grid, as typed, ``seed`` among them.
         config_id: the id of the run's config without its data.
-        config: the run's config.
+        values: of the run's config.
     """
 
     axes: dict[str, str]
     config_id: str
-    config: Config
+    values: dict[str, Any]
+
+    @cached_property
+    def config(self) -> Config:
+        """The run's config."""
+        return validate(self.values)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class Suite:
 
     Attributes:
         name: as in ``conf/suite/<name>.yaml``, or in the same place under a folder of one's own.
+        scale: of its runs.
+        results: the folder of these.
         rows, columns: the axes that the table's rows and columns stand for.
         baseline: the row that differences are taken against, if any.
         cells: the runs of the grid, in its order.
@@ -51,6 +60,8 @@ class Suite:
     """
 
     name: str
+    scale: str
+    results: str
     rows: list[str]
     columns: list[str]
     baseline: str | None
@@ -73,13 +84,17 @@ def load_suite(name: str, overrides: Sequence[str] = (), own: Path | None = None
         return _from_json(json.loads(place.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, UsageError):
         suite = _compose(name, overrides, own)
-    if not any("." in name for cell in suite.cells for name in (cell.config.pruner["name"], cell.config.score.name)):
+    if not any("." in str(node["name"]) for cell in suite.cells for node in cell.values.values() if _names(node)):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_text(place, json.dumps(asdict(suite), default=lambda config: config.model_dump()))
+            write_text(place, json.dumps(asdict(suite)))
         except OSError:
             pass  # a home that cannot be written costs seconds, no more
     return suite
+
+
+def _names(node: Any) -> bool:
+    return isinstance(node, dict) and "name" in node
 
 
 def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
@@ -101,7 +116,7 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
             values = [part for part in job if part not in choices]
             config = checked(_with(composed[choices], values))
             axes = dict(part.split("=", 1) for part in job)
-            cells.append(Cell(axes, run_id(identity(config, "")), config))
+            cells.append(Cell(axes, run_id(identity(config, "")), config.model_dump()))
     layout: Any = OmegaConf.to_container(master.suite)
     if not cells:
         raise UsageError(f"suite={name} has an empty grid; give every axis under hydra.sweeper.params a value")
@@ -113,6 +128,8 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
     paper_columns = paper.pop("columns", [])
     return Suite(
         name,
+        cells[0].values["scale"],
+        cells[0].values["paths"]["results"],
         rows,
         columns,
         None if layout["baseline"] is None else str(layout["baseline"]),
@@ -122,16 +139,15 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
 
 
 def _from_json(values: dict[str, Any]) -> Suite:
-    cells = [Cell(cell["axes"], cell["config_id"], validate(cell["config"])) for cell in values.pop("cells")]
-    return Suite(cells=cells, **values)
+    return Suite(cells=[Cell(**cell) for cell in values.pop("cells")], **values)
 
 
 def _cache_key(name: str, overrides: Sequence[str], own: Path | None) -> str:
     """Return a hash of all that a composed suite depends on: configs, the code that reads them, and the words."""
-    code = [path for path in Path(__file__).parent.rglob("*.py") if path.parent.name in ("alignprune_exp", "pruning")]
+    code = Path(__file__).parent.rglob("*.py")
     configs = [path for folder in (config_dir(), own) if folder for path in folder.rglob("*.yaml")]
     digest = hashlib.sha256(json.dumps([name, *overrides]).encode())
-    for path in sorted(code + configs):
+    for path in sorted([*code, *configs]):
         digest.update(f"\0{path}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:32]
 

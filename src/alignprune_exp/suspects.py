@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .files import csv, write_atomically
@@ -125,27 +125,25 @@ def contact_sheet(dataset: Mapping[str, Any], frame: pd.DataFrame) -> bytes:
 
 @cache
 def _source(dataset: tuple[tuple[str, Any], ...]) -> Source:
-    from .data.datasets import load
+    from .config import DATASET
 
-    return load({key: False if key == "download" else value for key, value in dataset})
+    return DATASET.make(
+        DATASET.read(dict(dataset) | ({"download": False} if "download" in dict(dataset) else {}))
+    ).open()
 
 
 def _dataset(folder: Path, data: Path | None = None) -> dict[str, Any]:
     """Return the data set of a run's config, under ``data`` if given. Raises UsageError."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from .config import Config
+    from .config import DATASET
 
     dataset = read_config(folder)["dataset"]
     if data is not None and "root" in dataset:
         dataset["root"] = str(data / str(dataset.get("name")))
     if dataset.get("root", "") is None:
         raise UsageError(f"{folder} is a published record, which does not say where its images lie")
-    field = Config.model_fields["dataset"]
-    kinds: Any = Annotated[field.annotation, field]
     try:
-        TypeAdapter(kinds).validate_python(dataset)
-    except ValidationError:
+        DATASET.read(dataset)
+    except UsageError:
         raise Damaged(folder / "config.yaml", "no data set that there is") from None
     return dataset
 

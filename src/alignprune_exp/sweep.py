@@ -48,7 +48,7 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
     Raises UsageError with the job's overrides for the first one that is a mistake.
     """
     from .commandline import checked, composing, explained, group_of, refuse_clashes
-    from .setup import check_load, load_data, make_pruning
+    from .setup import check_load, make_pruning, open_task
 
     seen: dict[str, Job] = {}
     finished = 0
@@ -76,7 +76,7 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
                 check_load(config)
                 if (data := (config.dataset, config.noise.name)) not in opened:
                     opened.add(data)
-                    load_data(config)
+                    open_task(config)
         seen.setdefault(id, Job(len(seen) + 1, tuple(overrides), config, group_of(composed)))
     same = len(grid) - finished - len(seen)
     say(

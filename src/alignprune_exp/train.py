@@ -100,6 +100,7 @@ def perform(job: Callable[[], Job]) -> int:
 
 def _run(job: Job) -> None:
     from .console import closing, say
+    from .records import headline
     from .run import run
 
     config, overrides = job.config, job.overrides
@@ -108,7 +109,8 @@ def _run(job: Job) -> None:
     for note in inert_keys(config, overrides):
         say(f"note: {note}")
     summary, folder = run(config, shlex.join([*PROGRAM.split(), *overrides]), job.group)
-    say(closing(summary, str(folder), [] if job.number is not None else next_commands(config, overrides)))
+    commands = [] if job.number is not None else next_commands(config, overrides)
+    say(closing(summary, headline(summary), str(folder), commands))
 
 
 def _requeue() -> None:

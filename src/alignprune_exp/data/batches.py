@@ -1,6 +1,6 @@
-"""Batches on the device, augmented by a hash of (seed, epoch, sample).
+"""Batches on the device; those of images are augmented by a hash of (seed, epoch, sample).
 
-Shape legend: B samples of a batch, C channels, H and W pixels.
+Shape legend: B samples of a batch, V views of each, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,92 @@ PIECE = 1 << 20  # values that are normalised at a time, so that they stay in th
 
 
 class Batches:
-    """Turns samples of a split into normalised batches.
+    """Turns samples into batches. A subclass says how to get the inputs of some samples, in `inputs`.
+
+    Args:
+        targets: of all samples, (n, …).
+        batch_size: samples a batch; the last one of an epoch may hold fewer, or one more.
+        device: where batches lie.
+    """
+
+    def __init__(self, targets: Tensor, batch_size: int, device: torch.device | str) -> None:
+        self.batch_size, self.device = batch_size, torch.device(device)
+        self._targets = targets.to(self.device)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def inputs(self, parts: list[Tensor], epoch: int | None, views: int, strongly: bool) -> Iterator[Tensor]:
+        """Yield the inputs (views · B, …) of each of ``parts``, int64 (B,) on the CPU.
+
+        ``epoch`` is None for evaluation, without augmentation. ``strongly`` asks for more of it than usual.
+        """
+        raise NotImplementedError
+
+    def epoch(
+        self, order: Tensor | np.ndarray, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1, views: int = 1
+    ) -> Iterator[Batch]:
+        """Yield (index, inputs, targets) for the samples of ``order``, int (k,), from batch number ``start`` on.
+
+        Of ``ranks`` that share every batch, in consecutive parts whose sizes differ by one at the most, this is
+        number ``rank``. Where a last batch has fewer samples than ranks, some get none of it.
+
+        ``index`` is int64 (B,) on the CPU; on the device are ``inputs`` (views · B, …) and ``targets`` (B, …): every
+        sample in one augmentation, then every sample in the next. The first is what one view gives. Finish or drop one
+        iteration before the next begins: they may share workers.
+        """
+        return self._batches(order, epoch, start, rank, ranks, views)
+
+    def evaluation(self, order: Tensor | np.ndarray | None = None) -> Iterator[Batch]:
+        """Yield the same without augmentation; all samples, in order, if no ``order`` is given."""
+        return self._batches(torch.arange(len(self)) if order is None else order, None, 0)
+
+    def strong(self, order: Tensor | np.ndarray, epoch: int) -> Iterator[Batch]:
+        """Yield the same as a training epoch would show them, and more strongly augmented."""
+        return self._batches(order, epoch, 0, strongly=True)
+
+    def _batches(
+        self,
+        order: Tensor | np.ndarray,
+        epoch: int | None,
+        start: int,
+        rank: int = 0,
+        ranks: int = 1,
+        views: int = 1,
+        strongly: bool = False,
+    ) -> Iterator[Batch]:
+        index = torch.as_tensor(order).to("cpu", torch.int64)[start * self.batch_size :]
+        shares = (part.tensor_split(ranks)[rank] for part in index.split(self.sizes(len(index))))
+        if parts := [share for share in shares if len(share)]:
+            for part, inputs in zip(parts, self.inputs(parts, epoch, views, strongly), strict=True):
+                yield part, inputs, self._targets.index_select(0, part.to(self.device, non_blocking=True))
+
+    def sizes(self, n: int) -> list[int]:
+        """Return the sizes of the batches that ``n`` samples make.
+
+        Whole batches and a rest; a rest of one, which batch norm cannot take, joins the batch before it.
+        """
+        whole, rest = divmod(n, self.batch_size)
+        sizes = [self.batch_size] * whole + ([rest] if rest else [])
+        if rest == 1 and whole:
+            sizes[-2:] = [self.batch_size + 1]
+        return sizes
+
+
+class TensorBatches(Batches):
+    """Batches of inputs (n, …) that are held in memory as they are. Views and augmentation change nothing of them."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int, device: torch.device | str) -> None:
+        super().__init__(targets, batch_size, device)
+        self._inputs = inputs.to(self.device)
+
+    def inputs(self, parts: list[Tensor], epoch: int | None, views: int, strongly: bool) -> Iterator[Tensor]:
+        for part in parts:
+            yield self._inputs.index_select(0, part.repeat(views).to(self.device, non_blocking=True))
+
+
+class ImageBatches(Batches):
+    """Turns samples of a split into normalised batches: inputs (V · B, C, H, W), targets the labels, int64 (B,).
 
     An image's augmentation is a function of (seed, epoch, sample index) alone: neither the other samples of
     the batch, nor the order, the device or the number of workers can change it.
@@ -66,11 +151,9 @@ class Batches:
         dtype: torch.dtype = torch.float32,
         workers: int = 0,
     ) -> None:
-        self.batch_size = batch_size
-        self.device = torch.device(device)
+        super().__init__(torch.from_numpy(split.labels), batch_size, device)
         self.channels_last, self.dtype = channels_last, dtype
         self._split, self._seed, self._workers = split, seed, workers
-        self._labels = torch.from_numpy(split.labels).to(self.device)
         self._augmentation = Augmentation(
             seed, flip=train and flip, crop=crop if train else 0, cuts=train and split.source.cuts is not None
         )
@@ -88,50 +171,11 @@ class Batches:
         self._scale = torch.from_numpy(scale).to(self.device, torch.float32)
         self._shift = torch.from_numpy(shift).to(self.device, torch.float32)
 
-    def epoch(
-        self, order: Tensor | np.ndarray, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1, views: int = 1
-    ) -> Iterator[Batch]:
-        """Yield (index, x, labels) for the samples of ``order``, int (k,), from batch number ``start`` on.
-
-        Of ``ranks`` that share every batch, in consecutive parts whose sizes differ by one at the most, this is
-        number ``rank``. Where a last batch has fewer samples than ranks, some get none of it.
-
-        ``index`` is int64 (B,) on the CPU; on the device are ``x`` (B, C, H, W) and ``labels``,
-        int64 (B,). Finish or drop one iteration before the next begins: they share the workers.
-
-        With several ``views``, ``x`` is (views · B, C, H, W): every image in one augmentation, then every image in the
-        next. The first is what one view gives.
-        """
-        return self._batches(order, epoch, start, rank, ranks, views)
-
-    def evaluation(self, order: Tensor | np.ndarray | None = None) -> Iterator[Batch]:
-        """Yield the same without augmentation; all samples, in order, if no ``order`` is given."""
-        return self._batches(torch.arange(len(self._split)) if order is None else order, None, 0)
-
-    def strong(self, order: Tensor | np.ndarray, epoch: int) -> Iterator[Batch]:
-        """Yield the same as a training epoch would show them, and by `rand_augment` on top."""
-        return self._batches(order, epoch, 0, strongly=True)
-
-    def _batches(
-        self,
-        order: Tensor | np.ndarray,
-        epoch: int | None,
-        start: int,
-        rank: int = 0,
-        ranks: int = 1,
-        views: int = 1,
-        strongly: bool = False,
-    ) -> Iterator[Batch]:
-        index = torch.as_tensor(order).to("cpu", torch.int64)[start * self.batch_size :]
-        shares = (part.tensor_split(ranks)[rank] for part in index.split(self.sizes(len(index))))
-        parts = [share for share in shares if len(share)]
-        if not parts:
-            return
+    def inputs(self, parts: list[Tensor], epoch: int | None, views: int, strongly: bool) -> Iterator[Tensor]:
         augmented = self._decoded(parts, epoch, views) if self._held is None else self._gathered(parts, epoch, views)
         for part, images in zip(parts, augmented, strict=True):
-            if strongly and epoch is not None:
-                images = rand_augment(images, part, self._seed, epoch)
-            yield part, self._normalise(images), self._labels.index_select(0, part.to(self.device, non_blocking=True))
+            shown = rand_augment(images, part, self._seed, epoch) if strongly and epoch is not None else images
+            yield self._normalise(shown)
 
     def _gathered(self, parts: list[Tensor], epoch: int | None, views: int) -> Iterator[Tensor]:
         """Yield augmented batches, uint8 (views · B, H, W, C), of the images that are held on the device."""
@@ -167,17 +211,6 @@ class Batches:
             worker_init_fn=_leave_signals_to_the_run,
             pin_memory=self.device.type == "cuda",
         )
-
-    def sizes(self, n: int) -> list[int]:
-        """Return the sizes of the batches that ``n`` samples make.
-
-        Whole batches and a rest; a rest of one, which batch norm cannot take, joins the batch before it.
-        """
-        whole, rest = divmod(n, self.batch_size)
-        sizes = [self.batch_size] * whole + ([rest] if rest else [])
-        if rest == 1 and whole:
-            sizes[-2:] = [self.batch_size + 1]
-        return sizes
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Map uint8 (B, H, W, C) to (B, C, H, W), computed in float32."""

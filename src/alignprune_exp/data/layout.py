@@ -8,26 +8,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from alignprune_exp.data.images import Cut, Files, Fit
 from alignprune_exp.data.index import Index, Splits, Survey, indexed, skippable
-from alignprune_exp.data.source import Images, Source, existing
+from alignprune_exp.data.source import DataSet, Images, Root, Source, existing
 from alignprune_exp.files import printable
+from alignprune_exp.schema import Aside, Side
 
-OF_PIXELS = ("image_size", "area", "aspect", "eval_crop")  # settings that make no difference to which images there are
+OF_PIXELS = (
+    "image_size",
+    "crop",
+    "area",
+    "aspect",
+    "eval_crop",
+)  # settings that make no difference to which images there are
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(DataSet):
     """A data set in files under a folder. A subclass has its settings as fields, and lists the images in `read`.
 
     Attributes:
         name: of the data set.
         root: its folder.
-        on_error: ``skip`` leaves out what cannot be trained on; None where the data set does not offer that.
+        on_error: ``skip`` leaves out what cannot be trained on.
         holds: what lies there.
         labels_clean: see `Source`.
         reference: the split that the reference set is drawn from, if it has a place of its own.
@@ -37,8 +45,8 @@ class Layout:
     """
 
     name: str
-    root: Path | None
-    on_error: str | None
+    root: Root
+    on_error: Annotated[Literal["stop", "skip"], Aside()]
 
     holds: ClassVar[str]
     labels_clean: ClassVar[bool] = False
@@ -102,10 +110,10 @@ class Layout:
 class Photographs(Layout):
     """A large set of photographs, trained on in random cuts; see `Cut`."""
 
-    image_size: int
-    area: float
-    aspect: float
-    eval_crop: float
+    image_size: Side
+    area: Annotated[float, Field(ge=1e-4, le=1)]
+    aspect: Annotated[float, Field(ge=0.01, le=1)]
+    eval_crop: Annotated[float, Field(ge=0.01, le=1)]
 
     as_shipped = True
     cached = True

@@ -1,15 +1,19 @@
-"""Label noise: pure functions on label arrays, and the human labels of CIFAR-N."""
+"""Label noise: pure functions on label arrays, the human labels of CIFAR-N, and what ``noise=`` names."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from alignprune_exp.errors import UsageError
+
+if TYPE_CHECKING:
+    from alignprune_exp.data.source import Source
 
 HUMAN_FILES = {"cifar10": "CIFAR-10_human.pt", "cifar100": "CIFAR-100_human.pt"}
 HUMAN_KEYS = {
@@ -124,6 +128,7 @@ def _human_file(file: Path | None, root: Path | None, name: str) -> Path:
 
 
 def _read_human(path: Path, keys: tuple[str, ...], n_classes: int) -> dict[str, np.ndarray]:
+    import torch
     from numpy._core.multiarray import _reconstruct
 
     # What a pickled int64 array is made of; weights_only refuses everything else a pickle could run.
@@ -156,3 +161,88 @@ def _read_human(path: Path, keys: tuple[str, ...], n_classes: int) -> dict[str, 
                 "with the file of this data set"
             )
     return {key: values.astype(np.int64) for key, values in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Given:
+    """The labels that a run trains on.
+
+    Attributes:
+        labels: int64 (n,).
+        fingerprint: of the data set, and of whatever else they come from.
+        pairing: see `TrainingData`.
+    """
+
+    labels: np.ndarray
+    fingerprint: str
+    pairing: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What ``noise=`` names. Its fields are its settings, which may be some of rate, labels and file."""
+
+    def give(self, source: Source, rows: np.ndarray, root: Path | None, rng: np.random.Generator) -> Given:
+        """Return the labels of the training samples ``rows`` (n,) of ``source``, whose folder is ``root``."""
+        return Given(self.corrupted(source.train.labels[rows], source, rng), source.fingerprint)
+
+    def corrupted(self, labels: np.ndarray, source: Source, rng: np.random.Generator) -> np.ndarray:
+        """Return ``labels``, int64 (n,), of which some are wrong."""
+        raise NotImplementedError
+
+    def taken(self, dataset: str) -> tuple[str, ...]:
+        """Return the settings that matter on a data set."""
+        return tuple(field.name for field in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean(Noise):
+    """The labels as they come."""
+
+    def corrupted(self, labels: np.ndarray, source: Source, rng: np.random.Generator) -> np.ndarray:
+        return labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symmetric(Noise):
+    """See `symmetric`."""
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"{type(self).__name__}: rate={self.rate:g} is out of range; use a number from 0 to 1")
+
+    def corrupted(self, labels: np.ndarray, source: Source, rng: np.random.Generator) -> np.ndarray:
+        return symmetric(labels, len(source.classes), self.rate, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asymmetric(Symmetric):
+    """See `asymmetric` and `asymmetric_map`."""
+
+    def corrupted(self, labels: np.ndarray, source: Source, rng: np.random.Generator) -> np.ndarray:
+        target = asymmetric_map(len(source.classes), source.superclass, source.asymmetric)
+        return asymmetric(labels, target, self.rate, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Human(Noise):
+    """Labels that people gave: those of CIFAR-N, see `human_labels`; of some data sets those that they come with."""
+
+    labels: str
+    file: str | None
+
+    def give(self, source: Source, rows: np.ndarray, root: Path | None, rng: np.random.Generator) -> Given:
+        if source.as_shipped:
+            return Given(source.train.labels[rows], source.fingerprint)
+        file = None if self.file is None else Path(self.file).expanduser()
+        labels = human_labels(file, root, source.name, self.labels, source.train.labels)
+        content = hashlib.sha256(source.fingerprint.encode() + labels.astype("<i8").tobytes())
+        return Given(labels[rows], content.hexdigest(), "verified" if source.official_order else "unverified")
+
+    def taken(self, dataset: str) -> tuple[str, ...]:
+        return ("labels",) if dataset in HUMAN_KEYS else ()
+
+
+NOISES: dict[str, type[Noise]] = {"clean": Clean, "sym": Symmetric, "asym": Asymmetric, "real": Human}

@@ -7,14 +7,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.files import printable
 from alignprune_exp.pruning.reference import class_shares
+from alignprune_exp.schema import Aside
+
+
+class DataSet:
+    """What ``dataset=`` names. Its keyword arguments are its settings."""
+
+    def open(self) -> Source:
+        """Return the data set; raise UsageError for missing, incomplete or malformed files."""
+        raise NotImplementedError
 
 
 class Unreadable(Exception):
@@ -166,10 +176,15 @@ def brief(error: Exception) -> str:
     return lines[0][:120].rstrip(".")
 
 
-def existing(name: str, root: Path | None, holds: str) -> Path:
+Root = Annotated[str | None, Aside()]  # a folder of data; it says where, not what
+Crop = Annotated[int, Field(ge=0, le=4096)]  # pixels of padding before the random crop that training sees
+
+
+def existing(name: str, root: str | None, holds: str) -> Path:
     """Return the folder of the data set ``name``, or raise UsageError that says what it ``holds``."""
     if root is None:
         raise UsageError(f"dataset={name} needs its folder: type dataset.root=FOLDER, where FOLDER has {holds}")
-    if not root.is_dir():
-        raise UsageError(f"dataset.root={root} is not a folder: type the folder that has {holds}")
-    return root
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"dataset.root={folder} is not a folder: type the folder that has {holds}")
+    return folder

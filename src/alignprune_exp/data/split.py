@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alignprune_exp.data import noise as label_noise
+from alignprune_exp.data.noise import Clean, Noise, symmetric
 from alignprune_exp.data.source import Images, Source, stratified
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning.seeding import generator
 
-NOISES = ("clean", "sym", "asym", "real")
 _STATISTICS_ROWS = 4096  # images that mean and std are computed from where they are not held in memory
 
 
@@ -93,10 +91,7 @@ def prepare(
     reference_size: float,
     reference_noise: float,
     reference_train: bool,
-    noise: str,
-    noise_rate: float,
-    noise_labels: str,
-    noise_file: Path | None,
+    noise: Noise,
     root: Path | None,
     reference_per_class: bool = False,
     resident_bytes: int = 1 << 30,
@@ -115,10 +110,7 @@ def prepare(
         reference_size: below 1 a fraction of what it is drawn from, else a count; 0 for no reference.
         reference_noise: fraction of the reference labels to corrupt symmetrically.
         reference_train: whether to append the reference samples, with their clean labels, to training.
-        noise: ``clean``, ``sym``, ``asym`` or ``real``, which for some data sets means the labels as shipped.
-        noise_rate: of ``sym`` and ``asym``.
-        noise_labels: of ``real`` on CIFAR-10; see ``human_labels``.
-        noise_file: of ``real``; see ``human_labels``.
+        noise: gives the labels to train on.
         root: the data set's folder, around which the file of human labels is looked for.
         reference_per_class: whether that is a count of each class.
         resident_bytes: images are held in memory where all of them, decoded, take no more than this.
@@ -127,7 +119,8 @@ def prepare(
     """
     _check_fraction("reference.noise", reference_noise)
     pool, train_rows, reference_rows = _parted(source, seed, subset, reference_size, reference_per_class)
-    labels, pairing, fingerprint = _given(source, train_rows, seed, noise, noise_rate, noise_labels, noise_file, root)
+    given = noise.give(source, train_rows, root, generator(seed, "label noise"))
+    labels = given.labels
     trusted = pool.labels[reference_rows]
     if reference_train:
         if source.reference is not None:
@@ -137,13 +130,13 @@ def prepare(
             )
         train_rows = np.concatenate([train_rows, reference_rows])
         labels = np.concatenate([labels, trusted])
-    known = source.labels_clean or (noise != "clean" and not source.as_shipped)
+    known = source.labels_clean or (not isinstance(noise, Clean) and not source.as_shipped)
     clean_labels = source.train.labels[train_rows] if known else None
 
     splits = {"train": Split(source.train, train_rows, labels, clean_labels)}
     if len(reference_rows):
         rng = generator(seed, "reference noise")
-        doubted = label_noise.symmetric(trusted, len(source.classes), reference_noise, rng)
+        doubted = symmetric(trusted, len(source.classes), reference_noise, rng)
         splits["reference"] = Split(pool, reference_rows, doubted, trusted)
     rest = np.delete(np.arange(len(source.test)), reference_rows if pool is source.test else [])
     splits["test"] = _evaluated(source.test, rest, test_subset)
@@ -158,8 +151,8 @@ def prepare(
         evaluations={name: splits[name] for name in source.evaluations},
         classes=source.classes,
         noise_rate=float(np.mean(labels != clean_labels)) if clean_labels is not None else float("nan"),
-        pairing=pairing,
-        fingerprint=fingerprint,
+        pairing=given.pairing,
+        fingerprint=given.fingerprint,
         mean=mean,
         std=std,
         skipped=source.skipped,
@@ -176,35 +169,6 @@ def _parted(
     rng = generator(0 if pool is source.test else seed, "reference")
     chosen = _reference_rows(pool.labels[candidates], size, rng, source.classes if per_class else None)
     return pool, rows if source.reference is not None else np.delete(rows, chosen), candidates[chosen]
-
-
-def _given(
-    source: Source,
-    rows: np.ndarray,
-    seed: int,
-    noise: str,
-    rate: float,
-    human: str,
-    file: Path | None,
-    root: Path | None,
-) -> tuple[np.ndarray, str, str]:
-    """Return the labels to train on, the pairing and the fingerprint of `TrainingData`."""
-    if noise not in NOISES:
-        raise UsageError(f"noise={noise} is unknown; use one of {', '.join(NOISES)}")
-    if noise in ("sym", "asym"):
-        _check_fraction("noise.rate", rate)
-    shipped, n_classes, rng = source.train.labels, len(source.classes), generator(seed, "label noise")
-    if noise == "real" and not source.as_shipped:
-        labels = label_noise.human_labels(file, root, source.name, human, shipped)
-        content = hashlib.sha256(source.fingerprint.encode() + labels.astype("<i8").tobytes())
-        return labels[rows], "verified" if source.official_order else "unverified", content.hexdigest()
-    labels = shipped[rows]
-    if noise == "sym":
-        labels = label_noise.symmetric(labels, n_classes, rate, rng)
-    elif noise == "asym":
-        target = label_noise.asymmetric_map(n_classes, source.superclass, source.asymmetric)
-        labels = label_noise.asymmetric(labels, target, rate, rng)
-    return labels, "", source.fingerprint
 
 
 def _evaluated(images: Images, rows: np.ndarray, subset: int | None) -> Split:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from ..config import Config
     from ..data.batches import Batch
+    from ..tasks import Task
 
-Forward = Callable[..., Tensor]  # of images, and of a network's number: float32 logits, in the precision of the run
+Forward = Callable[..., Tensor]  # of inputs, and of a network's number: float32 outputs, in the precision of the run
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Step:
 
     Attributes:
         index: sample indices (B,), on the device.
-        images: (V · B, channels, H, W), one view of all samples after the other.
-        labels: as given, (B,).
+        inputs: (V · B, …), one view of all samples after the other; of images (V · B, channels, H, W).
+        targets: as given, (B, …); of class labels (B,).
         epoch: counted from 0.
         number: of the step in its epoch, from 0.
         steps: in this epoch.
@@ -34,48 +35,79 @@ class Step:
     """
 
     index: Tensor
-    images: Tensor
-    labels: Tensor
+    inputs: Tensor
+    targets: Tensor
     epoch: int
     number: int
     steps: int
     share: float = 1.0
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a learner knows of its run beside its settings.
+
+    Attributes:
+        task: of the run.
+        n: samples N.
+        seed: of the run.
+        smoothing: of the labels, where a learner ``smooths``.
+    """
+
+    task: Task
+    n: int
+    seed: int
+    smoothing: float
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return len(self.task.classes or ())
+
+
 class Learner(nn.Module):
     """Owns the networks and what it knows about every sample: its ``state_dict`` is all there is to save.
 
+    A subclass takes its settings as keyword arguments, and hands ``networks`` and ``given`` on.
+
     Args:
         networks: ``count`` of them, of which the first is the one whose plain losses are recorded.
-        config: of the run; ``config.learner`` has the learner's own settings.
-        n: samples of the run.
-        classes: C.
 
     Attributes:
         count: networks that it trains.
         views: augmented views V that a step needs.
+        by_class: whether it needs class labels.
+        smooths: whether ``label_smoothing`` has an effect.
+        remembers: whether it knows something about single samples, which several processes would have to share.
     """
 
-    count = 1
-    views = 1
+    count: ClassVar[int] = 1
+    views: ClassVar[int] = 1
+    by_class: ClassVar[bool] = True
+    smooths: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
 
-    def __init__(self, networks: Sequence[nn.Module], config: Config, n: int, classes: int) -> None:
+    def __init__(self, networks: Sequence[nn.Module], given: Given) -> None:
         super().__init__()
         self.networks = nn.ModuleList(networks)
 
-    def forward(self, images: Tensor, network: int | None = None) -> Tensor:
-        """Return the logits (B, C) of one network, or the mean of all networks' logits."""
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raise UsageError where its settings do not go together with the rest of the config."""
+
+    def forward(self, inputs: Tensor, network: int | None = None) -> Tensor:
+        """Return the outputs (B, …) of one network, or the mean of all networks' outputs."""
         if network is not None or len(self.networks) == 1:
-            return self.networks[network or 0](images)
-        return torch.stack([each(images).float() for each in self.networks]).mean(0)
+            return self.networks[network or 0](inputs)
+        return torch.stack([each(inputs).float() for each in self.networks]).mean(0)
 
     def begin_epoch(self, epoch: int, batches: Iterable[Batch], forward: Forward) -> None:
         """Look at the epoch's samples, as ``batches`` without augmentation, before its first step."""
 
-    def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        """Return for each sample (B,): its plain cross-entropy, the loss to train on, and the predicted class.
+    def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return for each sample (B,): its plain loss, the loss to train on, and the class it is taken for, if any.
 
-        The plain one is that of the given label from the first network's float32 logits, whatever is trained on.
+        The plain one is the task's, of what is given and the first network's outputs, whatever is trained on.
         """
         raise NotImplementedError
 

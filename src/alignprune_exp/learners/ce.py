@@ -1,30 +1,24 @@
-"""Cross-entropy, the learner that adds nothing."""
+"""The learner that adds nothing: of classification, cross-entropy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .base import Forward, Learner, Step
-
-if TYPE_CHECKING:
-    from ..config import Config
+from .base import Forward, Given, Learner, Step
 
 
 class CrossEntropy(Learner):
-    """Cross-entropy of the given label, smoothed by ``label_smoothing``."""
+    """The task's own loss of what is given; of classification the cross-entropy, smoothed by ``label_smoothing``."""
 
-    def __init__(self, networks: Sequence[nn.Module], config: Config, n: int, classes: int) -> None:
-        super().__init__(networks, config, n, classes)
-        self.smoothing = config.label_smoothing
+    by_class = False
+    smooths = True
+    remembers = False
 
-    def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        logits = forward(step.images)
-        log_p = F.log_softmax(logits, dim=1)
-        plain = F.nll_loss(log_p, step.labels, reduction="none")
-        smoothing = self.smoothing
-        smoothed = (1 - smoothing) * plain - smoothing * log_p.mean(1) if smoothing else plain
-        return plain, smoothed, logits.detach().argmax(1)
+    def __init__(self, networks: Sequence[nn.Module], given: Given) -> None:
+        super().__init__(networks, given)
+        self.task, self.smoothing = given.task, given.smoothing
+
+    def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.task.losses(forward(step.inputs), step.targets, self.smoothing)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import config as schema
-from ..config import Config
+from ..errors import UsageError
 from ..pruning import NonFiniteLossError
 from ..pruning.seeding import generator
-from .base import Forward, Learner, Step, one_hot
+from ..schema import Epochs, Share, Weight
+from .base import Forward, Given, Learner, Step, one_hot
 
 if TYPE_CHECKING:
+    from ..config import Config
     from ..data.batches import Batch
 
 
@@ -51,9 +53,23 @@ class DivideMix(Learner):
     count = 2
     views = 2
 
-    def __init__(self, networks: Sequence[nn.Module], config: Config, n: int, classes: int) -> None:
-        super().__init__(networks, config, n, classes)
-        self.config, self.seed = cast(schema.DivideMix, config.learner), config.seed
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        given: Given,
+        *,
+        warmup: Epochs,
+        confidence_penalty: bool,
+        p_threshold: Share,
+        temperature: Annotated[float, Field(ge=0.01, le=100)],
+        alpha: Annotated[float, Field(ge=1e-3, le=1e4)],
+        lambda_u: Weight,
+        rampup: Epochs,
+    ) -> None:
+        super().__init__(networks, given)
+        self.seed, n = given.seed, given.n
+        self.warmup, self.confidence_penalty, self.p_threshold = warmup, confidence_penalty, p_threshold
+        self.temperature, self.alpha, self.lambda_u, self.rampup = temperature, alpha, lambda_u, rampup
         self.clean_2N: Tensor  # the probability that a label is clean, by which each network splits
         self.plain_N: Tensor
         self.predicted_N: Tensor
@@ -61,14 +77,25 @@ class DivideMix(Learner):
         self.register_buffer("plain_N", torch.zeros(n))
         self.register_buffer("predicted_N", torch.zeros(n, dtype=torch.int64))
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        warmup: int = config.learner.warmup  # type: ignore[attr-defined]
+        if warmup >= config.epochs:
+            raise UsageError(
+                f"learner.warmup={warmup} leaves dividemix none of {config.epochs} epochs to divide in; "
+                f"set a smaller one, or epochs={warmup + 1} or more"
+            )
+        if config.compile:
+            raise UsageError("compile is not for learner=dividemix, whose two networks take turns; set compile=false")
+
     def passes(self, epoch: int) -> int:
         """Two in the warm-up; then, by each network, one to divide, two to guess, and two to train."""
-        return 2 if epoch < self.config.warmup else 10
+        return 2 if epoch < self.warmup else 10
 
     @torch.no_grad()
     def begin_epoch(self, epoch: int, batches: Iterable[Batch], forward: Forward) -> None:
         """Divide the epoch's samples. Raises NonFiniteLossError where a loss of theirs is not finite."""
-        if epoch < self.config.warmup:
+        if epoch < self.warmup:
             return
         self.eval()
         indices, losses, predicted = [], [], []
@@ -89,33 +116,33 @@ class DivideMix(Learner):
         self.predicted_N.index_copy_(0, index, torch.cat(predicted))
 
     def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        if step.epoch < self.config.warmup:
+        if step.epoch < self.warmup:
             return self._warm_up(step, forward)
         with torch.no_grad():
             p_22BC = torch.stack(
-                [torch.stack([forward(view, k).softmax(1) for view in step.images.chunk(2)]) for k in (0, 1)]
+                [torch.stack([forward(view, k).softmax(1) for view in step.inputs.chunk(2)]) for k in (0, 1)]
             )
         training = sum(self._mixed(k, p_22BC, step, forward) for k in (0, 1))
         assert isinstance(training, Tensor)
         return self.plain_N.index_select(0, step.index), training, self.predicted_N.index_select(0, step.index)
 
     def _warm_up(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        logits = [forward(view, network) for network, view in enumerate(step.images.chunk(2))]
-        plain = [F.cross_entropy(each, step.labels, reduction="none") for each in logits]
+        logits = [forward(view, network) for network, view in enumerate(step.inputs.chunk(2))]
+        plain = [F.cross_entropy(each, step.targets, reduction="none") for each in logits]
         training = plain[0] + plain[1]
-        if self.config.confidence_penalty:
+        if self.confidence_penalty:
             training = training + sum((each.softmax(1) * each.log_softmax(1)).sum(1) for each in logits)
         return plain[0], training, (logits[0] + logits[1]).detach().argmax(1)
 
     def _mixed(self, network: int, p_22BC: Tensor, step: Step, forward: Forward) -> Tensor:
         """Return one network's loss of each sample (B,); ``p_22BC`` are the predictions by network and view."""
         clean_B = self.clean_2N[network].index_select(0, step.index)
-        labelled_B = clean_B > self.config.p_threshold
-        target_BC = targets(p_22BC, network, clean_B, labelled_B, step.labels, self.config.temperature)
+        labelled_B = clean_B > self.p_threshold
+        target_BC = targets(p_22BC, network, clean_B, labelled_B, step.targets, self.temperature)
         rng = generator(self.seed, "mixmatch", step.epoch, step.number, network)
-        share = float(rng.beta(self.config.alpha, self.config.alpha))
-        partner = torch.from_numpy(rng.permutation(len(step.images))).to(step.images.device, non_blocking=True)
-        images, target_2BC = mix(step.images, torch.cat([target_BC, target_BC]), share, partner)
+        share = float(rng.beta(self.alpha, self.alpha))
+        partner = torch.from_numpy(rng.permutation(len(step.inputs))).to(step.inputs.device, non_blocking=True)
+        images, target_2BC = mix(step.inputs, torch.cat([target_BC, target_BC]), share, partner)
 
         log_p_2BC = forward(images, network).log_softmax(1)
         entropy_B = -(target_2BC * log_p_2BC).sum(1).view(2, -1).mean(0)
@@ -127,8 +154,8 @@ class DivideMix(Learner):
         return x_B * entropy_B + self._lambda_u(step) * u_B * distance_B + penalty
 
     def _lambda_u(self, step: Step) -> float:
-        since = step.epoch + step.number / step.steps - self.config.warmup
-        return self.config.lambda_u * min(since / self.config.rampup, 1.0)
+        since = step.epoch + step.number / step.steps - self.warmup
+        return self.lambda_u * min(since / self.rampup, 1.0)
 
 
 def clean_probability(losses: NDArray[np.floating], seed: int) -> NDArray[np.float64]:

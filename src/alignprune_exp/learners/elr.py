@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import Config, Elr
-from .base import Forward, Learner, Step
+from ..schema import Weight
+from .base import Forward, Given, Learner, Step
 
 
 class ELR(Learner):
@@ -25,16 +26,22 @@ class ELR(Learner):
     for 150, so from 80 and 120 on. Ours is the optimiser of the run, by its scale or data set, in one cycle.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], config: Config, n: int, classes: int) -> None:
-        super().__init__(networks, config, n, classes)
-        settings = cast(Elr, config.learner)
-        self.beta, self.coefficient = settings.beta, settings.coefficient
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        given: Given,
+        *,
+        beta: Annotated[float, Field(ge=0, lt=1)],
+        coefficient: Weight,
+    ) -> None:
+        super().__init__(networks, given)
+        self.beta, self.coefficient = beta, coefficient
         self.target_NC: Tensor
-        self.register_buffer("target_NC", torch.zeros(n, classes))
+        self.register_buffer("target_NC", torch.zeros(given.n, given.classes))
 
     def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        logits = forward(step.images)
-        plain = F.cross_entropy(logits, step.labels, reduction="none")
+        logits = forward(step.inputs)
+        plain = F.cross_entropy(logits, step.targets, reduction="none")
         p_BC = logits.softmax(1).clamp(1e-4, 1 - 1e-4)
         q_BC = p_BC.detach() / p_BC.detach().sum(1, keepdim=True)
         t_BC = self.beta * self.target_NC.index_select(0, step.index) + (1 - self.beta) * q_BC

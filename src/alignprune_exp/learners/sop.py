@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import Config, Sop
 from ..pruning.seeding import generator
-from .base import Forward, Learner, Step, one_hot
+from ..schema import RATE
+from .base import Forward, Given, Learner, Step, one_hot
+
+OwnRate = Annotated[float, Field(ge=0, le=RATE)]
 
 
 class SOP(Learner):
@@ -30,21 +33,28 @@ class SOP(Learner):
     cycle, on its flips and crops. Values for CIFAR-N are those of Prune4ReL's scripts, which train SOP+.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], config: Config, n: int, classes: int) -> None:
-        super().__init__(networks, config, n, classes)
-        settings = cast(Sop, config.learner)
-        self.lr_u, self.lr_v = settings.lr_u, settings.lr_v
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        given: Given,
+        *,
+        lr_u: OwnRate,
+        lr_v: OwnRate,
+        std: Annotated[float, Field(ge=1e-30, le=10)],
+    ) -> None:
+        super().__init__(networks, given)
+        self.lr_u, self.lr_v = lr_u, lr_v
         self.u_N: Tensor
         self.v_NC: Tensor
-        drawn = generator(config.seed, "over-parameterisation").standard_normal((n, 1 + classes), np.float32)
-        start = torch.from_numpy(drawn) * settings.std
+        drawn = generator(given.seed, "over-parameterisation").standard_normal((given.n, 1 + given.classes), np.float32)
+        start = torch.from_numpy(drawn) * std
         self.register_buffer("u_N", start[:, 0].contiguous())
         self.register_buffer("v_NC", start[:, 1:].contiguous())
 
     def losses(self, step: Step, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        logits = forward(step.images)
-        plain = F.cross_entropy(logits, step.labels, reduction="none")
-        given_BC = one_hot(step.labels, logits)
+        logits = forward(step.inputs)
+        plain = F.cross_entropy(logits, step.targets, reduction="none")
+        given_BC = one_hot(step.targets, logits)
         predicted = logits.detach().argmax(1)
         self._index = step.index
         self._u_B = self.u_N.index_select(0, step.index).requires_grad_()
@@ -52,7 +62,7 @@ class SOP(Learner):
         more_BC = (self._u_B[:, None].square() * given_BC).clamp(max=1)
         less_BC = (self._v_BC.square() * (1 - given_BC)).clamp(max=1)
         p_BC = (logits.softmax(1) + more_BC - less_BC.detach()).clamp(min=1e-4)
-        p_B = (p_BC / p_BC.sum(1, keepdim=True)).gather(1, step.labels[:, None]).squeeze(1)
+        p_B = (p_BC / p_BC.sum(1, keepdim=True)).gather(1, step.targets[:, None]).squeeze(1)
         hard_BC = one_hot(predicted, logits)
         distance = (hard_BC + more_BC.detach() - less_BC - given_BC).square().sum(1)
         return plain, -p_B.clamp(min=1e-4).log() + distance, predicted

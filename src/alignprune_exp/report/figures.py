@@ -256,16 +256,20 @@ def kept(table: Table) -> Figure | None:
 
 
 def accuracy(table: Table) -> Figure | None:
-    """Test accuracy by epoch, mean over seeds, a line a row."""
+    """The headline by epoch, mean over seeds, a line a row."""
     columns = _shown(table)
     figure, axes = _panels(len(columns), 2.6, _entries(table))
     for axis, column in zip(axes, columns, strict=True):
-        _lines(table, axis, column, "test_accuracy")
-        axis.set(ylabel="test accuracy, %")
+        _lines(table, axis, column, f"test_{table.metric.name}")
+        axis.set(ylabel=_measured(table))
     if not any(axis.lines for axis in axes):
         return None
     _legend(table, figure)
     return figure
+
+
+def _measured(table: Table) -> str:
+    return ", ".join(filter(None, (table.metric.words, table.metric.unit)))
 
 
 def against(table: Table) -> Figure | None:
@@ -284,14 +288,14 @@ def against(table: Table) -> Figure | None:
     for place, axes in dict(zip(places, (cell.axes for cell in table.suite.cells), strict=True)).items():
         if not (runs := table.runs(*place)).empty:
             x = float(runs["saved"].mean()) if number == "pruner.ratio" else float(axes[number])
-            lines.setdefault(label(axes, others), []).append((x, *mean_and_std(runs[table.accuracy].tolist())))
+            lines.setdefault(label(axes, others), []).append((x, *mean_and_std(runs[table.key].tolist())))
     if not any(len(points) > 1 for points in lines.values()):
         return None
     figure, (axis,) = _panels(1, 2.6)
     for name, points in lines.items():
         x, means, spreads = np.array(sorted(points)).T
         axis.errorbar(x, means, np.nan_to_num(spreads), marker="o", ms=4, lw=1.2, capsize=3, label=name or None)
-    axis.set(xlabel=AGAINST[number], ylabel="test accuracy, %")
+    axis.set(xlabel=AGAINST[number], ylabel=_measured(table))
     if number == "reference.size":
         axis.set_xscale("log")
     if others:

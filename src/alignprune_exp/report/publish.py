@@ -40,7 +40,7 @@ def publish(suite: Suite, results: Path) -> tuple[list[str], list[str], list[str
                 f"{known[id].folder.parent} holds another record of run {id}; take it back with git, or run that one "
                 "again with force=true"
             )
-    target = results / "records" / f"{suite.name}_{suite.cells[0].config.scale}.parquet"
+    target = results / "records" / f"{suite.name}_{suite.scale}.parquet"
     try:
         if new:
             pack(target, new)
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
     """Publish; say what was and what is missing; return 0, or 2 for a mistake."""
     try:
         suite = suite_of(arguments)
-        results = Path(suite.cells[0].config.paths.results)
+        results = Path(suite.results)
         new, known, missing = publish(suite, results)
     except UsageError as error:
         print(error, file=sys.stderr)

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from ..config import Config, make_pruner
+from ..config import PRUNER, Config
 from ..console import one_line
 from ..errors import UsageError
 from ..files import csv
-from ..records import Damaged, Record, config_ids_of, read_record
+from ..records import ACCURACY, Damaged, Metric, Record, config_ids_of, headline, read_record
 from ..runs import run_folders
 from ..suites import Suite
 
@@ -45,7 +45,7 @@ class Records(dict[str, Record]):
 
 
 @dataclass(frozen=True)
-class Cell:
+class Entry:
     """What stands at one place of a block: its text, whether it is bold, and the ids of the runs it came from."""
 
     text: str
@@ -60,7 +60,7 @@ class Block:
     title: str
     caption: str
     head: list[str]
-    body: list[list[Cell]]
+    body: list[list[Entry]]
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class Table:
     """A suite's numbers at one scale.
 
     Attributes:
-        accuracy: the key of the summary that counts as accuracy, ``test_accuracy_final`` or ``test_accuracy_best``.
+        best: whether the best value of the headline counts, in place of the final one.
         long: one row a run: suite, scale, row, column, seed, every number of the summary, run id, and what its
             config, environment and metrics add (reference_size, precision, data_fingerprint, overhead, auroc_<score>
             at the end).
@@ -80,7 +80,7 @@ class Table:
     suite: Suite
     scale: str
     long: pd.DataFrame
-    accuracy: str = "test_accuracy_final"
+    best: bool = False
     records: dict[str, Record] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     undrawn: dict[str, str] = field(default_factory=dict)
@@ -88,7 +88,22 @@ class Table:
     @property
     def name(self) -> str:
         """The table's file name without its suffix."""
-        return f"{self.suite.name}_{self.scale}" + ("_best" if self.accuracy == "test_accuracy_best" else "")
+        return f"{self.suite.name}_{self.scale}" + ("_best" if self.best else "")
+
+    @cached_property
+    def metric(self) -> Metric:
+        """The headline of its runs."""
+        return headline(next(iter(self.records.values())).summary) if self.records else ACCURACY
+
+    @property
+    def key(self) -> str:
+        """The key of the summary that the table shows."""
+        return f"test_{self.metric.name}_{'best' if self.best else 'final'}"
+
+    @property
+    def measured(self) -> str:
+        """What that is, in words, such as "test accuracy in %"."""
+        return self.metric.words + (f" in {self.metric.unit}" if self.metric.unit else "")
 
     @property
     def footnotes(self) -> list[str]:
@@ -123,7 +138,7 @@ class Table:
         ours, base = self.runs(row, column), self.runs(other, column)
         if ours.empty or base.empty:
             return None
-        return paired_difference(ours[self.accuracy], base[self.accuracy])
+        return paired_difference(ours[self.key], base[self.key])
 
 
 def read_records(folders: Iterable[Path]) -> Records:
@@ -141,17 +156,17 @@ def read_records(folders: Iterable[Path]) -> Records:
                 continue
             if record is None:
                 continue
-            summary, key = record.summary, "test_accuracy_final"
+            summary, key = record.summary, f"test_{headline(record.summary).name}_final"
             known = found.setdefault(summary["config_id"], record)
             if known.summary["id"] != summary["id"]:
                 found.others[summary["id"]] = summary["config_id"]
-            elif known.summary["commit"] == summary["commit"] and known.summary[key] != summary[key]:
+            elif known.summary["commit"] == summary["commit"] and known.summary.get(key) != summary[key]:
                 raise UsageError(f"{known.folder} and {path} hold one run with different results; remove one of them")
     return found
 
 
 def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bool = False) -> Table:
-    """Return the suite's table from whatever of its runs there is; ``best`` takes best instead of final accuracy."""
+    """Return the suite's table from whatever of its runs there is; ``best`` shows best values, not final ones."""
     rows = []
     shown = {}
     for cell in suite.cells:
@@ -174,7 +189,7 @@ def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bo
             }
         )
     long = pd.DataFrame(rows, columns=None if rows else ["row", "column", "seed"])
-    table = Table(suite, scale, long, f"test_accuracy_{'best' if best else 'final'}", shown)
+    table = Table(suite, scale, long, best, shown)
     if rows:
         _footnote(table)
     if isinstance(records, Records):
@@ -188,7 +203,7 @@ def _beside(record: Record, config: Config) -> dict[str, Any]:
     What was kept is averaged here, so that it means the same in records of every version: over the epochs that the
     pruner makes shorter.
     """
-    pruned = make_pruner(config.pruner).pruned(config.epochs)
+    pruned = PRUNER.make(config.pruner).pruned(config.epochs)
     environment, rows = record.environment, record.rows
     kept = {
         key: [row[key] for row in rows if row["epoch"] in pruned and row.get(key) is not None]
@@ -217,8 +232,8 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def _spread(mean: float, std: float) -> str:
-    return f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}")
+def _spread(mean: float, std: float, digits: int) -> str:
+    return f"{mean:.{digits}f}" + ("" if math.isnan(std) else f" ± {std:.{digits}f}")
 
 
 def paired_difference(ours: pd.Series, baseline: pd.Series) -> tuple[float, float, float] | None:
@@ -244,12 +259,10 @@ def not_distinguishable_from_best(table: Table, column: str) -> set[str]:
 
     With one seed the best alone (and its equals). Empty where only one row has runs.
     """
-    means = {
-        row: float(runs[table.accuracy].mean()) for row in table.rows if not (runs := table.runs(row, column)).empty
-    }
+    means = {row: float(runs[table.key].mean()) for row in table.rows if not (runs := table.runs(row, column)).empty}
     if len(means) < 2:
         return set()
-    best = max(means, key=lambda row: means[row])
+    best = (max if table.metric.higher else min)(means, key=lambda row: means[row])
     chosen = {row for row, mean in means.items() if mean == means[best]}
     for row in means:
         pair = table.difference(row, best, column)
@@ -268,7 +281,7 @@ def _footnote(table: Table) -> None:
         prints = sorted({str(value)[:8] for value in runs["data_fingerprint"].dropna()})
         if len(prints) > 1:
             notes.append(f"{column}: the runs saw different data ({dataset}, {noise}): {', '.join(prints)}.")
-    if (long["pairing"] == "unverified").any():
+    if "pairing" in long and (long["pairing"] == "unverified").any():
         columns = ", ".join(sorted(long.loc[long["pairing"] == "unverified", "column"].unique()))
         notes.append(
             f"{columns}: the pairing of human labels with single images is unverified, since the image order is not "
@@ -303,9 +316,9 @@ def _short(value: Any) -> str:
 
 @cache
 def blocks(table: Table) -> list[Block]:
-    """Return everything a table shows: accuracy, differences, the paper's values, cost, purity, and the runs."""
-    word = "Best" if table.accuracy == "test_accuracy_best" else "Final"
-    parts = [_accuracy(table, word)]
+    """Return everything a table shows: the headline, differences, the paper's values, cost, purity, and the runs."""
+    word = "Best" if table.best else "Final"
+    parts = [_headline(table, word)]
     if table.suite.baseline is not None:
         parts.append(_differences(table))
     if table.suite.paper:
@@ -325,26 +338,26 @@ def _ids(*frames: pd.DataFrame) -> tuple[str, ...]:
     return tuple(dict.fromkeys(id for frame in frames if not frame.empty for id in frame["id"]))
 
 
-def _accuracy(table: Table, word: str) -> Block:
+def _headline(table: Table, word: str) -> Block:
     bold = {column: not_distinguishable_from_best(table, column) for column in table.columns}
     body = []
     for row in table.rows:
-        cells = [Cell(row)]
+        cells = [Entry(row)]
         for column in table.columns:
             runs = table.runs(row, column)
             if runs.empty:
-                cells.append(Cell(MISSING))
+                cells.append(Entry(MISSING))
                 continue
-            spread = _spread(*mean_and_std(runs[table.accuracy].tolist()))
+            spread = _spread(*mean_and_std(runs[table.key].tolist()), table.metric.digits)
             short = f" (n={len(runs)})" if len(runs) < table.seeds else ""
             text = f"{spread}{short}, {100 * runs['saved'].mean():.0f} % saved"
-            cells.append(Cell(text, row in bold[column], tuple(runs["id"])))
+            cells.append(Entry(text, row in bold[column], tuple(runs["id"])))
         body.append([*cells, _mean_difference(table, row)])
     baseline = table.suite.baseline
     against = f"; mean Δ: plain mean over the columns of the difference to {baseline}" if baseline is not None else ""
     return Block(
-        "Accuracy",
-        f"{word} test accuracy in %, mean ± std over {table.seeds} seed(s), and what was saved of the training"
+        table.metric.name.capitalize(),
+        f"{word} {table.measured}, mean ± std over {table.seeds} seed(s), and what was saved of the training"
         f"{against}. Bold: the best of a column, and those whose paired difference to it has a 95 % interval that "
         "contains 0.",
         [_corner(table), *table.columns, "mean Δ"],
@@ -352,42 +365,43 @@ def _accuracy(table: Table, word: str) -> Block:
     )
 
 
-def _mean_difference(table: Table, row: str) -> Cell:
+def _mean_difference(table: Table, row: str) -> Entry:
     baseline = table.suite.baseline
     if baseline is None or row == baseline:
-        return Cell(MISSING)
+        return Entry(MISSING)
     pairs = {column: table.difference(row, baseline, column) for column in table.columns}
     known = {column: pair[0] for column, pair in pairs.items() if pair is not None}
     if not known:
-        return Cell(MISSING)
+        return Entry(MISSING)
     partial = "" if len(known) == len(pairs) else f" ({len(known)} of {len(pairs)})"
     frames = [table.runs(which, column) for column in known for which in (row, baseline)]
-    return Cell(f"{np.mean(list(known.values())):+.1f}{partial}", runs=_ids(*frames))
+    return Entry(f"{np.mean(list(known.values())):+.1f}{partial}", runs=_ids(*frames))
 
 
 def _differences(table: Table) -> Block:
     baseline = table.suite.baseline
     assert baseline is not None
+    points = "points of " if table.metric.unit == "%" else ""
     body = []
     for row in table.rows:
         if row == baseline:
             continue
-        cells = [Cell(row)]
+        cells = [Entry(row)]
         for column in table.columns:
             pair = table.difference(row, baseline, column)
             if pair is None:
-                cells.append(Cell(MISSING))
+                cells.append(Entry(MISSING))
                 continue
             ours, base = table.runs(row, column), table.runs(baseline, column)
             pairs = len(ours.index.intersection(base.index))
             interval = "" if math.isnan(pair[1]) else f" [{pair[1]:+.1f}, {pair[2]:+.1f}]"
             short = f" (n={pairs})" if pairs < table.seeds else ""
-            cells.append(Cell(f"{pair[0]:+.1f}{interval}{short}", runs=_ids(ours, base)))
+            cells.append(Entry(f"{pair[0]:+.1f}{interval}{short}", runs=_ids(ours, base)))
         body.append([*cells, _mean_difference(table, row)])
     return Block(
         f"Difference to {baseline}",
-        "In points of accuracy, paired by seed, with a 95 % interval where there are two pairs or more (Student's t; "
-        "a bootstrap from ten pairs).",
+        f"In {points}{table.metric.name}, paired by seed, with a 95 % interval where there are two pairs or more "
+        "(Student's t; a bootstrap from ten pairs).",
         [_corner(table), *table.columns, "mean Δ"],
         body,
     )
@@ -400,19 +414,19 @@ def _paper(table: Table) -> Block:
     for row in table.rows:
         if row not in paper:
             continue
-        cells = [Cell(row)]
+        cells = [Entry(row)]
         for column in table.columns:
             value, runs = paper[row].get(column), table.runs(row, column)
             if value is None:
-                cells.append(Cell(MISSING))
+                cells.append(Entry(MISSING))
             elif runs.empty or set(runs["dataset"]) != {PAPER_DATASET}:
-                cells.append(Cell(f"{value:.1f}"))
+                cells.append(Entry(f"{value:.1f}"))
             else:
-                cells.append(Cell(f"{value:.1f} (ours {runs[table.accuracy].mean() - value:+.1f})", runs=_ids(runs)))
-        mean = Cell(MISSING)
+                cells.append(Entry(f"{value:.1f} (ours {runs[table.key].mean() - value:+.1f})", runs=_ids(runs)))
+        mean = Entry(MISSING)
         if baseline in paper and row != baseline:
             shared = [column for column in paper[row] if column in paper[baseline]]
-            mean = Cell(f"{np.mean([paper[row][column] - paper[baseline][column] for column in shared]):+.1f}")
+            mean = Entry(f"{np.mean([paper[row][column] - paper[baseline][column] for column in shared]):+.1f}")
         body.append([*cells, mean])
     brackets = (
         f"in brackets ours at scale={table.scale} minus the paper's"
@@ -421,20 +435,20 @@ def _paper(table: Table) -> Block:
     )
     return Block(
         PAPER_HEADING,
-        f"Test accuracy in % as the paper prints it; {brackets}.",
+        f"{table.measured[0].upper()}{table.measured[1:]} as the paper prints it; {brackets}.",
         [_corner(table), *table.columns, "mean Δ"],
         body,
     )
 
 
 def _elsewhere(table: Table, word: str) -> list[Block]:
-    """Return the accuracy on what runs evaluate beside the test set, where there is such a thing."""
-    begin, end = "test_accuracy_", table.accuracy.removeprefix("test_accuracy")
-    keys = [key for key in table.long.columns if key.startswith(begin) and key.endswith(end) and key != table.accuracy]
+    """Return the headline on what runs evaluate beside the test set, where there is such a thing."""
+    begin, end = f"test_{table.metric.name}_", "_best" if table.best else "_final"
+    keys = [key for key in table.long.columns if key.startswith(begin) and key.endswith(end) and key != table.key]
     if not keys:
         return []
-    columns = {key.removeprefix(begin).removesuffix(end): (key, ".1f") for key in keys}
-    words = f"{word} accuracy in % on further evaluation sets, mean over the seeds."
+    columns = {key.removeprefix(begin).removesuffix(end): (key, f".{table.metric.digits}f") for key in keys}
+    words = f"{word} {table.measured.removeprefix('test ')} on further evaluation sets, mean over the seeds."
     return [_by_cell(table, "Other evaluation sets", words, columns)]
 
 
@@ -446,10 +460,10 @@ def _by_cell(table: Table, title: str, words: str, columns: Mapping[str, tuple[s
             runs = table.runs(row, column)
             if runs.empty:
                 continue
-            cells = [Cell(row), Cell(column)]
+            cells = [Entry(row), Entry(column)]
             for key, form in columns.values():
                 values = pd.to_numeric(runs[key]).dropna() if key in runs else pd.Series(dtype=float)
-                cells.append(Cell(format(values.mean(), form), runs=_ids(runs)) if len(values) else Cell(MISSING))
+                cells.append(Entry(format(values.mean(), form), runs=_ids(runs)) if len(values) else Entry(MISSING))
             body.append(cells)
     return Block(title, words, [*_axes(table), *columns], body)
 
@@ -501,21 +515,21 @@ def _runs(table: Table) -> Block:
     for row in table.rows:
         for column in table.columns:
             if not (runs := table.runs(row, column)).empty:
-                cells = [Cell(str(seed), runs=(id,)) for seed, id in runs["id"].items()]
-                body += [[Cell(row), Cell(column), cell, Cell(cell.runs[0], runs=cell.runs)] for cell in cells]
+                cells = [Entry(str(seed), runs=(id,)) for seed, id in runs["id"].items()]
+                body += [[Entry(row), Entry(column), cell, Entry(cell.runs[0], runs=cell.runs)] for cell in cells]
     return Block("Runs", "Where each cell comes from.", [*_axes(table), "seed", "run"], body)
 
 
 def wide_csv(table: Table) -> str:
-    """Return one line a cell: accuracy, spread, seeds, saved, difference with its interval, the paper's, runs."""
+    """Return one line a cell: the mean, spread, seeds, saved, difference with its interval, the paper's, runs."""
     lines = []
     bold = {column: not_distinguishable_from_best(table, column) for column in table.columns}
     for row in table.rows:
         for column in table.columns:
             runs = table.runs(row, column)
-            line: dict[str, Any] = {"row": row, "column": column, "accuracy": table.accuracy, "n": len(runs)}
+            line: dict[str, Any] = {"row": row, "column": column, "value": table.key, "n": len(runs)}
             if not runs.empty:
-                line["mean"], line["std"] = mean_and_std(runs[table.accuracy].tolist())
+                line["mean"], line["std"] = mean_and_std(runs[table.key].tolist())
                 line["saved"] = runs["saved"].mean()
                 line["bold"] = row in bold[column]
             baseline = table.suite.baseline
@@ -524,7 +538,7 @@ def wide_csv(table: Table) -> str:
             line["paper"] = table.suite.paper.get(row, {}).get(column)
             line["runs"] = " ".join(_ids(runs))
             lines.append(line)
-    order = ["row", "column", "accuracy", "n", "mean", "std", "saved", "bold", "difference", "low", "high"]
+    order = ["row", "column", "value", "n", "mean", "std", "saved", "bold", "difference", "low", "high"]
     return csv(pd.DataFrame(lines, columns=[*order, "paper", "runs"]))
 
 
@@ -554,13 +568,16 @@ def _markdown(text: str) -> str:
 
 
 def digest(table: Table) -> str:
-    """Return the accuracies alone as Markdown: mean ± std, a star where the pairing of labels is unverified."""
-    unverified = set(table.long.loc[table.long["pairing"] == "unverified", "column"])
+    """Return the headlines alone as Markdown: mean ± std, a star where the pairing of labels is unverified."""
+    long = table.long
+    unverified = set(long.loc[long["pairing"] == "unverified", "column"]) if "pairing" in long else set()
     lines = [[_corner(table), *(f"{column}*" if column in unverified else column for column in table.columns)]]
     for row in table.rows:
-        cells = (table.runs(row, column)[table.accuracy].tolist() for column in table.columns)
+        cells = (table.runs(row, column)[table.key].tolist() for column in table.columns)
         spreads = [mean_and_std(values) if values else None for values in cells]
-        lines.append([row, *(MISSING if spread is None else _spread(*spread) for spread in spreads)])
+        lines.append(
+            [row, *(MISSING if spread is None else _spread(*spread, table.metric.digits) for spread in spreads)]
+        )
     return _markdown_table(lines)
 
 

@@ -5,45 +5,102 @@ Shape legend: n samples, B samples of a batch, C classes, d dimensions of an emb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import models
+from ..config import DATASET, MODEL, NOISE, NOTHING_HELD_OUT, Config, Trusted
+from ..data.batches import Batch, Batches, ImageBatches
+from ..data.split import Split, prepare
 from ..pruning.reference import confident_thresholds, label_quality
+from ..records import ACCURACY
+from .base import Task
 
 if TYPE_CHECKING:
-    from ..config import Config
-    from ..data.batches import Batch
-    from ..data.split import TrainingData
     from ..distributed import Processes
     from ..network import Network
 
 
-class Classification:
-    """What a network is, and what it makes of samples, in eval mode."""
+class Classification(Task):
+    """Images with one class label each."""
 
-    def __init__(self, config: Config, data: TrainingData) -> None:
-        self.config, self.data = config, data
+    metrics = (ACCURACY,)
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, device, dtype)
+        dataset = config.dataset
+        reference = config.reference if isinstance(config.reference, Trusted) else NOTHING_HELD_OUT
+        place = getattr(dataset, "root", None)
+        self.data = data = prepare(
+            DATASET.make(dataset).open(),
+            seed=config.seed,
+            subset=dataset.subset,
+            test_subset=dataset.test_subset,
+            reference_size=reference.size,
+            reference_per_class=reference.per_class,
+            reference_noise=reference.noise,
+            reference_train=reference.train,
+            noise=NOISE.make(config.noise),
+            root=Path(place).expanduser() if place is not None else None,
+        )
+        self.n, self.fingerprint = len(data.train), data.fingerprint
+        if data.train.clean_labels is not None:
+            self.corrupted = data.train.labels != data.train.clean_labels
+        self.strata, self.classes = data.train.labels, data.classes
+        self.chance_loss = math.log(max(len(data.classes), 2))
+        self.facts, self.skipped = {"pairing": data.pairing or None}, data.skipped
+        self.held_out = 0 if data.reference is None else len(data.reference)
+
+    @cached_property
+    def train(self) -> Batches:  # type: ignore[override]
+        return self._batches(self.data.train, augmented=True)
+
+    @cached_property
+    def reference(self) -> Batches:  # type: ignore[override]
+        return self.train if self.data.reference is None else self._batches(self.data.reference)
+
+    @cached_property
+    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
+        sets = {"": self.data.test} | {f"_{name}": split for name, split in self.data.evaluations.items()}
+        return {suffix: self._batches(split) for suffix, split in sets.items()}
+
+    def _batches(self, split: Split, augmented: bool = False) -> Batches:
+        config = self.config
+        return ImageBatches(
+            split,
+            batch_size=config.batch_size if augmented else max(config.batch_size, 256),
+            device=self.device,
+            mean=self.data.mean,
+            std=self.data.std,
+            seed=config.seed,
+            train=augmented,
+            flip=config.dataset.flip,
+            crop=getattr(config.dataset, "crop", 0),
+            channels_last=config.channels_last,
+            dtype=self.dtype,
+            workers=config.workers,
+        )
 
     def network(self) -> nn.Module:
         """Return a freshly initialised network, with logits (B, C)."""
-        return models.build(self.config.model, len(self.data.mean), len(self.data.classes))
+        return MODEL.make(self.config.model, len(self.data.mean), len(self.data.classes))
+
+    def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        log_p = F.log_softmax(outputs, dim=1)
+        plain = F.nll_loss(log_p, targets, reduction="none")
+        smoothed = (1 - smoothing) * plain - smoothing * log_p.mean(1) if smoothing else plain
+        return plain, smoothed, outputs.detach().argmax(1)
 
     @torch.no_grad()
-    def losses(self, network: Network, batches: Iterable[Batch], smoothing: float = 0.0) -> Tensor:
-        """Return the losses (n,) of samples under the first network, whose losses are those that are recorded."""
-        entropy = partial(F.cross_entropy, reduction="none", label_smoothing=smoothing)
-        parts = [entropy(network.logits(images, 0), labels) for _, images, labels in batches]
-        return torch.cat([torch.empty(0, device=network.device), *parts])
-
-    @torch.no_grad()
-    def evaluate(self, network: Network, batches: Iterable[Batch], n: int, processes: Processes) -> tuple[float, float]:
-        """Return accuracy in per cent and mean loss on ``n`` samples, of which ``batches`` are this process's share."""
+    def evaluate(self, network: Network, batches: Iterable[Batch], n: int, processes: Processes) -> dict[str, float]:
         loss = torch.zeros((), dtype=torch.float64, device=network.device)
         right = torch.zeros((), dtype=torch.int64, device=network.device)
         for _, images, labels in batches:
@@ -51,21 +108,32 @@ class Classification:
             loss += F.cross_entropy(logits, labels, reduction="none").sum()
             right += (logits.argmax(1) == labels).sum()
         loss, right = processes.sum(loss), processes.sum(right)
-        return 100 * right.item() / n, loss.item() / n
+        return {"accuracy": 100 * right.item() / n, "loss": loss.item() / n}
+
+    def columns(self) -> dict[str, Any]:
+        import pandas as pd
+
+        train = self.data.train
+        return {
+            "index": train.rows,
+            "path": pd.array(train.paths, dtype="string") if train.paths is not None else None,
+            "label": train.labels,
+            "clean_label": train.clean_labels if train.clean_labels is not None else None,
+        }
+
+    def reference_noise(self) -> float | None:
+        held = self.data.reference
+        return None if held is None or held.clean_labels is None else float((held.labels != held.clean_labels).mean())
 
     @torch.no_grad()
     def outputs(self, network: Network, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-        """Return the first network's probabilities (n, C) and embeddings (n, d) of samples."""
         with models.embeddings(network.learner.networks[0]) as collected:
             parts = [network.logits(images, 0).softmax(1) for _, images, _ in batches]
         return torch.cat(parts), torch.cat(collected)
 
     @torch.no_grad()
     def label_quality(self, network: Network, batches: Iterable[Batch], own: Tensor, processes: Processes) -> Tensor:
-        """Return each training sample's label quality (n,), by confident learning.
-
-        ``batches`` are of the samples ``own``, this process's share.
-        """
+        """Return each training sample's label quality (n,), by confident learning."""
         labels = torch.from_numpy(self.data.train.labels)
         none = torch.empty(0, len(self.data.classes), device=network.device)
         p = torch.cat([none, *(network.logits(images).softmax(1) for _, images, _ in batches)])
@@ -73,3 +141,7 @@ class Classification:
         confidence = processes.gather(p.gather(1, own_labels[:, None])[:, 0])
         thresholds = confident_thresholds(confidence.cpu(), labels, p.shape[1]).to(network.device)
         return processes.gather(label_quality(p, own_labels, thresholds))
+
+    def reference_labels(self) -> np.ndarray:
+        assert self.data.reference is not None
+        return self.data.reference.labels

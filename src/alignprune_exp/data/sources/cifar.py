@@ -8,15 +8,16 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
 from alignprune_exp.data.images import Array, Fit, Shards
 from alignprune_exp.data.index import Survey, gathered
-from alignprune_exp.data.source import Images, Source, brief, existing
+from alignprune_exp.data.source import Crop, DataSet, Images, Root, Source, brief, existing
 from alignprune_exp.data.sources.parquet import Tables, fits_into_memory, shards_of
 from alignprune_exp.errors import UsageError
+from alignprune_exp.schema import Aside
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100_CLASSES = """
@@ -34,12 +35,13 @@ CIFAR10_ASYMMETRIC = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10:
+class Cifar10(DataSet):
     """CIFAR-10 (Krizhevsky, 2009), in whichever of the two forms lies in ``root``."""
 
     name: str
-    root: Path | None
-    download: bool
+    root: Root
+    download: Annotated[bool, Aside()]
+    crop: Crop = 0
 
     official: ClassVar[str] = "CIFAR10"  # of torchvision
     folder: ClassVar[str] = "plain_text"  # of a snapshot of the hub
@@ -54,7 +56,7 @@ class Cifar10:
         official = getattr(torchvision.datasets, self.official)
         if self.root is not None and self.download:
             with suppress(OSError):
-                self.root.mkdir(parents=True, exist_ok=True)
+                Path(self.root).expanduser().mkdir(parents=True, exist_ok=True)
         holds = f"{official.base_folder} (dataset.download=true fetches it) or train.parquet and test.parquet"
         root = existing(self.name, self.root, holds)
         if root.name == official.base_folder:

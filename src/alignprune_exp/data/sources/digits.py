@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from alignprune_exp.data.images import Array
-from alignprune_exp.data.source import Images, Source, stratified
+from alignprune_exp.data.source import Crop, DataSet, Images, Source, stratified
 from alignprune_exp.pruning.seeding import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits:
+class Digits(DataSet):
     """1,797 images of 8x8, that ship with scikit-learn."""
 
     name: str
+    crop: Crop = 0
 
     def open(self) -> Source:
         # The file of sklearn.datasets.load_digits, without the seconds that importing scikit-learn takes.

@@ -8,13 +8,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from alignprune_exp.data.images import Files, Fit
 from alignprune_exp.data.index import Index, Splits, Survey, show
 from alignprune_exp.data.layout import Layout, Photographs
+from alignprune_exp.data.source import Crop, Root
 from alignprune_exp.errors import UsageError
+from alignprune_exp.schema import Side
 
 WEBVISION_CLASSES = 1000
 CLOTHING_CLASSES = (
@@ -27,8 +31,8 @@ CLOTHING_CLASSES = (
 class ImageFolder(Layout):
     """Images of one's own, in folders and folders in these; ``test`` may be ``val``."""
 
-    image_size: int | None
-    on_error: str | None = None
+    image_size: Side | None
+    crop: Crop = 0
     holds = "train/CLASS/*.png and test/CLASS/*.png (or .jpg, .jpeg, .webp, .bmp)"
 
     @property
@@ -67,7 +71,7 @@ class ImageFolder(Layout):
 class ImageNet(Photographs):
     """ILSVRC-12; the first ``classes`` in the order of their wnids."""
 
-    classes: int
+    classes: Annotated[int, Field(ge=2, le=100_000)]
     holds = "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG"
     labels_clean = True
 
@@ -122,8 +126,8 @@ class WebVision(Photographs):
     the same, where ``imagenet_root`` is given.
     """
 
-    classes: int
-    imagenet_root: Path | None
+    classes: Annotated[int, Field(ge=2, le=WEBVISION_CLASSES)]
+    imagenet_root: Root
     holds = "info/train_filelist_google.txt, info/val_filelist.txt, google/ and val_images_256/"
     reference = "test"
 
@@ -140,7 +144,7 @@ class WebVision(Photographs):
         }
         if self.imagenet_root is not None:
             wnids = [line.split()[0] for line in lines]
-            splits["imagenet"] = self._imagenet(replace(survey, root=self.imagenet_root), wnids)
+            splits["imagenet"] = self._imagenet(replace(survey, root=Path(self.imagenet_root).expanduser()), wnids)
         return names, splits
 
     def _listed(self, survey: Survey, file: Path, folder: bytes) -> np.ndarray:
@@ -171,8 +175,8 @@ class WebVision(Photographs):
         return survey.by_folder("val", wanted)
 
     def store(self, split: str, paths: np.ndarray) -> Files:
-        root = self.imagenet_root if split == "imagenet" else None
-        return Files(root or self.folder, paths, self.cut)
+        elsewhere = self.imagenet_root if split == "imagenet" else None
+        return Files(self.folder if elsewhere is None else Path(elsewhere).expanduser(), paths, self.cut)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,145 @@
+"""Seams: what a node of the config names, something built in or anyone's by its import path, and how that is made.
+
+The keyword-only arguments of what is named (of a dataclass its fields) are its settings: their types and ranges are the
+node's schema. A built-in takes each value from the YAML in ``conf/``; what is anyone's own may have defaults. Whatever
+comes before the settings is handed over by whoever makes it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from functools import cache, cached_property
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import Field, create_model
+
+from .errors import UsageError
+from .schema import Node, shown, suggest, validated
+
+Thing = TypeVar("Thing")
+
+
+class Named(Node):
+    """A node whose keys are its name and the settings of what that names."""
+
+    name: str
+
+
+class Registry(Generic[Thing]):
+    """One seam.
+
+    Args:
+        kind: the node of the config, such as ``pruner``.
+        base: import path of the class of what is made, ``package.module.Class``.
+        builtin: import path of the dictionary of what is built in, by name. It is not imported before it is needed.
+        common: the keys that the node has whatever it names. What is named may take some of them as its settings.
+        most: the most that settings of built-ins may be, where these know none themselves.
+    """
+
+    def __init__(
+        self, kind: str, base: str, builtin: str, common: type[Named] = Named, most: Mapping[str, float] | None = None
+    ) -> None:
+        self.kind, self.common = kind, common
+        self._base, self._builtin, self._most = base, builtin, most or {}
+        self.schema = cache(self._schema)
+
+    @cached_property
+    def base(self) -> type[Thing]:
+        return _imported(self._base)
+
+    @property
+    def builtin(self) -> Mapping[str, Callable[..., Thing]]:
+        return _imported(self._builtin)
+
+    def glance(self, values: Any) -> None:
+        """Check the common keys alone, without importing anything. Raises UsageError."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
+            given = values.get("name") if isinstance(values, Mapping) else values
+            if given is None:
+                raise UsageError(f"{self.kind}.name is missing; choose one with {self.kind}=…")
+            raise UsageError(f"{self.kind}.name={shown(given)} is no name; use {self._known()}")
+        common = {key: value for key, value in values.items() if key in self.common.model_fields}
+        validated(self.common, common, self.kind, f"{self.kind}={values['name']}")
+
+    def read(self, values: Any) -> Named:
+        """Return the checked node. Raises UsageError."""
+        if isinstance(values, Named):
+            return values
+        self.glance(values)
+        name = values["name"]
+        node = validated(self.schema(name), values, self.kind, f"{self.kind}={name}")
+        if not _takes_more(self.find(name)):
+            self.make(node)  # which may refuse a value
+        return node
+
+    def make(self, node: Named, *given: Any) -> Thing:
+        """Make what the node names, of what is ``given`` and its settings. Raises UsageError for what it refuses."""
+        found = self.find(node.name)
+        try:
+            return found(*given, **{name: getattr(node, name) for name in settings(found)})
+        except ValueError as error:
+            raise UsageError(f"{self.kind}: {error}") from None
+
+    def find(self, name: str) -> Any:
+        """Return what a name stands for. Raises UsageError for an unknown name, or what cannot be imported."""
+        if "." not in name:
+            if name not in self.builtin:
+                raise UsageError(
+                    f"{self.kind}.name={name} is unknown{suggest(name, self.builtin)}; use {self._known()}"
+                )
+            return self.builtin[name]
+        try:
+            found = _imported(name)
+        except Exception as error:  # a module of one's own may raise any
+            raise UsageError(
+                f"{self.kind}.name={name} cannot be imported ({type(error).__name__}: {error}); use {self._known()} of "
+                "a module on PYTHONPATH"
+            ) from None
+        fits = issubclass(found, self.base) if isinstance(found, type) else inspect.isfunction(found)
+        if not fits:
+            raise UsageError(
+                f"{self.kind}.name={name} is not a subclass of {self._base}, nor a function that makes one"
+            )
+        return found
+
+    def _schema(self, name: str) -> type[Named]:
+        found = self.find(name)
+        fields: dict[str, Any] = {}
+        for setting, (kind, default) in settings(found).items():
+            if setting not in self.common.model_fields:
+                own = "." in name
+                most = None if own else self._most.get(setting)
+                fields[setting] = (Annotated[kind, Field(le=most)] if most else kind, default if own else ...)
+        return create_model(f"{self.kind} {name}", __base__=self.common, **fields)
+
+    def _known(self) -> str:
+        return f"one of {', '.join(self.builtin)}, or package.module.Class"
+
+
+@cache
+def settings(found: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Return type and default, ``...`` for none, of every setting of what can be named."""
+    source = found if is_dataclass(found) else inspect.unwrap(found.__init__ if isinstance(found, type) else found)  # type: ignore[misc]
+    hints = typing.get_type_hints(source, include_extras=True)
+    return {
+        parameter.name: (hints[parameter.name], ... if parameter.default is parameter.empty else parameter.default)
+        for parameter in inspect.signature(found).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def _takes_more(found: Callable[..., Any]) -> bool:
+    """Return whether something beside its settings is needed to make it."""
+    return any(
+        parameter.kind is not parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+        for parameter in inspect.signature(found).parameters.values()
+    )
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,115 @@
+"""The face of a task.
+
+Shape legend: n training samples, B samples of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..records import Metric
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..data.batches import Batch, Batches
+    from ..distributed import Processes
+    from ..network import Network
+
+
+class Task:
+    """What a sample, its loss and a metric are. Making one reads the data and writes nothing.
+
+    A subclass takes its settings as keyword arguments, hands the others on, and sets what is listed here.
+
+    Args:
+        config: of the run.
+        device: where batches lie.
+        dtype: of inputs in floating point.
+
+    Attributes:
+        metrics: what `evaluate` returns; the first is the headline.
+        n: training samples.
+        fingerprint: sha256, as hex, of the data.
+        corrupted: which training samples are known to be wrong (n,); None where that is unknown.
+        strata: the group of each training sample, int64 (n,), 0 on, which choices keep in proportion; None for none.
+        classes: their names, where samples have class labels; then ``strata`` are the labels given.
+        chance_loss: about the loss of who knows nothing, by which histograms of losses are scaled.
+        facts: what a summary says of the data, by name.
+        skipped: what was left out of the data since it could not be read, one line each.
+        train: batches of the training samples.
+        reference: batches that a reference set is drawn from, held out or the training samples' own.
+        held_out: how many samples ``reference`` holds that are not trained on; 0 where it is the training samples'.
+        tests: batches that are evaluated on, by the suffix of their metrics; the headline is that of ``""``.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]]
+    n: int
+    fingerprint: str
+    corrupted: np.ndarray | None = None
+    strata: np.ndarray | None = None
+    classes: Sequence[str] | None = None
+    chance_loss: float = 1.0
+    facts: Mapping[str, Any] = {}
+    skipped: Sequence[str] = ()
+    train: Batches
+    reference: Batches
+    held_out: int = 0
+    tests: Mapping[str, Batches]
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.config, self.device, self.dtype = config, torch.device(device), dtype
+
+    def network(self) -> nn.Module:
+        """Return a freshly initialised network: from inputs (B, …) to outputs (B, …)."""
+        raise NotImplementedError
+
+    def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return for each sample (B,): its loss, the same smoothed where that makes sense, and its class, if any.
+
+        ``outputs`` are float32. The loss is that of one sample: of parts of it, their mean or their sum.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, network: Network, batches: Iterable[Batch], n: int, processes: Processes) -> dict[str, float]:
+        """Return ``loss`` and every metric, by name, of ``n`` samples; ``batches`` are of this process's share."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def recorded(self, network: Network, batches: Iterable[Batch], smoothing: float = 0.0) -> Tensor:
+        """Return the losses (n,) of samples under the first network, as trajectories are made of them."""
+        parts = [self.losses(network.logits(inputs, 0), targets, smoothing)[1] for _, inputs, targets in batches]
+        return torch.cat([torch.empty(0, device=network.device), *parts])
+
+    def columns(self) -> dict[str, Any]:
+        """Return what the record says of the training samples, (n,) each; ``index`` is their row in the data."""
+        return {"index": np.arange(self.n)}
+
+    def reference_noise(self) -> float | None:
+        """Return the wrong share of the samples held out, where that is known."""
+        return None
+
+    # --- what only samples with class labels have
+
+    def outputs(self, network: Network, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """Return the first network's probabilities (n, C) and embeddings (n, d) of samples."""
+        raise self._no_classes()
+
+    def label_quality(self, network: Network, batches: Iterable[Batch], own: Tensor, processes: Processes) -> Tensor:
+        """Return how credible each training sample's label is (n,).
+
+        ``batches`` are of the samples ``own``, this process's share.
+        """
+        raise self._no_classes()
+
+    def reference_labels(self) -> np.ndarray:
+        """Return the labels of the samples held out."""
+        raise self._no_classes()
+
+    def _no_classes(self) -> UsageError:
+        return UsageError(f"task={self.config.task.name} has no class labels")
