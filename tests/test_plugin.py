@@ -564,46 +564,6 @@ def test_a_second_pass_over_the_loader_without_end_epoch_is_an_error():
         pruning.update(torch.arange(N), torch.ones(N))
 
 
-IN_TWO_PROCESSES = """
-import sys, torch
-from torch import distributed as dist
-from alignprune_exp.pruning import DynamicPruning
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-losses = torch.rand(4, 40, generator=torch.Generator().manual_seed(0))
-try:
-    DynamicPruning(range(40), 4, score="loss").update(torch.arange(40), losses[0])
-except ValueError as error:
-    print(error)
-pruning = DynamicPruning(range(40), 4, score="loss", divided_by_caller=True)
-for epoch in range(4):
-    order = torch.from_numpy(pruning.order())
-    parts = order.chunk(2)
-    assert pruning.update(parts[rank], losses[epoch][parts[rank]]).isfinite()
-    others = [None, None]
-    dist.all_gather_object(others, (parts[rank], losses[epoch][parts[rank]]))
-    pruning.record(*others[1 - rank])
-    pruning.end_epoch()
-print(pruning.report().to_csv())
-"""
-
-
-def test_two_processes_that_would_train_on_the_same_samples_are_refused_unless_the_caller_divides_them(tmp_path):
-    command = [sys.executable, "-c", IN_TWO_PROCESSES]
-    started = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=60)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    assert said[0] == said[1]
-    sentence, *rows = said[0].splitlines()
-    assert sentence.startswith("each of 2 processes would train on all of the epoch's samples")
-    assert "divided_by_caller=True" in sentence
-    assert len([row for row in rows if row]) == 41
-
-
 class Stream(IterableDataset):
     def __len__(self):
         return 10

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .console import Progress
-from .errors import Failed, Stopped
+from .errors import Stopped
 from .learners import Step
 from .network import Network
 from .pruning import DynamicPruning, NonFiniteLossError, Selection, WarmUpLog
@@ -105,14 +104,14 @@ class Loop:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=setup.device)
         self._exchanged = self.loss_sum.clone()  # of the sum, what all processes have
         self.predicted = torch.full((setup.n,), -1, dtype=torch.int64, device=setup.device)
-        self._own: list[tuple[Tensor, Tensor]] = []
 
     def epoch(self, stop: threading.Event, save: Callable[[], None]) -> Epoch:
         """Train one epoch and return what is to be recorded of it; ``save`` is called where ``stop`` interrupts it."""
         setup, pruning, network = self.setup, self.pruning, self.network
         config, clock = setup.config, Clock(self.elapsed)
         now = Epoch(pruning.epoch, pruning.ranked_by, pruning.selection, pruning.ranking)
-        order = self._agreed(pruning.order())
+        order = pruning.order()
+        pruning.check_agreement(self.reference.samples.numpy())
         clock.lap("select")
         with network.waiting(self._steps(order)[-1] < setup.processes.size):
             for step in self._batches(order, now, clock, stop, save):
@@ -120,7 +119,8 @@ class Loop:
                 recorded = plain if config.recorded == "plain" else training
                 loss = pruning.update(step.index, training, recorded)
                 network.learn(loss * step.share)
-                self._note(step, plain, recorded, predicted)
+                self.predicted[step.index] = predicted
+                self.loss_sum += plain.detach().sum()
         now.train_loss = self._exchange() / len(order)
         setup.processes.from_rank_0(list(network.learner.buffers()))
         network.check_finite(now.number)
@@ -149,17 +149,6 @@ class Loop:
         self._exchanged.zero_()
         now.clock = clock
         return now
-
-    def _agreed(self, order: np.ndarray) -> np.ndarray:
-        """Return the order of the epoch's samples, on which all processes must agree."""
-        weights = self.pruning.selection.weights
-        chosen = b"".join(part.tobytes() for part in (order, weights, self.reference.samples.numpy()))
-        if not self.setup.processes.same(zlib.crc32(chosen)):
-            raise Failed(
-                f"the processes do not agree on the selection of epoch {self.pruning.epoch}; start them from one "
-                "checkout, with one version of every package, on one kind of processor"
-            )
-        return order
 
     def _steps(self, order: np.ndarray) -> list[int]:
         return self.setup.task.train.sizes(len(order))
@@ -195,33 +184,16 @@ class Loop:
             return stop.is_set()
         return self.step % STEPS_BETWEEN_QUESTIONS == 0 and self.setup.processes.any(stop.is_set())
 
-    def _note(self, step: Step, plain: Tensor, recorded: Tensor, predicted: Tensor | None) -> None:
-        if predicted is not None:
-            self.predicted[step.index] = predicted
-        self.loss_sum += plain.detach().sum()
-        if self.setup.processes.size > 1:
-            self._own.append((step.index, recorded.detach()))
-
     def _exchange(self) -> float:
-        """Record what the other processes have observed since the last exchange; return the sum of all losses.
+        """Let all processes know what each has observed since the last exchange; return the sum of all losses.
 
         Raises NonFiniteLossError where one of these was not finite.
         """
-        processes, device = self.setup.processes, self.setup.device
+        self.pruning.exchange(self.predicted)
+        processes = self.setup.processes
         if processes.size > 1:
-            none = (torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device))
-            index, losses = (torch.cat(parts) for parts in zip(none, *self._own, strict=True))
-            self._own = []
-            gathered = [processes.gathered(own) for own in (index, losses, self.predicted[index])]
-            for parts in gathered:
-                del parts[processes.rank]
-            index, losses, predicted = (torch.cat(parts) for parts in gathered)
-            self.pruning.record(index, losses)
-            self.predicted[index] = predicted
-            self.pruning.bad_step.copy_(processes.min(self.pruning.bad_step))
             self.loss_sum.copy_(self._exchanged + processes.sum(self.loss_sum - self._exchanged))
             self._exchanged.copy_(self.loss_sum)
-        self.pruning.check_finite()
         return self.loss_sum.item()
 
     def _refresh(self) -> int:
@@ -229,9 +201,9 @@ class Loop:
         setup, unseen = self.setup, self.pruning.unseen().cpu()
         if len(unseen):
             smoothing = setup.config.label_smoothing if setup.config.recorded == "smoothed" else 0.0
-            batches = setup.task.train.evaluation(setup.processes.share(unseen))
-            losses = setup.task.recorded(self.network, batches, smoothing)
-            self.pruning.record(unseen, setup.processes.gather(losses))
+            own = setup.processes.share(unseen)
+            self.pruning.record(own, setup.task.recorded(self.network, setup.task.train.evaluation(own), smoothing))
+            self.pruning.exchange()
         return len(unseen)
 
     def _test(self, epoch: int) -> dict[str, float]:

@@ -205,7 +205,7 @@ def make_pruning(
             device=device,
             bank_dtype=getattr(torch, config.score.bank),
             bank=bank,
-            divided_by_caller=True,
+            divide=False,
         )
         pruning.scores(pruning.score)  # one of somebody's own says here what is wrong with it, whenever it ranks
     except ValueError as error:

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from .bank import History, Trajectories
     from .cleaning import within_class
     from .coresets import Choice, Criterion, Evidence, WarmUpLog
-    from .dynamic import DynamicPruning, NonFiniteLossError
+    from .dynamic import DynamicPruning
+    from .processes import DisagreementError, LostProcessError
     from .pruners import PRUNERS, Fixed, Full
+    from .running import NonFiniteLossError
     from .scores import SCORES, Score
     from .selection import Plan, Pruner, Selection
 
@@ -21,11 +23,13 @@ __all__ = [
     "SCORES",
     "Choice",
     "Criterion",
+    "DisagreementError",
     "DynamicPruning",
     "Evidence",
     "Fixed",
     "Full",
     "History",
+    "LostProcessError",
     "NonFiniteLossError",
     "Plan",
     "Pruner",
@@ -37,7 +41,9 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("DynamicPruning", "NonFiniteLossError"), "dynamic"),
+    "DynamicPruning": "dynamic",
+    "NonFiniteLossError": "running",
+    **dict.fromkeys(("DisagreementError", "LostProcessError"), "processes"),
     **dict.fromkeys(("PRUNERS", "Fixed", "Full"), "pruners"),
     **dict.fromkeys(("Plan", "Pruner", "Selection"), "selection"),
     **dict.fromkeys(("Choice", "Criterion", "Evidence", "WarmUpLog"), "coresets"),

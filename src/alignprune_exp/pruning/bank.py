@@ -7,7 +7,7 @@ is NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,11 +215,7 @@ class Trajectories:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a state over. Raises ValueError if it is of another window, number of samples, or version."""
-        if missing := self.state_dict().keys() - state.keys():
-            raise ValueError(
-                f"the state was saved by an older version of this package and lacks {', '.join(sorted(missing))}; "
-                "start the run again"
-            )
+        check_version(self.state_dict(), state)
         if state["losses"].shape != self.losses_WN.shape:
             window, n = state["losses"].shape
             raise ValueError(
@@ -251,4 +247,13 @@ class Trajectories:
         return (
             f"{who} was observed twice in epoch {self.epoch}; "
             "call update() once a batch and end_epoch() once after each pass over the loader"
+        )
+
+
+def check_version(now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raise ValueError for a saved state without what a state has now."""
+    if missing := now.keys() - state.keys():
+        raise ValueError(
+            f"the state was saved by an older version of this package and lacks {', '.join(sorted(missing))}; "
+            "start the run again"
         )

@@ -61,6 +61,9 @@ class Fixed(Pruner):
     indices: Ints
     uses_scores: ClassVar[bool] = False
 
+    def at_most(self, n: int, epoch: int, epochs: int) -> int:
+        return len(self.indices)
+
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         n, indices = len(scores), np.unique(self.indices)
         if not 0 < len(self.indices) == len(indices) or indices[0] < 0 or indices[-1] >= n:
@@ -83,6 +86,9 @@ class RandomSubset(Pruner):
     def size(self, n: int) -> int:
         """Return the number of samples of each epoch."""
         return kept(n, self.ratio) if self.budget is None else share(n, self.budget)
+
+    def at_most(self, n: int, epoch: int, epochs: int) -> int:
+        return self.size(n)
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         n = len(scores)
@@ -134,6 +140,9 @@ class InfoBatch(Pruner):
 
     def inert(self) -> tuple[str, ...]:
         return () if self.budget is None else ("ratio",)
+
+    def at_most(self, n: int, epoch: int, epochs: int) -> int:
+        return n if self.budget is None or epoch >= self.pruning_epochs(epochs) else share(n, self.budget)
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         if epoch >= self.pruning_epochs(epochs):
@@ -201,6 +210,11 @@ class SeTa(Pruner):
         """Number of clusters kept; halves round to even, as the authors' do."""
         return round(self.groups * self.alpha)
 
+    def at_most(self, n: int, epoch: int, epochs: int) -> int:
+        if self.budget is None or epoch >= self.pruning_epochs(epochs):
+            return kept(n, self.ratio)
+        return share(n, self.budget)
+
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         n = len(scores)
         if epoch >= self.pruning_epochs(epochs):
@@ -253,6 +267,9 @@ class TopK(Pruner):
 
     def pruned(self, epochs: int) -> range:
         return range(self.warmup, self.pruning_epochs(epochs))
+
+    def at_most(self, n: int, epoch: int, epochs: int) -> int:
+        return kept(n, self.ratio) if epoch in self.pruned(epochs) else n
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         n = len(scores)

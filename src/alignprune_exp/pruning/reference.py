@@ -1,15 +1,54 @@
-"""A reference set out of the training set itself, for those who have no trusted labels.
+"""The loss of a reference set, and such a set out of the training set itself, for those who have no trusted labels.
 
 Shape legend: N samples, B of them, C classes, R samples chosen.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from .processes import DisagreementError, Exchange
 from .selection import proportional
+
+ReferenceLoss = float | Tensor | tuple[float | Tensor, int] | None  # a mean, or a sum and a count
+NO_LOSS, MEAN, PART = range(3)
+AGREEMENT = 1e-4  # of the means that processes pass, which some kinds of hardware do not compute alike
+
+
+def shared_loss(given: ReferenceLoss, processes: Exchange) -> float | None:
+    """Return the mean loss of a reference set, of which each process was given something, or None where none was.
+
+    That is the mean, in all of them or in rank 0 alone, or the sum and the number (sum, count) of each one's part.
+    Raises DisagreementError, in all of them, for different means, a mixture, or parts without a sample.
+    """
+    if isinstance(given, tuple):
+        said = (PART, *map(float, given))
+    else:
+        said = (NO_LOSS, 0.0, 1.0) if given is None else (MEAN, float(given), 1.0)
+    kinds, values, counts = processes.gather(torch.tensor([said], dtype=torch.float64)).T
+    if (kinds == PART).all():
+        if not (counts >= 0).all() or counts.sum() == 0:
+            raise DisagreementError("the parts of the reference set have no sample; pass (sum, count), count above 0")
+        return (values.sum() / counts.sum()).item()
+    means = values[kinds == MEAN]
+    if len(means) == 0 and (kinds == NO_LOSS).all():
+        return None
+    if (kinds == PART).any() or kinds[0] != MEAN or 1 < len(means) < len(values):
+        raise DisagreementError(
+            "some processes were given a reference loss and others were not; pass the mean in all of them, or in rank "
+            "0 alone, or (sum, count) in each"
+        )
+    if means.isfinite().all() and means.max() - means.min() > AGREEMENT * means.abs().max():
+        raise DisagreementError(
+            f"the processes were given different reference losses, {means.min():g} to {means.max():g}; pass the mean "
+            "in rank 0 alone and None in the others, or (sum, count) of its part of the set in each, or exchange() "
+            "before population_mean()"
+        )
+    return means[0].item() if means.isfinite().all() else math.nan
 
 
 def class_shares(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

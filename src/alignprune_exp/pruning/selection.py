@@ -134,6 +134,10 @@ class Pruner(Plan):
         """Return the number that the generator of an epoch's selection is named by."""
         return epoch
 
+    def at_most(self, n: int, epoch: int, epochs: int) -> int:
+        """Return how many of n samples an epoch has, as far as that is known before: exactly, or at most."""
+        return n
+
     def digest(self, scores: Floats, seen: Ints, memory: NDArray[np.float32]) -> Floats:
         """Return what to rank the N samples by, after an epoch.
 

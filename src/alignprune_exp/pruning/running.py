@@ -1,0 +1,118 @@
+"""What has been observed in the running epoch, in this process and in the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bank import Trajectories, check_version
+from .processes import Exchange
+
+NO_STEP = torch.iinfo(torch.int64).max
+
+
+class NonFiniteLossError(ValueError):
+    """Training has diverged: ``what`` became NaN or infinite, in ``epoch``, at ``step`` where it is a training loss."""
+
+    def __init__(self, epoch: int, step: int | None = None, what: str = "the loss") -> None:
+        self.epoch, self.step = epoch, step
+        where = f"at the end of epoch {epoch}" if step is None else f"in epoch {epoch}, step {step}"
+        super().__init__(f"{what} became NaN or infinite {where}; lower the learning rate or clip gradients")
+
+
+class Running:
+    """The running epoch of n samples, of whose losses the bank ``trajectories`` is kept.
+
+    Attributes:
+        trained: (n,) whether each sample has been trained on, as far as this process knows.
+        step: updates done in this process.
+        agreed: whether all processes are known to have chosen the same.
+        fresh: samples trained on in this process since the last exchange.
+    """
+
+    def __init__(self, trajectories: Trajectories) -> None:
+        self.bank = trajectories
+        device = trajectories.last_N.device
+        self.trained = torch.zeros(trajectories.n, dtype=torch.bool, device=device)
+        self._unshared = self.trained.clone()  # observed here, and not yet known elsewhere
+        self.step = self.fresh = self._shared = 0
+        self.agreed = False
+        self._bad_step = torch.full((), NO_STEP, device=device)  # the first with a loss that is not finite
+
+    def record(self, index: Tensor, losses: Tensor) -> None:
+        """Record the losses (B,) of samples ``index`` (B,), which lie where the bank does."""
+        self.bank.record(index, losses)
+        self._unshared.index_fill_(0, index, True)
+        self.watch(losses)
+
+    def watch(self, losses: Tensor) -> None:
+        """Note the first step with a loss that is not finite, without waiting for the device."""
+        fine = torch.isfinite(losses).all().to(self._bad_step.device) | (self._bad_step < NO_STEP)
+        self._bad_step = torch.where(fine, self._bad_step, self.step)
+
+    def train(self, index: Tensor) -> None:
+        """Count a step on samples ``index`` (B,)."""
+        self.trained.index_fill_(0, index, True)
+        self.fresh += len(index)
+        self.step += 1
+
+    def samples(self, processes: int) -> int:
+        """Return how many samples have been trained on, if each process has done as much as this one."""
+        return self._shared + processes * self.fresh
+
+    def check_finite(self) -> None:
+        """Wait for the device; raise NonFiniteLossError if a loss was NaN or infinite."""
+        step = int(self._bad_step)
+        if step < NO_STEP:
+            raise NonFiniteLossError(self.bank.epoch, step)
+
+    def exchange(self, processes: Exchange, also: tuple[Tensor, ...]) -> None:
+        """Take over what the others have observed since the last exchange, and ``also`` (n, …) for their samples.
+
+        Raises ValueError, in all processes, where two of them have observed the same sample.
+        """
+        index = self._unshared.nonzero().squeeze(1)
+        parts = processes.gathered(index)
+        self._check_apart(torch.cat(parts), processes.size)
+        theirs = [
+            processes.gathered(values[index.to(values.device)]) for values in (self.bank.last_N, self.trained, *also)
+        ]
+        self._bad_step = processes.min(self._bad_step)
+        for rank in set(range(processes.size)) - {processes.rank}:
+            self.bank.record(parts[rank], theirs[0][rank])
+            for values, part in zip((self.trained, *also), theirs[1:], strict=True):
+                values[parts[rank].to(values.device)] = part[rank]
+        self._unshared.zero_()
+        self._shared, self.fresh = int(self.trained.sum()), 0
+
+    def _check_apart(self, index: Tensor, processes: int) -> None:
+        samples, times = index.unique(return_counts=True)
+        if len(samples) < len(index):
+            raise ValueError(
+                f"sample {int(samples[times > 1][0])} was observed in more than one of {processes} processes in epoch "
+                f"{self.bank.epoch}, as {len(index) - len(samples) - 1} others were; draw batches with "
+                "sampler=pruning.sampler, without a DistributedSampler, or divide order() so that each sample goes to "
+                "one process"
+            )
+
+    def check_shared(self) -> None:
+        """Raise RuntimeError where the other processes do not know what this one has observed."""
+        if self._unshared.any():
+            raise RuntimeError(
+                f"the processes do not know what the others have observed in epoch {self.bank.epoch}; call exchange() "
+                "in all of them before state_dict()"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trained": self.trained, "step": self.step, "bad_step": self._bad_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for the state of another version."""
+        check_version(self.state_dict(), state)
+        self.trained.copy_(state["trained"])
+        self._unshared.zero_()
+        self._bad_step.copy_(state["bad_step"])
+        self.step, self.fresh, self._shared = state["step"], 0, int(self.trained.sum())
+        self.agreed = False

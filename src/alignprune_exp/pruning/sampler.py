@@ -1,0 +1,73 @@
+"""What a DataLoader needs: items that know their index, and the samples of the epoch that this process trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+if TYPE_CHECKING:
+    from .selecting import Selecting
+
+
+class Indexed(Dataset[tuple[int, Any]]):
+    """A map-style data set whose items come with their index. Raises TypeError for a data set of another kind."""
+
+    def __init__(self, dataset: Any) -> None:
+        if isinstance(dataset, IterableDataset):
+            raise TypeError(
+                f"{type(dataset).__name__} is an IterableDataset, and samples are chosen by index: pass a map-style "
+                "face of it, such as list(dataset) where that fits into memory, or wids.ShardListDataset(shards) for "
+                "WebDataset's shards"
+            )
+        if not all(hasattr(dataset, name) for name in ("__len__", "__getitem__")):
+            raise TypeError(
+                f"{type(dataset).__name__} cannot be pruned: samples are chosen by index, so pass a map-style data set "
+                "with __len__ and __getitem__, such as list(dataset)"
+            )
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index]
+
+    def __reduce__(self) -> tuple[type[Indexed], tuple[Any]]:
+        return Indexed, (self.dataset,)
+
+
+class EpochSampler(Sampler[int]):
+    """Yields the running epoch's samples, shuffled; its length is the running epoch's, and 0 after the last one.
+
+    Of several processes each gets as many, every one of them the next sample in turn, so that a step's batches in all
+    of them are the batch of a single process. What is left over, fewer samples than processes, is left out; these are
+    other ones in every epoch.
+    """
+
+    def __init__(self, pruning: Selecting) -> None:
+        self._pruning = pruning
+
+    def __len__(self) -> int:
+        pruning = self._pruning
+        return 0 if pruning.epoch >= pruning.epochs else self._each(len(pruning.selection.indices))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.share().tolist())
+
+    def share(self) -> np.ndarray:
+        """Return what the sampler yields, (m,). Raises ValueError where there are more processes than samples."""
+        order, processes = self._pruning.order(), self._pruning.processes
+        if not self._pruning.divide:
+            return order
+        return order[: self._each(len(order)) * processes.size][processes.rank :: processes.size]
+
+    def _each(self, samples: int) -> int:
+        size = self._pruning.processes.size if self._pruning.divide else 1
+        if samples < size:
+            raise ValueError(
+                f"epoch {self._pruning.epoch} has {samples} samples for {size} processes; train in {samples} or fewer"
+            )
+        return samples // size

@@ -1,0 +1,235 @@
+"""What a pruned training is to train on, how far it is, and what it knows about every sample."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bank import Trajectories
+from .cleaning import within_class
+from .named import make_pruner, make_score
+from .processes import Exchange
+from .running import Running
+from .sampler import EpochSampler, Indexed
+from .scores import Loss, Score, settled
+from .seeding import generator
+from .selection import Pruner, Selection
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NEVER_SEEN = 3.0  # the score that a sample without a score is ranked by
+
+
+class Selecting(Indexed):
+    """All of `DynamicPruning` that changes nothing."""
+
+    _selection: Selection | None  # of the running epoch, once it is asked for
+    _weights: Tensor | None
+
+    def __init__(
+        self,
+        dataset: Any,
+        epochs: int,
+        pruner: str | Pruner = "infobatch",
+        score: str | Score = "das",
+        *,
+        window: int = 10,
+        unseen: str = "carry",
+        saved: float | None = None,
+        seed: int = 0,
+        clean: Sequence[bool] | np.ndarray | Tensor | None = None,
+        device: torch.device | str = "cpu",
+        bank_dtype: torch.dtype = torch.float32,
+        bank: Trajectories | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        divide: bool = True,
+        **pruner_settings: Any,
+    ) -> None:
+        super().__init__(dataset)
+        self.n = len(dataset)
+        if self.n == 0:
+            raise ValueError("the data set is empty")
+        if epochs < 1:
+            raise ValueError(f"epochs={epochs} is out of range; use 1 or more")
+        self.seed, self.divide = seed, divide
+        self._processes = Exchange.given(rank, world_size)
+        self.pruner = make_pruner(pruner, **pruner_settings)
+        if saved is not None:
+            self.pruner = self.pruner.saving(saved, epochs)
+        self.score = make_score(score)
+        self.trajectories = bank or Trajectories(self.n, window, unseen, device, bank_dtype)
+        if self.trajectories.n != self.n:
+            raise ValueError(f"bank is of {self.trajectories.n} samples, and the data set has {self.n}; pass its own")
+        device = self.trajectories.last_N.device
+        self.first, self.epochs = self.epoch, self.epoch + epochs
+        self._check_window()
+        self.clean: Tensor | None = None
+        if clean is not None:
+            self.clean = torch.as_tensor(clean, dtype=torch.bool, device=device)
+            if self.clean.shape != (self.n,):
+                raise ValueError(f"clean has shape {tuple(self.clean.shape)}; it must be ({self.n},), one a sample")
+        self.times_selected = np.zeros(self.n, np.int32)  # and trained on, in finished epochs
+        self.sizes: list[int] = []  # of the finished epochs' selections
+        self._memory = np.full((self.pruner.memory, self.n), np.nan, np.float32)
+        self.sampler = EpochSampler(self)
+        self._begin()
+        self._scores = self._rank()
+
+    @property
+    def epoch(self) -> int:
+        """The running epoch, from 0; the coming one between ``end_epoch`` and the next ``update``."""
+        return self.trajectories.epoch
+
+    @property
+    def processes(self) -> Exchange:
+        """The processes that train together."""
+        return self._processes or Exchange.found()
+
+    @property
+    def ranked_by(self) -> str | None:
+        """Name of the score that the running epoch's selection was ranked by, if scores had a say."""
+        return self._ranking_score().name if self.selection.ranked else None
+
+    @property
+    def ranking(self) -> np.ndarray:
+        """The scores (n,) that the running epoch's selection was ranked by; NaN where a sample had none."""
+        return self._scores
+
+    @property
+    def selection(self) -> Selection:
+        """The running epoch's selection: a function of the seed, the epoch and the scores before it."""
+        if self._selection is None:
+            if self.epoch >= self.epochs:
+                raise ValueError(f"all {self.epochs} epochs are done; make a new DynamicPruning to train on")
+            scores = np.nan_to_num(self._scores, nan=NEVER_SEEN)
+            epoch, epochs = self.epoch - self.first, self.epochs - self.first
+            rng = generator(self.seed, "select", self.first + self.pruner.address(epoch, self.n))
+            self._selection = self.pruner.select(scores, epoch, epochs, rng)
+        return self._selection
+
+    def order(self) -> np.ndarray:
+        """Return the running epoch's samples (M,), shuffled: those of all processes."""
+        return generator(self.seed, "order", self.epoch).permutation(self.selection.indices)
+
+    @property
+    def progress(self) -> float:
+        """The share of training that is done, in [0, 1]: whole epochs, and of this one the share of its samples."""
+        if self.epoch >= self.epochs:
+            return 1.0
+        ranks = self.processes.size
+        samples = len(self.sampler) * (ranks if self.divide else 1)
+        done = min(1.0, self.running.samples(ranks) / samples)
+        return (self.epoch - self.first + done) / (self.epochs - self.first)
+
+    def schedule(self, factor: Callable[[float], float]) -> Callable[[int], float]:
+        """Return a function for ``LambdaLR`` and the like that goes by `progress`, and so ends where it should.
+
+        A pruned epoch has fewer steps than was planned, and spans its share of the schedule all the same. The number of
+        steps that the scheduler passes is ignored: step it once an optimizer step, however many batches that takes.
+
+        >>> LambdaLR(optimizer, pruning.schedule(lambda progress: 1 - progress))        # doctest: +SKIP
+
+        Args:
+            factor: maps progress in [0, 1] to the factor of the learning rate.
+        """
+        return lambda step: factor(self.progress)
+
+    def planned_steps(self, batch_size: int, drop_last: bool = False) -> int:
+        """Return the number of optimizer steps of the whole run, as far as it can be told by now.
+
+        Finished epochs and the running one count as they are. The coming ones do so too where the pruner's sizes are
+        known in advance: full, random, rs2, topk, epsilon_greedy, ucb, ``Fixed``, and any with ``budget``. For
+        infobatch, seta, and a pruner of your own without `Pruner.at_most`, it is an upper bound.
+
+        Args:
+            batch_size: samples of an optimizer step in this process, those of all batches where it accumulates some.
+            drop_last: whether the loader leaves out a last batch that is not full.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is out of range; use 1 or more")
+        epochs, ranks = self.epochs - self.first, self.processes.size if self.divide else 1
+        sizes = self.sizes + ([len(self.selection.indices)] if self.epoch < self.epochs else [])
+        sizes += [self.pruner.at_most(self.n, epoch, epochs) for epoch in range(len(sizes), epochs)]
+        return sum(size // ranks // batch_size if drop_last else -(-(size // ranks) // batch_size) for size in sizes)
+
+    def scores(self, score: str | Score) -> np.ndarray:
+        """Return any score (n,) of the finished epochs, NaN where a sample has none.
+
+        Raises RuntimeError within an epoch, and ValueError where the score needs what is not known.
+        """
+        return self.several_scores([score])[0]
+
+    def several_scores(self, scores: Sequence[str | Score]) -> np.ndarray:
+        """Return K scores (K, n) as `scores` does, in one copy from the device."""
+        history = self.trajectories.history(self.clean, self.seed)
+        found = []
+        for score in map(make_score, scores):
+            values = score(history)
+            if not isinstance(values, Tensor) or values.shape != (self.n,):
+                what = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"{type(score).__name__} returned {what}; a score returns a tensor ({self.n},)")
+            found.append(values)
+        return torch.stack(found).cpu().numpy()
+
+    def report(self, labels: Sequence[Any] | np.ndarray | Tensor | None = None) -> pd.DataFrame:
+        """Return one row a sample, in data set order; ``.sort_values("score")`` puts first what to look at first.
+
+        Columns:
+            score: the cleaning score, lowest where a label seems wrong: ``settled``, standardised `within_class` where
+                the given ``labels`` (n,) are passed. It is the same whatever score ranks: the lowest losses are the
+                cleanest samples', and once a network memorises, alignment finds wrong labels little better than chance.
+            loss: the last recorded one.
+            ranking: the score that the running epoch's selection was ranked by.
+            times_selected: and trained on, in finished epochs.
+
+        NaN where a sample was never seen; ``score`` and ``ranking`` are as of the latest ``end_epoch``.
+        Raises ValueError for another number of labels.
+        """
+        import pandas as pd
+
+        bank = self.trajectories
+        loss = bank.last_N.cpu().numpy().copy()
+        score = settled(bank.sum_N, bank.count_N).cpu().numpy()
+        if labels is not None:
+            score = within_class(score, np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels))
+        return pd.DataFrame(
+            {
+                "score": score,
+                "loss": loss,
+                "ranking": np.where(np.isnan(loss), np.nan, self._scores),
+                "times_selected": self.times_selected.copy(),
+            }
+        )
+
+    def _begin(self) -> None:
+        """Take up an epoch of which nothing is done or chosen yet."""
+        self.running = Running(self.trajectories)
+        self._selection = None
+        self._weights = None
+
+    def _check_window(self) -> None:
+        """Raise ValueError for a window that is full only when pruning is over, where the score needs a full one."""
+        if not (self.score.aligned and self.pruner.uses_scores):
+            return
+        window, epochs = self.trajectories.window, self.epochs - self.first
+        missing, last = window - self.first, self.pruner.pruning_epochs(epochs)
+        if missing >= last:
+            enough = next(more for more in itertools.count(epochs) if self.pruner.pruning_epochs(more) > missing)
+            shorter = f"a window of at most {self.first + last - 1}, or " if self.first + last > 3 else ""
+            raise ValueError(
+                f"a window of {window} epochs leaves {self.score.name} none to act in, since pruning lasts delta * "
+                f"epochs, here {last} of {epochs}; use {shorter}{enough} epochs or more"
+            )
+
+    def _ranking_score(self) -> Score:
+        return Loss() if self.score.aligned and self.epoch < self.trajectories.window else self.score
+
+    def _rank(self) -> np.ndarray:
+        return self.scores(self._ranking_score())
