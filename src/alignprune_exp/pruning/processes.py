@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class LostProcessError(RuntimeError):
@@ -31,15 +27,15 @@ class Exchange:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
-    @classmethod
-    def found(cls) -> Self:
+    @staticmethod
+    def found() -> Exchange:
         """Return the processes of torch.distributed where it is initialised, else this one alone."""
         if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        return cls()
+            return Exchange(dist.get_rank(), dist.get_world_size())
+        return Exchange()
 
-    @classmethod
-    def given(cls, rank: int | None, world_size: int | None) -> Self | None:
+    @staticmethod
+    def given(rank: int | None, world_size: int | None) -> Exchange | None:
         """Return the processes that a user names; None where they are to be `found`. Raises ValueError."""
         if rank is None and world_size is None:
             return None
@@ -51,7 +47,7 @@ class Exchange:
                 f"rank={rank} is none of world_size={world_size} processes, which count from 0; leave both out to use "
                 "torch.distributed's own"
             )
-        return cls(rank, world_size)
+        return Exchange(rank, world_size)
 
     @contextmanager
     def connected(self) -> Iterator[None]:
