@@ -131,7 +131,7 @@ class Exchange:
         """
         there = self.found()
         if (there.rank, there.size) != (self.rank, self.size):
-            says = f"rank {there.rank} of {there.size}" if dist.is_initialized() else "not initialised"
+            says = f"rank {there.rank} of {there.size}" if there.size > 1 else "not initialised, or of one process"
             raise ValueError(
                 f"rank={self.rank}, world_size={self.size} was given, and torch.distributed is {says}; call "
                 "torch.distributed.init_process_group() first, and leave rank and world_size out"
