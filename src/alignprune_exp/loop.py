@@ -119,7 +119,8 @@ class Loop:
                 recorded = plain if config.recorded == "plain" else training
                 loss = pruning.update(step.index, training, recorded)
                 network.learn(loss * step.share)
-                self.predicted[step.index] = predicted
+                if predicted is not None:
+                    self.predicted[step.index] = predicted
                 self.loss_sum += plain.detach().sum()
         now.train_loss = self._exchange() / len(order)
         setup.processes.from_rank_0(list(network.learner.buffers()))
