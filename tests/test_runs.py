@@ -297,43 +297,6 @@ def test_metrics_are_read_up_to_a_line_that_is_damaged_or_out_of_order(folder, d
         assert folder.metrics() == [{"epoch": 0, "loss": 0.0}, {"epoch": 1, "loss": 0.1}]
 
 
-ENDED = {"finished_at": "today", **dict.fromkeys(runs.SUMMARY_NUMBERS), "saved": 0.5}
-
-
-def test_a_summary_is_absent_or_read(folder):
-    assert folder.summary() is None
-    assert not folder.path.exists()  # nothing is written before a claim
-    with folder.claim():
-        for summary in ({"status": "finished", **ENDED}, {"status": "failed", "error": "why", **ENDED}):
-            write_json(folder.path / "summary.json", summary)
-            assert folder.summary() == summary
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b'{"status": ',
-        b"",
-        b"\xff\xfe",
-        b"{}",
-        b"[]",
-        b"null",
-        b"[" * 10**5,
-        b'{"status": "finished"}',
-        *(
-            json.dumps({"status": "finished", **ENDED, **wrong}).encode()
-            for wrong in ({"status": []}, {"status": "fin"}, {"status": "failed"}, {"finished_at": 3}, {"saved": "0.5"})
-        ),
-    ],
-    ids=lambda content: repr(content[:30]),
-)
-def test_a_summary_that_does_not_say_how_a_run_ended_is_damaged(folder, content):
-    with folder.claim():
-        (folder.path / "summary.json").write_bytes(content)
-        with pytest.raises(UsageError, match="damaged; force=true"):
-            folder.summary()
-
-
 # Checkpoints
 
 

@@ -60,7 +60,7 @@ class Registry(Generic[Thing]):
         if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
             given = values.get("name") if isinstance(values, Mapping) else values
             if given is None:
-                raise UsageError(f"{self.kind}.name is missing; choose one with {self.kind}=…")
+                raise UsageError(f"{self.kind}.name is missing; choose {self.kind}=…, {self._known()}")
             raise UsageError(f"{self.kind}.name={shown(given)} is no name; use {self._known()}")
         common = {key: value for key, value in values.items() if key in self.common.model_fields}
         validated(self.common, common, self.kind, f"{self.kind}={values['name']}")

@@ -1,0 +1,258 @@
+"""One of everything that a config can name, from a package outside the project: it runs, and is a row of a table."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from alignprune_exp.commandline import config_dir
+from alignprune_exp.config import REGISTRIES
+from alignprune_exp.errors import UsageError
+from alignprune_exp.report.tables import blocks, make_table, markdown, read_records
+from alignprune_exp.suites import load_suite
+from alignprune_exp.train import main
+
+OUTSIDE = '''
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from alignprune_exp.data.batches import TensorBatches
+from alignprune_exp.data.images import Array
+from alignprune_exp.data.noise import Noise
+from alignprune_exp.data.source import DataSet, Images, Source
+from alignprune_exp.learners import Learner
+from alignprune_exp.pruning import Pruner, Selection
+from alignprune_exp.pruning.scores import Score
+from alignprune_exp.tasks import Metric, Task
+
+
+@dataclass(kw_only=True)
+class Powered(Score):
+    power: Annotated[float, Field(gt=0, le=9)] = 1.0
+
+    def __call__(self, history):
+        return history.last_N ** self.power
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best(Pruner):
+    part: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    def select(self, scores, epoch, epochs, rng):
+        chosen = np.sort(np.argsort(-scores, kind="stable")[: round(self.part * len(scores))])
+        return Selection(chosen, np.ones(len(chosen), np.float32), True)
+
+
+class Capped(Learner):
+    by_class = remembers = False
+
+    def __init__(self, networks, given, *, most: Annotated[float, Field(gt=0, le=100)] = 2.0):
+        super().__init__(networks, given)
+        self.task, self.most = given.task, most
+
+    def losses(self, step, forward):
+        plain, training, predicted = self.task.losses(forward(step.inputs), step.targets)
+        return plain, training.clamp(max=self.most), predicted
+
+
+class Flat(nn.Module):
+    def __init__(self, channels, classes, *, hidden: Annotated[int, Field(ge=1, le=99)] = 8):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.LazyLinear(hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        self.layers(torch.zeros(1, channels, 6, 6))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Next(Noise):
+    rate: float
+
+    def corrupted(self, labels, source, rng):
+        moved = rng.random(len(labels)) < self.rate
+        return np.where(moved, (labels + 1) % len(source.classes), labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars(DataSet):
+    name: str
+    n: Annotated[int, Field(ge=20, le=1000)] = 120
+
+    def open(self):
+        labels = np.arange(self.n) % 3
+        images = np.zeros((self.n, 1, 6, 6), np.uint8)
+        images[np.arange(self.n), 0, labels] = 255
+        half = self.n // 2
+        train, test = (Images(labels[part], Array(images[part])) for part in (slice(half), slice(half, None)))
+        return Source("bars", ("a", "b", "c"), train, test, f"bars {self.n}", labels_clean=True)
+
+
+class Line(Task):
+    """A number from three others; some targets have another sign."""
+
+    metrics = (Metric("rmse", "test RMSE", higher=False, digits=3), Metric("bias", "bias", "mm"))
+    chance_loss = 3.0
+
+    def __init__(self, config, device="cpu", dtype=torch.float32, *, wrong: Annotated[float, Field(ge=0, le=1)] = 0.2):
+        super().__init__(config, device, dtype)
+        rng = np.random.default_rng(config.seed)
+        x = rng.standard_normal((300, 3)).astype(np.float32)
+        y = x @ np.array([1, 2, -1], np.float32)
+        self.n, self.held_out, self.fingerprint = 200, 20, "line"
+        self.corrupted = rng.random(200) < wrong
+        given = y.copy()
+        given[:200][self.corrupted] *= -1
+
+        def batches(part, y):
+            return TensorBatches(torch.from_numpy(x[part]), torch.from_numpy(y[part]), config.batch_size, device)
+
+        self.train, self.reference = batches(slice(200), given), batches(slice(200, 220), y)
+        self.tests = {"": batches(slice(220, 300), y)}
+
+    def network(self):
+        return nn.Linear(3, 1)
+
+    def losses(self, outputs, targets, smoothing=0.0):
+        loss = (outputs[:, 0] - targets).square()
+        return loss, loss, None
+
+    @torch.no_grad()
+    def evaluate(self, network, batches, n, processes):
+        off = torch.cat([network.logits(x)[:, 0] - y for _, x, y in batches]).double()
+        square = processes.sum(off.square().sum()).item() / n
+        return {"rmse": square**0.5, "bias": processes.sum(off.sum()).item() / n, "loss": square}
+'''
+SHORT = ["threads=1", "epochs=6", "score.window=3", "pruner.delta=1", "dataset.subset=50", "dataset.test_subset=30"]
+OWN = {
+    "task/line": {"name": "outside.Line", "wrong": 0.3},
+    "dataset/bars": {"name": "outside.Bars", "subset": None, "test_subset": None, "flip": False, "n": 150},
+    "noise/next": {"name": "outside.Next", "rate": 0.4, "labels": "worst", "file": None},
+    "pruner/best": {"name": "outside.Best", "part": 0.6},
+    "score/powered": {"name": "outside.Powered", "window": 3, "unseen": "carry", "bank": "float32", "power": 2.0},
+    "learner/capped": {"name": "outside.Capped"},
+    "model/flat": {"name": "outside.Flat", "hidden": 12},
+}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "outside.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, values in OWN.items():
+        file = tmp_path / "own" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(values))
+    return tmp_path / "own"
+
+
+def suite_of(own, name, axes, rows, columns):
+    (own / "suite").mkdir(exist_ok=True)
+    grid = {"sweeper": {"params": {axis: ",".join(values) for axis, values in axes.items()}}}
+    layout = {"suite": {"name": name, "rows": rows, "columns": columns, "baseline": None}, "hydra": grid}
+    (own / "suite" / f"{name}.yaml").write_text("# @package _global_\n" + yaml.safe_dump(layout))
+
+
+def table_of(own, name, tmp_path, *overrides):
+    words = [f"suite={name}", *overrides, "threads=1", "epochs=6", f"paths.results={tmp_path}"]
+    assert main([*words, "--config-dir", str(own)]) == 0
+    return make_table(load_suite(name, words[1:], own), "smoke", read_records([tmp_path]))
+
+
+def test_one_of_everything_from_outside_runs_and_is_a_row_of_a_table(own, tmp_path):
+    axes = {
+        "dataset": ["bars"],
+        "noise": ["next"],
+        "pruner": ["full", "best"],
+        "score": ["powered"],
+        "model": ["flat"],
+        "learner": ["ce", "capped"],
+    }
+    suite_of(own, "mine", axes, ["pruner", "learner"], ["noise"])
+    table = table_of(own, "mine", tmp_path)
+    assert table.rows == ["full ce", "full capped", "best ce", "best capped"]
+    for row in table.rows:
+        (run,) = table.runs(row, "next").to_dict("records")
+        assert (run["dataset"], run["noise"]) == ("outside.Bars", "outside.Next")
+        assert 0.1 < run["noise_rate"] < 0.8
+        assert run["saved"] == pytest.approx(0.4 if row.startswith("best") else 0.0, abs=0.01)
+    accuracies = [run["test_accuracy_final"] for run in table.long.to_dict("records")]
+    assert max(accuracies) > 60
+    assert "| best capped |" in markdown(table)
+
+
+def test_a_task_from_outside_is_judged_by_its_own_metric(own, tmp_path, capsys):
+    suite_of(own, "lines", {"task": ["line"], "pruner": ["full", "infobatch"], "score": ["das"]}, ["pruner"], ["task"])
+    table = table_of(own, "lines", tmp_path, "score.window=3", "optimizer.lr=0.05")
+    assert (table.key, table.measured) == ("test_rmse_final", "test RMSE")
+    values = {row: float(table.runs(row, "line")["test_rmse_final"].iloc[0]) for row in table.rows}
+    assert set(values) == {"full", "infobatch"}
+    best = min(values, key=values.get)
+    (headline, *_) = blocks(table)
+    assert [cells[0].text for cells in headline.body if cells[1].bold] == [best]
+    assert "accuracy" not in markdown(table).lower()
+    for record in table.records.values():
+        kept = [row["kept_noise"] for row in record.rows]
+        assert all(0 < value < 1 for value in kept)
+        rmse = [row["test_rmse"] for row in record.rows]
+        assert record.summary["test_rmse_best"] == min(rmse)
+        assert math.isclose(rmse[-1] ** 2, record.rows[-1]["test_loss"], rel_tol=1e-9)
+        dynamics = record.folder / "dynamics.parquet"
+        assert dynamics.exists()
+        assert (record.folder / "samples.parquet").exists()
+    assert "test RMSE" in capsys.readouterr().out
+
+
+def test_what_needs_class_labels_says_so_of_a_task_without(own, tmp_path, capsys):
+    for words, named in (
+        ("learner=elr", "learner=ce"),
+        ("pruner=static_el2n", "every epoch"),
+        ("reference=pseudo_cleanlab", "reference.method=small_loss"),
+    ):
+        overrides = ["task=line", words, f"paths.results={tmp_path / 'none'}", "--config-dir", str(own)]
+        assert main(overrides) == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert "needs class labels, and task=outside.Line has none" in sentence
+        assert named in sentence
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("+score.power=10", "score.power=10 is out of range: use a value of at most 9"),
+        ("+score.strength=2", "unknown key score.strength; score=outside.Powered has window, unseen, bank"),
+        ("score.name=outside.Gone", "cannot be imported (AttributeError"),
+        ("score.name=outside.Best", "is not a subclass of alignprune_exp.pruning.scores.Score"),
+    ],
+)
+def test_a_mistake_in_what_is_from_outside_is_one_sentence(own, tmp_path, capsys, override, sentence):
+    name = [] if override.startswith("score.name") else ["score.name=outside.Powered"]
+    assert main([*name, override, f"paths.results={tmp_path / 'none'}"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert sentence in said
+
+
+def test_an_import_path_can_be_given_on_the_command_line_and_its_defaults_are_its_own(own, tmp_path):
+    results = tmp_path / "results"
+    assert main(["score.name=outside.Powered", *SHORT, f"paths.results={results}"]) == 0
+    (summary,) = results.glob("runs/*/summary.json")
+    assert json.loads(summary.read_text())["score"] == "Powered"
+    assert yaml.safe_load((summary.parent / "config.yaml").read_text())["score"]["power"] == 1.0
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
+def test_what_is_built_in_takes_every_value_from_a_yaml(registry):
+    files = (config_dir() / registry.kind).glob("*.yaml")
+    named = {yaml.safe_load(file.read_text()).get("name") for file in files}
+    assert set(registry.builtin) <= named
+    name = next(iter(registry.builtin))
+    assert all(field.is_required() for field in registry.schema(name).model_fields.values())
+    with pytest.raises(UsageError, match=f"{registry.kind}.name=nothing is unknown.*; use one of {name}"):
+        registry.find("nothing")
