@@ -12,7 +12,7 @@ from scipy.stats import chi2_contingency, chisquare
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from alignprune_exp.data.augment import Augmentation, mix
+from alignprune_exp.data.augment import Augmentation, splitmix64
 from alignprune_exp.data.batches import ImageBatches
 from alignprune_exp.data.noise import Clean
 from alignprune_exp.data.source import Images
@@ -241,7 +241,7 @@ def test_mix_is_splitmix64():
         4593380528125082431,
         16408922859458223821,
     ]
-    assert [int(z) % (1 << 64) for z in mix(signed)] == published
+    assert [int(z) % (1 << 64) for z in splitmix64(signed)] == published
 
 
 @pytest.mark.parametrize("across", ["samples", "epochs"])

@@ -32,7 +32,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .config import LEARNER, NOISE, PATHS, PRUNER, Config, Noise, validate
+from .config import LEARNER, NOISE, PATHS, PRUNER, Config, NoiseKeys, validate
 from .errors import UsageError
 from .registry import settings
 from .schema import suggest
@@ -297,7 +297,7 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     smoothing = [key for key in given if key in ("label_smoothing", "recorded")]
     if smoothing and not LEARNER.find(config.learner.name).smooths:
         notes.append(f"{', '.join(smoothing)} has no effect under learner={config.learner.name}, which does not smooth")
-    inert = Noise.model_fields.keys() - {"name", *settings(NOISE.find(config.noise.name))}
+    inert = NoiseKeys.model_fields.keys() - {"name", *settings(NOISE.find(config.noise.name))}
     if named := [key for key in given if key in [f"noise.{name}" for name in inert]]:
         notes.append(f"{', '.join(named)} has no effect under noise={config.noise.name}")
     return notes
@@ -309,6 +309,11 @@ def interpreter() -> str:
         return "python"
     here = os.path.relpath(sys.executable)
     return sys.executable if here.startswith("..") else here
+
+
+def _shell(words: Sequence[str]) -> str:
+    """Return words as a shell is given them."""
+    return " ".join(word if shlex.quote(word) == word else _typed(word) for word in words)
 
 
 def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, str]]:
@@ -325,7 +330,7 @@ def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, s
             and (score is not None or not key.startswith("score."))
         ]
         choice = [f"pruner={pruner}", *([f"score={score}"] if score else [])]
-        return shlex.join([*program, *kept, *choice, *more])
+        return _shell([*program, *kept, *choice, *more])
 
     program = [interpreter(), *PROGRAM.split()[1:]]
     pruner, score = config.pruner.name, config.score.name
@@ -342,7 +347,7 @@ def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, s
         commands.append((command(pruner, other), f"the same, ranked by {other}"))
     if config.dataset.name == "digits":
         commands.append(
-            (shlex.join([*program, "dataset=cifar10", "dataset.download=true", "scale=cpu"]), "real images, in minutes")
+            (_shell([*program, "dataset=cifar10", "dataset.download=true", "scale=cpu"]), "real images, in minutes")
         )
     else:
         commands.append((command(pruner, score if ranks else None, f"seed={config.seed + 1}"), "another seed"))

@@ -18,25 +18,25 @@ from .schema import EPOCHS, Aside, Count, Epochs, Neutral, Node, Rate, Share, va
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
-class Dataset(Named):
+class DatasetKeys(Named):
     subset: Count | None
     test_subset: Count | None
     flip: bool
 
 
-class Noise(Named):
+class NoiseKeys(Named):
     rate: Annotated[float, Field(ge=0, lt=1)]
     labels: Literal["aggre", "rand1", "rand2", "rand3", "worst"]
     file: Annotated[str | None, Aside()]
 
 
-class Score(Named):
+class ScoreKeys(Named):
     window: Annotated[int, Field(ge=3, le=EPOCHS)]
     unseen: Literal["carry", "mask", "refresh"]
     bank: Annotated[Literal["float32", "float16"], Neutral("float32")]
 
 
-class Optimizer(Named):
+class OptimizerKeys(Named):
     lr: Rate
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0, le=100)]
@@ -49,18 +49,21 @@ class Optimizer(Named):
 # The most of a pruner's settings of which its own class knows no most: what lies beyond can only be a slip.
 MOST = {"warmup": EPOCHS, "groups": 10_000, "rounds": 10_000, "neighbours": 10_000, "eta": 1e6, "c": 1e6}
 
-_OURS = "alignprune_exp"
-TASK: Registry[Any] = Registry("task", f"{_OURS}.tasks.base.Task", f"{_OURS}.tasks.TASKS")
-DATASET: Registry[Any] = Registry("dataset", f"{_OURS}.data.source.DataSet", f"{_OURS}.data.datasets.DATASETS", Dataset)
-NOISE: Registry[Any] = Registry("noise", f"{_OURS}.data.noise.Noise", f"{_OURS}.data.noise.NOISES", Noise)
-PRUNER: Registry[Any] = Registry(
-    "pruner", f"{_OURS}.pruning.selection.Plan", f"{_OURS}.pruning.pruners.PRUNERS", most=MOST
-)
-SCORE: Registry[Any] = Registry("score", f"{_OURS}.pruning.scores.Score", f"{_OURS}.pruning.scores.SCORES", Score)
-LEARNER: Registry[Any] = Registry("learner", f"{_OURS}.learners.base.Learner", f"{_OURS}.learners.LEARNERS")
-MODEL: Registry[Any] = Registry("model", "torch.nn.Module", f"{_OURS}.models.MODELS")
-OPTIMIZER: Registry[Any] = Registry("optimizer", "torch.optim.Optimizer", f"{_OURS}.optim.OPTIMIZERS", Optimizer)
-TRACKING: Registry[Any] = Registry("tracking", f"{_OURS}.tracking.Tracker", f"{_OURS}.tracking.TRACKERS")
+
+def _seam(kind: str, base: str, builtin: str, common: type[Named] = Named, **more: Any) -> Registry[Any]:
+    ours = base if base.startswith("torch.") else f"{__package__}.{base}"
+    return Registry(kind, ours, f"{__package__}.{builtin}", common, **more)
+
+
+TASK = _seam("task", "tasks.base.Task", "tasks.TASKS")
+DATASET = _seam("dataset", "data.source.DataSet", "data.datasets.DATASETS", DatasetKeys)
+NOISE = _seam("noise", "data.noise.Noise", "data.noise.NOISES", NoiseKeys)
+PRUNER = _seam("pruner", "pruning.selection.Plan", "pruning.pruners.PRUNERS", most=MOST)
+SCORE = _seam("score", "pruning.scores.Score", "pruning.scores.SCORES", ScoreKeys)
+LEARNER = _seam("learner", "learners.base.Learner", "learners.LEARNERS")
+MODEL = _seam("model", "torch.nn.Module", "models.MODELS")
+OPTIMIZER = _seam("optimizer", "torch.optim.Optimizer", "optim.OPTIMIZERS", OptimizerKeys)
+TRACKING = _seam("tracking", "tracking.Tracker", "tracking.TRACKERS")
 REGISTRIES = (TASK, DATASET, NOISE, PRUNER, SCORE, LEARNER, MODEL, OPTIMIZER, TRACKING)
 
 
@@ -145,18 +148,18 @@ class Config(Plain):
     """One run. ``saved`` is a wish: `validate` turns it into the pruner's settings, and leaves None in its place."""
 
     task: Annotated[SerializeAsAny[Named], BeforeValidator(TASK.read), Neutral({"name": "classification"})]
-    dataset: Annotated[SerializeAsAny[Dataset], BeforeValidator(DATASET.read)]
-    noise: Annotated[SerializeAsAny[Noise], BeforeValidator(NOISE.read)]
+    dataset: Annotated[SerializeAsAny[DatasetKeys], BeforeValidator(DATASET.read)]
+    noise: Annotated[SerializeAsAny[NoiseKeys], BeforeValidator(NOISE.read)]
     pruner: Annotated[SerializeAsAny[Named], BeforeValidator(PRUNER.read)]
-    score: Annotated[SerializeAsAny[Score], BeforeValidator(SCORE.read)]
+    score: Annotated[SerializeAsAny[ScoreKeys], BeforeValidator(SCORE.read)]
     learner: Annotated[SerializeAsAny[Named], BeforeValidator(LEARNER.read), Neutral({"name": "ce"})]
     model: Annotated[SerializeAsAny[Named], BeforeValidator(MODEL.read)]
-    optimizer: Annotated[SerializeAsAny[Optimizer], BeforeValidator(OPTIMIZER.read)]
+    optimizer: Annotated[SerializeAsAny[OptimizerKeys], BeforeValidator(OPTIMIZER.read)]
     tracking: Annotated[SerializeAsAny[Named], BeforeValidator(TRACKING.read), Aside()]
 
 
 # What a run records where its pruner ranks nothing: any score would be inert, so that all share one run.
-UNRANKED = Score(name="loss", window=10, unseen="carry", bank="float32")
+UNRANKED = ScoreKeys(name="loss", window=10, unseen="carry", bank="float32")
 NOTHING_HELD_OUT = Trusted(size=0.0, per_class=False, noise=0.0, train=False)
 
 # Keys whose text is a path, and so may hold anything.

@@ -247,6 +247,12 @@ class Loop:
             self.log.load_state_dict(state["log"])
 
 
+def place(epoch: int, step: int) -> str:
+    """Return where a run is, in words."""
+    return f"epoch {epoch}, step {step}"
+
+
 def stopped(id: str, epoch: int, step: int) -> Stopped:
-    where = f"epoch {epoch}, step {step}"
-    return Stopped(f"run {id} stopped in {where} and left a checkpoint; the same command goes on from there")
+    return Stopped(
+        f"run {id} stopped in {place(epoch, step)} and left a checkpoint; the same command goes on from there"
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from .config import Optimizer
+    from .config import OptimizerKeys
 
 
 def sgd(
@@ -37,7 +37,7 @@ def lars(
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "lars": lars}
 
 
-def one_cycle(progress: float, config: Optimizer) -> tuple[float, float]:
+def one_cycle(progress: float, config: OptimizerKeys) -> tuple[float, float]:
     """OneCycle (Smith and Topin, 2018), cosine form, as a function of training progress.
 
     Args:
@@ -57,7 +57,7 @@ def one_cycle(progress: float, config: Optimizer) -> tuple[float, float]:
     return lr, momentum if config.cycle_momentum else config.momentum
 
 
-def set_progress(optimizer: torch.optim.Optimizer, progress: float, config: Optimizer) -> float:
+def set_progress(optimizer: torch.optim.Optimizer, progress: float, config: OptimizerKeys) -> float:
     """Set the schedule's values for ``progress``; return the learning rate."""
     lr, momentum = one_cycle(progress, config)
     for group in optimizer.param_groups:

@@ -19,7 +19,7 @@ from .config import TRACKING, Config
 from .console import epoch_line, say
 from .distributed import Lost, Processes
 from .errors import GOES_ON, Failed, Stopped, UsageError
-from .loop import Loop, Spent, stopped
+from .loop import Loop, Spent, place, stopped
 from .network import Network
 from .pruning import (
     Choice,
@@ -211,7 +211,7 @@ class Run:
 
     @property
     def _where(self) -> str:
-        return f"epoch {len(self.journal.rows)}, step {self.loop.step if self.loop else 0}"
+        return place(len(self.journal.rows), self.loop.step if self.loop else 0)
 
     def _phases(self, folder: RunFolder, stop: threading.Event) -> Iterator[Loop]:
         """Yield the phases that are left, each when the one before it has ended."""

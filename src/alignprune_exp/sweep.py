@@ -107,7 +107,7 @@ def failures(jobs: Sequence[Job], returns: Sequence[JobReturn]) -> str:
         line = f"  {' '.join(job.overrides)}"
         if ended.status is not JobStatus.COMPLETED:
             error = ended._return_value
-            what = str(error) if isinstance(error, Lost) else f"{type(error).__name__}: {error}"
+            what = str(error) if isinstance(error, NoResult) else f"{type(error).__name__}: {error}"
             lines.append(f"{line}: {what}")
         elif ended.return_value == Elsewhere.status:
             elsewhere += 1
@@ -118,5 +118,5 @@ def failures(jobs: Sequence[Job], returns: Sequence[JobReturn]) -> str:
     return "\n".join([f"{len(lines)} of {len(jobs)} runs did not finish:", *lines]) if lines else ""
 
 
-class Lost(Exception):
+class NoResult(Exception):
     """What is known of a job whose process ended without a word."""

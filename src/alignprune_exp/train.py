@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 UNTIL_SAID = 5.0  # seconds that a process waits for another one to say why both end; torchrun ends all with the first
 
 
-class Task:
+class HydraJob:
     """The job that Hydra calls. It reports its own end, so that nothing but a bug raises through Hydra.
 
     ``status`` is the exit status of the last job in this process: 0 done, 1 failed, 2 a mistake, 3 running
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         sys.argv = [PROGRAM, *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
-    task = Task()
+    task = HydraJob()
 
     def work() -> None:
         sys.argv[1:] = read_line(sys.argv[1:])

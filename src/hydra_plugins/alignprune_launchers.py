@@ -67,10 +67,10 @@ def _ended(status: int) -> JobReturn:
 
 
 def _lost(reason: str) -> JobReturn:
-    from alignprune_exp.sweep import Lost
+    from alignprune_exp.sweep import NoResult
 
     ended = JobReturn(status=JobStatus.FAILED)
-    ended.return_value = Lost(reason)
+    ended.return_value = NoResult(reason)
     return ended
 
 

@@ -53,13 +53,13 @@ class Augmentation:
     def uniforms(self, sample: Tensor, epoch: int, view: int = 0) -> np.ndarray:
         """Return for samples, int64 (B,), what a view is cut out by: float64 (B, ATTEMPTS, 4), in [0, 1)."""
         steps = _GOLDEN * torch.arange(1, 4 * ATTEMPTS + 1)
-        draws = _shifted(mix(self._bits(sample, epoch, view)[:, None] + steps), 11)
+        draws = _shifted(splitmix64(self._bits(sample, epoch, view)[:, None] + steps), 11)
         return (draws.double() / (1 << 53)).view(-1, ATTEMPTS, 4).numpy()
 
     def _bits(self, sample: Tensor, epoch: int, view: int) -> Tensor:
         where = (epoch, view) if view else (epoch,)
         key = int(generator(self.seed, "augmentation", *where).integers(1 << 63))
-        return mix(sample * _GOLDEN + key)
+        return splitmix64(sample * _GOLDEN + key)
 
     @property
     def _around(self) -> tuple[tuple[int, int], ...]:
@@ -117,7 +117,7 @@ def rand_augment(images: Tensor, sample: Tensor, seed: int, epoch: int) -> Tenso
     return torch.stack(changed).permute(0, 2, 3, 1).contiguous().to(device)
 
 
-def mix(z: Tensor) -> Tensor:
+def splitmix64(z: Tensor) -> Tensor:
     """Hash int64 values by the finaliser of SplitMix64 (Steele, Lea, Flood 2014), in wrapping arithmetic."""
     z = (z ^ _shifted(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     z = (z ^ _shifted(z, 27)) * (0x94D049BB133111EB - (1 << 64))

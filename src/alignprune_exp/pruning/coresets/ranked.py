@@ -35,7 +35,7 @@ class Ranked(Criterion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallLoss(Ranked):
+class StaticSmallLoss(Ranked):
     """Keeps the smallest mean training losses of the warm-up, the small-loss trick of learning with noisy labels."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"losses"})
