@@ -80,7 +80,7 @@ class Registry(Generic[Thing]):
         """Make what the node names, of what is ``given`` and its settings. Raises UsageError for what it refuses."""
         found = self.find(node.name)
         try:
-            return found(*given, **{name: getattr(node, name) for name in settings(found)})
+            return found(*given, **{name: getattr(node, name) for name in self._taken(found)})
         except ValueError as error:
             raise UsageError(f"{self.kind}: {error}") from None
 
@@ -115,6 +115,11 @@ class Registry(Generic[Thing]):
                 most = None if own else self._most.get(setting)
                 fields[setting] = (Annotated[kind, Field(le=most)] if most else kind, default if own else ...)
         return create_model(f"{self.kind} {name}", __base__=self.common, **fields)
+
+    def _taken(self, found: Callable[..., Any]) -> list[str]:
+        """Return the keys that are handed over: the settings, and common keys that it takes in any other way."""
+        common = self.common.model_fields.keys() & inspect.signature(found).parameters.keys()
+        return [*settings(found), *sorted(common - settings(found).keys())]
 
     def _known(self) -> str:
         return f"one of {', '.join(self.builtin)}, or package.module.Class"
