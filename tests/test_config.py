@@ -1,6 +1,7 @@
 """Every option of conf/ composes; what makes a run the run it is; which of two settings wins."""
 
 import inspect
+import pickle
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -423,3 +424,8 @@ def test_values_beyond_the_edge_are_refused(overrides):
     assert last_key.split(".")[-1] in str(error.value)
     assert value in str(error.value) or last_key in ("epochs", "score.window")
     assert "\n" not in str(error.value)
+
+
+def test_a_config_arrives_in_another_process_as_it_was():
+    config = _config("learner=elr", "pruner=seta", "saved=0.2", "reference=pseudo")
+    assert pickle.loads(pickle.dumps(config)) == config

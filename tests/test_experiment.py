@@ -449,12 +449,12 @@ def test_training_on_the_reference_enlarges_n_by_its_clean_samples(tmp_path):
     assert apart.n == 270
     assert joined.n == 300
     assert apart.id != joined.id
-    train, reference = joined.data.train, joined.data.reference
-    assert np.array_equal(reference.rows, apart.data.reference.rows)
-    assert set(train.rows) == set(apart.data.train.rows) | set(reference.rows)
+    train, reference = joined.task.data.train, joined.task.data.reference
+    assert np.array_equal(reference.rows, apart.task.data.reference.rows)
+    assert set(train.rows) == set(apart.task.data.train.rows) | set(reference.rows)
     added = np.isin(train.rows, reference.rows)
     assert np.array_equal(train.labels[added], train.clean_labels[added])
-    noisy = dict(zip(apart.data.train.rows, apart.data.train.labels, strict=True))
+    noisy = dict(zip(apart.task.data.train.rows, apart.task.data.train.labels, strict=True))
     assert all(noisy[row] == label for row, label in zip(train.rows[~added], train.labels[~added], strict=True))
 
 
@@ -794,7 +794,7 @@ def test_a_summary_that_is_damaged_is_a_mistake(tmp_path, half_done, capsys, con
     before = {p.name: p.read_bytes() for p in half_done.iterdir()}
     assert launch(tmp_path) == 2
     error = capsys.readouterr().err
-    assert "summary.json is damaged; force=true runs it again" in error
+    assert "summary.json is damaged (" in error
     assert len(error.splitlines()) == 1
     assert {p.name: p.read_bytes() for p in half_done.iterdir()} == before
 

@@ -157,6 +157,10 @@ class Config(Plain):
     optimizer: Annotated[SerializeAsAny[OptimizerKeys], BeforeValidator(OPTIMIZER.read)]
     tracking: Annotated[SerializeAsAny[Named], BeforeValidator(TRACKING.read), Aside()]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let another process make the nodes anew, of classes that are made as they are needed."""
+        return Config.model_validate, (self.model_dump(),)
+
 
 # What a run records where its pruner ranks nothing: any score would be inert, so that all share one run.
 UNRANKED = ScoreKeys(name="loss", window=10, unseen="carry", bank="float32")

@@ -363,7 +363,8 @@ def read_samples(folder: Folder) -> pd.DataFrame:
         published = " (published records have none)" if folder.parent.parent.name == "records" else ""
         raise UsageError(f"{path} is not there; it is written when a run finishes{published}")
     table, facts = _read_parquet(path)
-    for column, kind in SAMPLES.items():
+    labelled = {"label": "int"} if headline(read_summary(folder) or {}) == ACCURACY else {}
+    for column, kind in (SAMPLES | labelled).items():
         _check_column(path, table, column, kind)
     for column in table.column_names:
         if column.startswith("score_"):
