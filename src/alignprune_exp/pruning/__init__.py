@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bank import History, Trajectories
-    from .cleaning import within_class
+    from .cleaning import within_class, wrong_probability
     from .coresets import Choice, Criterion, Evidence, WarmUpLog
     from .dynamic import DynamicPruning
+    from .log import TrajectoryLog
     from .processes import DisagreementError, LostProcessError
     from .pruners import PRUNERS, Fixed, Full
     from .running import NonFiniteLossError
@@ -36,8 +37,10 @@ __all__ = [
     "Score",
     "Selection",
     "Trajectories",
+    "TrajectoryLog",
     "WarmUpLog",
     "within_class",
+    "wrong_probability",
 ]
 
 _HOME = {
@@ -49,7 +52,8 @@ _HOME = {
     **dict.fromkeys(("Choice", "Criterion", "Evidence", "WarmUpLog"), "coresets"),
     **dict.fromkeys(("SCORES", "Score"), "scores"),
     **dict.fromkeys(("History", "Trajectories"), "bank"),
-    "within_class": "cleaning",
+    **dict.fromkeys(("within_class", "wrong_probability"), "cleaning"),
+    "TrajectoryLog": "log",
 }
 
 

@@ -1,9 +1,21 @@
-"""Which labels to look at first: the cleaning score."""
+"""Which labels to look at first: the cleaning score, and how sure one may be."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+LEAST, MOST = 20, 200_000  # samples that a mixture is fitted to
+MOST_SURE = 10.0  # log odds
+SURE = 0.5  # from where on a label is flagged
+WRONG, MEMORISED, NEVER_SEEN = "wrong", "memorised", "never seen"  # flags
 
 
 def within_class(scores: NDArray[np.floating], labels: NDArray) -> NDArray[np.float64]:
@@ -28,3 +40,138 @@ def within_class(scores: NDArray[np.floating], labels: NDArray) -> NDArray[np.fl
     found = np.full(len(scores), np.nan)
     found[known] = np.divide(away, deviation, out=np.zeros_like(away), where=deviation > 0)
     return found
+
+
+def wrong_probability(
+    mean_losses: NDArray[np.floating], labels: NDArray, known: NDArray[np.floating] | None = None
+) -> NDArray[np.float64]:
+    """Return how sure one may be that each label is wrong, (n,) in [0, 1], out of each sample's mean loss (n,).
+
+    It is the posterior of the upper of two Gaussians, fitted by EM to the logarithm of the losses, standardised
+    `within_class`: a model's guess, which supposes that some labels are wrong, and in clean data means the hard
+    samples. ``known`` (n,), 1 where a label is known to be wrong, 0 where it is right and NaN elsewhere, calibrates it:
+    a logistic regression of what is known on the log odds, with a Gaussian prior at no change.
+
+    NaN where a sample has no loss; everywhere where fewer than ``LEAST`` have one, or nothing tells them apart.
+    """
+    found, seen = np.full(len(labels), np.nan), ~np.isnan(mean_losses)
+    if seen.sum() < LEAST:
+        return found
+    losses = mean_losses[seen].astype(np.float64)
+    least = max(1e-3 * float(np.median(losses)), np.finfo(np.float64).tiny)
+    away = -within_class(-np.log(np.maximum(losses, least)), labels[seen])
+    if not away.any():
+        return found
+    log_odds = np.clip(_log_odds_of_the_upper(away), -MOST_SURE, MOST_SURE)
+    if known is not None and not np.isnan(known[seen]).all():
+        log_odds = _calibrated(log_odds, known[seen])
+    found[seen] = _sigmoid(log_odds)
+    return found
+
+
+def _log_odds_of_the_upper(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the log odds (n,), never falling in ``x`` (n,), that a sample is of the upper of two Gaussians."""
+    sample = np.sort(x)[:: 1 + len(x) // MOST]
+    mean, variance, weight = np.quantile(x, [0.25, 0.75]), np.full(2, x.var()), np.full(2, 0.5)
+
+    def log_joint(at: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(2, len(at)), up to a constant."""
+        spread = (at - mean[:, None]) ** 2 / variance[:, None]
+        return np.log(weight)[:, None] - (np.log(variance)[:, None] + spread) / 2
+
+    before = -np.inf
+    for _ in range(500):
+        joint = log_joint(sample)
+        total = np.logaddexp(joint[0], joint[1])
+        share = np.exp(joint - total)
+        size = share.sum(1) + 1e-9
+        weight, mean = size / size.sum(), share @ sample / size
+        variance = (share * (sample - mean[:, None]) ** 2).sum(1) / size + 1e-3 * x.var()
+        if total.mean() - before < 1e-7:
+            break
+        before = total.mean()
+    joint = log_joint(np.clip(x, mean.min(), mean.max()))  # between the means the odds are monotone
+    upper = int(mean.argmax())
+    return joint[upper] - joint[1 - upper]
+
+
+def _calibrated(log_odds: NDArray[np.float64], known: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return a * log_odds + b (n,), with a >= 0, where a ~ N(1, 1) and b ~ N(0, 1) are the likeliest by ``known`` (n,).
+
+    Damped Newton steps: the function is convex.
+    """
+    told = ~np.isnan(known)
+    x, y = np.stack([log_odds[told], np.ones(told.sum())]), known[told]
+    prior = np.array([1.0, 0.0])
+
+    def unlikely(line: NDArray[np.float64]) -> float:
+        return float((np.logaddexp(0, line @ x) - y * (line @ x)).sum() + ((line - prior) ** 2).sum() / 2)
+
+    line = prior
+    for _ in range(50):
+        p = _sigmoid(line @ x)
+        step = np.linalg.solve((x * p * (1 - p)) @ x.T + np.eye(2), x @ (p - y) + line - prior)
+        while unlikely(line - step) > unlikely(line) and np.abs(step).max() > 1e-9:
+            step = step / 2
+        line = line - step
+    return max(line[0], 0.0) * log_odds + line[1]
+
+
+def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (1 + np.tanh(x / 2)) / 2
+
+
+def table(
+    labels: NDArray,
+    settled: NDArray[np.floating],
+    losses: NDArray[np.floating],
+    *,
+    likely: NDArray | None = None,
+    checked: Mapping[int, Any] | None = None,
+    by: NDArray[np.floating] | None = None,
+) -> pd.DataFrame:
+    """Return one row a sample, the most suspect label first, with the columns of `DynamicPruning.suspects`.
+
+    Args:
+        labels: as given, (n,).
+        settled: minus the mean of each sample's losses, (n,); NaN where it was never seen.
+        losses: the last ones, (n,).
+        likely: what each sample was taken for, (n,), where that is known.
+        checked: the right label of each sample that somebody has looked at, by its index.
+        by: another score (n,) to list by, lowest first, standardised within the given class as well.
+
+    Raises ValueError where these are not one a sample, or of samples that there are not.
+    """
+    import pandas as pd
+
+    n = len(settled)
+    for name, values in {"labels": labels, "losses": losses, "likely": likely, "by": by}.items():
+        if values is not None and values.shape != (n,):
+            raise ValueError(f"{name} has shape {values.shape}; it must be ({n},), one a sample")
+    known = np.full(n, np.nan)
+    for index, right in (checked or {}).items():
+        if not 0 <= index < n:
+            raise ValueError(f"checked has sample {index}; there are {n}, counted from 0")
+        known[index] = labels[index] != right
+    sure = wrong_probability(-settled, labels, known)
+    score = within_class(settled if by is None else by, labels)
+    flag = np.where(sure >= SURE, WRONG, "").astype(object)
+    if likely is not None:
+        flag[(sure >= SURE) & (likely == labels)] = MEMORISED
+    flag[np.isnan(settled)] = NEVER_SEEN
+    columns = {"index": np.arange(n), "label": labels, "likely_label": likely, "sure": sure, "loss": losses}
+    frame = pd.DataFrame({name: values for name, values in columns.items() if values is not None})
+    frame = frame.assign(flag=flag, score=score)
+    return frame.sort_values(["score", "index"], kind="stable", na_position="last", ignore_index=True)
+
+
+def first(frame: pd.DataFrame, top: int, checked: Mapping[int, Any] | None = None) -> pd.DataFrame:
+    """Return the ``top`` rows of a `table` that nobody has looked at. Raises ValueError for less than one."""
+    if top < 1:
+        raise ValueError(f"top={top} is no number of samples; use 1 or more")
+    return frame[~frame["index"].isin(list(checked or ()))].head(top).reset_index(drop=True)
+
+
+def array(values: Sequence[Any] | NDArray | Tensor) -> NDArray:
+    """Return what one passes for labels as a NumPy array."""
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values)

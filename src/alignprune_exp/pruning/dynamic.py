@@ -28,7 +28,7 @@ class DynamicPruning(Selecting):
     ...         loss = pruning.update(index, F.cross_entropy(model(x), y, reduction="none"))
     ...         optimizer.zero_grad(); loss.backward(); optimizer.step()
     ...     pruning.end_epoch(reference_loss)
-    >>> pruning.report(labels).sort_values("score")                                     # doctest: +SKIP
+    >>> pruning.suspects(labels, top=200)                                               # doctest: +SKIP
 
     Without trusted labels the reference may be the training set's own mean loss, and from some epoch on those of its
     samples that seem cleanest, chosen anew every few epochs; ``evaluate`` is your mean loss in eval mode:

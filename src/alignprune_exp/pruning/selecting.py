@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .bank import Trajectories
-from .cleaning import within_class
+from .cleaning import array, first, table, within_class
 from .named import make_pruner, make_score
 from .processes import Exchange
 from .running import Running
@@ -198,7 +198,7 @@ class Selecting(Indexed):
         loss = bank.last_N.cpu().numpy().copy()
         score = settled(bank.sum_N, bank.count_N).cpu().numpy()
         if labels is not None:
-            score = within_class(score, np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels))
+            score = within_class(score, array(labels))
         return pd.DataFrame(
             {
                 "score": score,
@@ -207,6 +207,39 @@ class Selecting(Indexed):
                 "times_selected": self.times_selected.copy(),
             }
         )
+
+    def suspects(
+        self,
+        labels: Sequence[Any] | np.ndarray | Tensor,
+        top: int = 200,
+        *,
+        likely: Sequence[Any] | np.ndarray | Tensor | None = None,
+        checked: Mapping[int, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Return the ``top`` samples whose labels to look at, the most suspect first, whatever score ranks.
+
+        Args:
+            labels: as given, (n,), of any type.
+            top: how many.
+            likely: what your model takes each sample for, (n,).
+            checked: the right label of each sample that you have looked at, by its index; those are not listed again,
+                and calibrate ``sure``. A few hundred, drawn at random or from the top, are enough.
+
+        Columns:
+            index: the sample.
+            label, likely_label: as given; as your model has it, where ``likely`` is passed.
+            sure: the probability that the label is wrong, in [0, 1], as `wrong_probability` estimates it.
+            loss: the last recorded one.
+            flag: ``wrong`` where ``sure`` is a half or more; ``memorised`` where, besides, your model agrees with the
+                label by now; ``never seen``; else empty.
+            score: what they are listed by, lowest first: ``settled``, standardised `within_class`.
+
+        Raises ValueError for another number of labels, and for samples that there are not.
+        """
+        bank = self.trajectories
+        scores = settled(bank.sum_N, bank.count_N).cpu().numpy()
+        losses, guessed = bank.last_N.cpu().numpy().copy(), None if likely is None else array(likely)
+        return first(table(array(labels), scores, losses, likely=guessed, checked=checked), top, checked)
 
     def _begin(self) -> None:
         """Take up an epoch of which nothing is done or chosen yet."""
