@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alignprune_exp.console import Parser, command
 from alignprune_exp.data.noise import symmetric
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning.seeding import generator
@@ -239,15 +240,10 @@ def write(folder: Path, files: Files) -> None:
         raise
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(f"{message}; --help shows what there is")
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Write the miniature; return 0, or 2 for a mistake."""
+    """Write the miniature; return the exit status."""
     kinds = ", ".join(f"{kind}: {what}" for kind, what in BROKEN.items())
-    parser = _Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(LAYOUTS))
     parser.add_argument("folder", type=Path, help="where to; must not be there yet, or be empty")
     parser.add_argument("--source", type=Path, help="a folder with CIFAR's train.parquet (default: textures)")
@@ -258,16 +254,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--noise", type=float, default=0.3, help="share of wrong labels in noisy sets (default 0.3)")
     parser.add_argument("--size", type=int, default=96, help="mean side of an image in pixels (default 96)")
     parser.add_argument("--seed", type=int, default=0, help="of sizes, textures and noise (default 0)")
-    try:
+
+    def work() -> None:
         given = parser.parse_args(arguments)
         write(given.folder, miniature(given))
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"cannot write: {error.strerror} ({error.filename})", file=sys.stderr)
-        return 2
-    return 0
+
+    return command(work)
 
 
 def miniature(given: argparse.Namespace) -> Files:

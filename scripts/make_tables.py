@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from alignprune_exp.console import one_line
+from alignprune_exp.console import Parser, command, one_line
 from alignprune_exp.errors import UsageError
 from alignprune_exp.report.figures import save_all
 from alignprune_exp.report.html import page
@@ -29,7 +29,8 @@ from alignprune_exp.suspects import Sheet, report_sheet
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Write what the records give; return the exit status."""
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "results", nargs="*", type=Path, default=[Path("results"), Path("results/records")], help="hold runs/"
     )
@@ -46,21 +47,24 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--config-dir", type=Path, help="a folder with suites of one's own, in suite/")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="finished runs of a Weights & Biases project as well")
     parser.add_argument("--data", type=Path, help="the folder of the data sets: the report then shows suspects' images")
-    given = parser.parse_args(arguments)
-    with TemporaryDirectory() as mirrored:
-        if given.wandb:
-            download(given.wandb, Path(mirrored))
-        return write([*given.results, Path(mirrored)], given)
+
+    def work() -> None:
+        given = parser.parse_args(arguments)
+        with TemporaryDirectory() as mirrored:
+            if given.wandb:
+                download(given.wandb, Path(mirrored))
+            write([*given.results, Path(mirrored)], given)
+
+    return command(work)
 
 
-def write(results: Sequence[Path], arguments: argparse.Namespace) -> int:
+def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     records = read_records(results)
     for error, _ in records.damaged:
         print(f"left out: {error}", file=sys.stderr)
     if not records:
         places = [*map(str, arguments.results), *([arguments.wandb] if arguments.wandb else [])]
-        print(f"no finished runs under {', '.join(places)}; run a suite first", file=sys.stderr)
-        return 2
+        raise UsageError(f"no finished runs under {', '.join(places)}; run a suite first")
     scales = sorted({record.summary["scale"] for record in records.values()})
     for scale in sorted(set(scales) - set(option_names("scale", arguments.config_dir))):
         ids = ", ".join(record.folder.name for record in records.values() if record.summary["scale"] == scale)
@@ -77,8 +81,7 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> int:
         make_table(suite, scale, records, arguments.best) for suite, (_, scale) in zip(suites, asked, strict=True)
     ]
     if not (tables := [table for table in tables if not table.long.empty]):
-        print("no finished run belongs to a suite; run one with suite=NAME", file=sys.stderr)
-        return 2
+        raise UsageError("no finished run belongs to a suite; run one with suite=NAME")
     for file in arguments.into:
         write_text(file, filled(file.read_text(), tables))
     folder, drawings = arguments.out / "tables", arguments.out / "figures"
@@ -97,7 +100,6 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> int:
     report = arguments.out / ("report_best.html" if arguments.best else "report.html")
     write_text(report, page(tables, images, _sheets(tables, arguments.data)))
     print(report)
-    return 0
 
 
 def _sheets(tables: Sequence[Table], data: Path | None) -> dict[str, Sheet]:
@@ -117,11 +119,4 @@ def _sheets(tables: Sequence[Table], data: Path | None) -> dict[str, Sheet]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"the tables cannot be written: {error.strerror} ({error.filename})", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(sys.argv[1:]))

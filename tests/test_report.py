@@ -581,10 +581,10 @@ def test_runs_of_a_mirrored_project_give_the_same_tables(results, tmp_path, make
     assert set(local) == {"main_smoke.md", "main_smoke.csv", "main_smoke_long.csv", "main_smoke.tex"}
 
 
-def test_a_project_that_cannot_be_read_gets_one_sentence(results, tmp_path, make_tables, monkeypatch):
+def test_a_project_that_cannot_be_read_gets_one_sentence(results, tmp_path, make_tables, monkeypatch, capsys):
     monkeypatch.setattr("wandb.Api", lambda: FakeApi([]))
-    with pytest.raises(UsageError, match=r"somebody/else cannot be read: Could not find project somebody/else$"):
-        make_tables.main([str(results), "--out", str(tmp_path / "out"), "--wandb", "somebody/else"])
+    assert make_tables.main([str(results), "--out", str(tmp_path / "out"), "--wandb", "somebody/else"]) == 2
+    assert capsys.readouterr().err.endswith("somebody/else cannot be read: Could not find project somebody/else\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -664,7 +664,7 @@ def test_what_is_damaged_is_named_wherever_tables_are_written(results, tmp_path,
     assert (tmp_path / "out/figures/main_smoke_kept.png").exists()
 
 
-def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tables):
+def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tables, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- table main_smoke -->\nold\n<!-- end -->\nafter\n")
     arguments = [str(results), "--out", str(tmp_path / "out"), "--into", str(readme)]
@@ -677,5 +677,5 @@ def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tab
     assert make_tables.main(arguments) == 0
     assert readme.read_text() == text
     readme.write_text("<!-- table mian_smoke -->\n<!-- end -->\n")
-    with pytest.raises(UsageError, match="place for table mian_smoke and no such table; it could be main_smoke"):
-        make_tables.main(arguments)
+    assert make_tables.main(arguments) == 2
+    assert "place for table mian_smoke and no such table; it could be main_smoke" in capsys.readouterr().err

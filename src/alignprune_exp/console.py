@@ -5,18 +5,67 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .errors import AGAIN, Ended, Stopped, UsageError, of_the_machine, terminable
 
 if TYPE_CHECKING:
     from .records import Metric
 
+UNTIL_SAID = 5.0  # seconds that a process waits for another one to say why both end; torchrun ends all with the first
 QUIET = 30.0  # seconds without a line before a log file gets one from within an epoch
 
 
 def speaks() -> bool:
     """Return whether this process prints: of several that share a run, the first alone does."""
     return "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+class Parser(ArgumentParser):
+    """Reads a command line; a mistake raises UsageError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.prog} --help shows what there is")
+
+
+def command(work: Callable[[], object], then: str = AGAIN, stopped: str = "stopped") -> int:
+    """Do what somebody has typed; print one sentence if it does not end well; return the exit status.
+
+    0: done; what ``work`` returns, where that is a number. 1: the run, the disk or the memory failed (``then`` says
+    what to do once that is mended), or nobody reads what is printed. 2: a mistake. 3: running elsewhere. 130:
+    ``stopped``.
+    """
+
+    def complain(what: object, speaker: bool = False) -> None:
+        if speaker or speaks():
+            print(what, file=sys.stderr, flush=True)
+        else:
+            time.sleep(UNTIL_SAID)
+
+    try:
+        with terminable():
+            status = work()
+            sys.stdout.flush()
+    except UsageError as error:
+        complain(error)
+        return error.status
+    except KeyboardInterrupt:
+        complain(stopped)
+        return Stopped.status
+    except Ended as error:
+        complain(error, error.speaks)
+        return error.status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has read enough
+        return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (sentence := of_the_machine(error, then)) is None:
+            raise
+        complain(sentence, speaker=True)
+        return 1
+    return status if isinstance(status, int) else 0
 
 
 def say(line: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 GOES_ON = "the same command goes on from the latest checkpoint"
+AGAIN = "type the same command again"
 STOPPED_AT_ONCE = f"stopped at once; {GOES_ON}, if there is one"
 _FIRST = {  # what to do about a system's error before that
     errno.ENOSPC: "free some space",
@@ -24,8 +25,10 @@ class UsageError(Exception):
     """A mistake that the user can mend.
 
     Its message is one sentence, on one line: what is wrong, where, and what to type instead. The command line prints
-    it and exits with status 2.
+    it and exits with ``status``.
     """
+
+    status = 2
 
     def __init__(self, sentence: str) -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
@@ -61,22 +64,23 @@ class Stopped(Ended):
     status = 130
 
 
-def of_the_machine(error: OSError | MemoryError | RuntimeError) -> str | None:
-    """Return what to say of an error that is the machine's and no bug: its disk, or its memory; else None."""
+def of_the_machine(error: OSError | MemoryError | RuntimeError, then: str = GOES_ON) -> str | None:
+    """Return what to say of an error that is the machine's and no bug: its disk, or its memory; else None.
+
+    ``then`` says what becomes of the work once it is mended.
+    """
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         first = _FIRST.get(error.errno or 0, "mend that")
-        return f"{error.strerror or error}{where}; {first}, and {GOES_ON}"
+        return f"{error.strerror or error}{where}; {first}, and {then}"
     if "DataLoader worker" in str(error):
-        return f"a process that reads images died, as where memory runs out; set fewer workers, and {GOES_ON}"
+        return f"a process that reads images died, as where memory runs out; set fewer workers, and {then}"
     if not is_of_memory(error):
         return None
     whose = "the GPU has" if "CUDA" in str(error) else "this machine has"
     amount = re.search(r"allocate ([\d.]+ \w+)", str(error))
-    return (
-        f"{whose} too little free memory{f' for {amount[1]} more' if amount else ''}; free some, and {GOES_ON}, or set "
-        "a smaller batch_size, which is another run"
-    )
+    smaller = ", or set a smaller batch_size, which is another run" if then == GOES_ON else ""
+    return f"{whose} too little free memory{f' for {amount[1]} more' if amount else ''}; free some, and {then}{smaller}"
 
 
 def is_of_memory(error: BaseException) -> bool:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .console import duration, one_line
-from .errors import UsageError
+from .console import command, duration, one_line
 from .records import Damaged, config_ids_of, headline, read_environment, read_metrics, read_record, read_summary
 from .runs import Folder, owner_alive, run_folders
 from .suites import Suite, suite_of
@@ -105,19 +104,13 @@ def _begun(folder: Folder) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the overview; return 0 with runs missing, 2 for a mistake."""
-    try:
+    """Print the overview; return the exit status: 0 with runs missing, 2 for a mistake."""
+
+    def work() -> None:
         suite = suite_of(arguments)
-        print(overview(suite, Path(suite.results)), flush=True)
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has read enough
-    except OSError as error:
-        print(f"the results cannot be read: {error.strerror} ({error.filename})", file=sys.stderr)
-        return 2
-    return 0
+        print(overview(suite, Path(suite.results)))
+
+    return command(work)
 
 
 if __name__ == "__main__":

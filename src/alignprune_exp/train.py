@@ -10,11 +10,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from .errors import STOPPED_AT_ONCE, Elsewhere, Ended, Stopped, UsageError, of_the_machine, terminable
+from .errors import GOES_ON, STOPPED_AT_ONCE, Stopped, UsageError, terminable
 
 if __name__ == "__main__":
     # Before the imports below, which take a moment in which one may be stopped too; and under its real name, so that
@@ -45,12 +44,10 @@ from .commandline import (
     read_line,
     refuse_clashes,
 )
-from .console import speaks
+from .console import command, speaks
 
 if TYPE_CHECKING:
     from .sweep import Job
-
-UNTIL_SAID = 5.0  # seconds that a process waits for another one to say why both end; torchrun ends all with the first
 
 
 class HydraJob:
@@ -133,33 +130,11 @@ def _requeue() -> None:
 def _report(work: Callable[[], object]) -> int:
     """Do the work; print one sentence if it does not end well; return the exit status."""
 
-    def complain(what: object, speaker: bool = False) -> None:
-        if speaker or speaks():
-            print(what, file=sys.stderr, flush=True)
-        else:
-            time.sleep(UNTIL_SAID)
-
-    try:
-        with terminable(), explained():
+    def explaining() -> None:
+        with explained():
             work()
-    except UsageError as error:
-        complain(error)
-        return error.status if isinstance(error, Elsewhere) else 2
-    except KeyboardInterrupt:
-        complain(STOPPED_AT_ONCE)
-        return Stopped.status
-    except Ended as error:
-        complain(error, error.speaks)
-        return error.status
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has read enough
-        return 1
-    except (OSError, MemoryError, RuntimeError) as error:
-        if (sentence := of_the_machine(error)) is None:
-            raise
-        complain(sentence, speaker=True)
-        return 1
-    return 0
+
+    return command(explaining, GOES_ON, STOPPED_AT_ONCE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

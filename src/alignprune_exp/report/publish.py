@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..config import PATHS
+from ..console import command
 from ..errors import UsageError
 from ..packs import pack
 from ..records import Record, config_ids_of, read_config, read_dynamics, read_record
@@ -41,11 +42,8 @@ def publish(suite: Suite, results: Path) -> tuple[list[str], list[str], list[str
                 "again with force=true"
             )
     target = results / "records" / f"{suite.name}_{suite.scale}.parquet"
-    try:
-        if new:
-            pack(target, new)
-    except OSError as error:
-        raise UsageError(f"the records cannot be written: {error.strerror} ({error.filename})") from None
+    if new:
+        pack(target, new)
     there = {record.summary["config_id"] for record in (*runs.values(), *known.values())}
     missing = {cell.config_id: _name(suite, cell.axes) for cell in suite.cells if cell.config_id not in there}
     return sorted(new), sorted(known), list(missing.values())
@@ -126,20 +124,18 @@ def _json(values: Any) -> bytes:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Publish; say what was and what is missing; return 0, or 2 for a mistake."""
-    try:
+    """Publish; say what was and what is missing; return the exit status."""
+
+    def work() -> None:
         suite = suite_of(arguments)
-        results = Path(suite.results)
-        new, known, missing = publish(suite, results)
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for id in new:
-        print(f"published {id}")
-    print(f"{len(new)} published, {len(known)} published before, {len(missing)} missing")
-    for name in missing:
-        print(f"missing   {name}")
-    return 0
+        new, known, missing = publish(suite, Path(suite.results))
+        for id in new:
+            print(f"published {id}")
+        print(f"{len(new)} published, {len(known)} published before, {len(missing)} missing")
+        for name in missing:
+            print(f"missing   {name}")
+
+    return command(work)
 
 
 if __name__ == "__main__":
