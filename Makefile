@@ -30,7 +30,7 @@ bench: $(READY)  ## time selection, data, steps and Prune4ReL beside plain basel
 	@set -e; for part in selection data step prune4rel; do $(BIN)/python scripts/bench_$$part.py; echo; done
 
 tables: $(READY)  ## tables, figures, report and READMEs from the runs' records, in a minute
-	@if [ -n "$$(ls results/runs/*/summary.json results/records/*.parquet 2>/dev/null | head -n 1)" ]; then $(BIN)/python scripts/make_tables.py --into README.md results/README.md; \
+	@if [ -n "$$(ls results/runs/*/summary.json results/records/*.parquet 2>/dev/null | head -n 1)" ]; then $(BIN)/python -m alignprune_exp.tables --into README.md results/README.md; \
 	else echo "no runs to tabulate yet: run a suite first, as in python -m alignprune_exp.train -m suite=main scale=cpu"; fi
 
 publish: $(READY)  ## copy a suite's finished runs into results/records: make publish SUITE=main SCALE=cpu

@@ -180,6 +180,7 @@ def test_golden_ids(overrides, expected):
         "tracking=wandb tracking.mode=online tracking.project=p tracking.entity=e tracking.group=g",
         "force=true",
         "keep_checkpoints=true",
+        "keep_probabilities=true",
         "workers=7",
         "dataset.root=/elsewhere",
         "dataset.download=true",
@@ -218,7 +219,7 @@ OTHER = {
     "saved": 0.4,
 }
 # By the specification: what cannot change the result, or has no effect under sym noise on digits.
-INERT = {"paths.results", "paths.data", "tracking.name", "force", "keep_checkpoints", "workers"}
+INERT = {"paths.results", "paths.data", "tracking.name", "force", "keep_checkpoints", "keep_probabilities", "workers"}
 INERT |= {"noise.file", "noise.labels"}
 # Changing the name alone leaves keys of the old option behind, or lacks those of the new.
 NO_OTHER = {"task.name", "dataset.name", "pruner.name", "learner.name"}

@@ -557,8 +557,7 @@ def _of_the_grid(name, scale, own):
 
 @pytest.fixture
 def make_tables(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    module = importlib.import_module("make_tables")
+    module = importlib.import_module("alignprune_exp.tables")
     options = {"suite": ["main"], "scale": ["smoke"]}
     monkeypatch.setattr(
         module, "option_names", lambda group, own: ["mine"] if own and group == "suite" else options[group]
@@ -590,7 +589,7 @@ def test_a_project_that_cannot_be_read_gets_one_sentence(results, tmp_path, make
 
 def test_without_a_key_the_script_says_so(tmp_path):
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "WANDB_DIR": str(tmp_path)}
-    command = [sys.executable, ROOT / "scripts" / "make_tables.py", tmp_path, "--wandb", "somebody/pruning"]
+    command = [sys.executable, "-m", "alignprune_exp.tables", tmp_path, "--wandb", "somebody/pruning"]
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120
     )
@@ -637,7 +636,7 @@ hydra:
 
 
 def test_tables_need_neither_torch_nor_data():
-    code = "import sys; sys.path.insert(0, 'scripts'); import make_tables, alignprune_exp.report.publish; "
+    code = "import sys, alignprune_exp.tables, alignprune_exp.report.publish; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

@@ -347,7 +347,7 @@ def test_status_of_a_suite_that_was_composed_before_imports_no_torch():
 
 
 def test_make_tables_says_when_there_is_nothing(tmp_path):
-    script = CONF.parent / "scripts" / "make_tables.py"
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "alignprune_exp.tables", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1

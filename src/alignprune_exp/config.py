@@ -141,6 +141,7 @@ class Plain(Node):
     workers: Annotated[int, Field(ge=0, le=1024), Aside()]
     force: Annotated[bool, Aside()]
     keep_checkpoints: Annotated[bool, Aside()]
+    keep_probabilities: Annotated[bool, Aside()]
     paths: Annotated[Paths, Aside()]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from .errors import UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +63,18 @@ def csv(frame: pd.DataFrame) -> str:
         if any(isinstance(cell, str) and cell.startswith(FORMULA) for cell in column)
     }
     return frame.assign(**texts).rename(columns=plain).to_csv(index=False, lineterminator="\n")
+
+
+def refuse_target(path: Path | None, endings: Sequence[str], force: bool) -> None:
+    """Raise UsageError unless a file may be written there, before anything is computed for it."""
+    if path is None:
+        return
+    if path.suffix not in endings:
+        raise UsageError(f"{path} does not end in {' or '.join(endings)}; name a file that does")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another one")
+    if path.is_dir() or (path.exists() and not force):
+        raise UsageError(f"{path} is there already; name another file{'' if path.is_dir() else ', or add --force'}")
 
 
 def cache_folder(name: str) -> Path:

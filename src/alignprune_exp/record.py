@@ -272,6 +272,15 @@ def write_samples(path: Path, setup: Setup, loop: Loop) -> None:
     write_parquet(path, pa.Table.from_pandas(frame, preserve_index=False), **facts)
 
 
+def write_probabilities(path: Path, setup: Setup, probabilities: torch.Tensor) -> None:
+    """Write ``probabilities.parquet``: a row a training sample, with the probability of every class (n, C)."""
+    import pyarrow as pa
+
+    columns = {f"p_{number}": values for number, values in enumerate(probabilities.cpu().numpy().T)}
+    names = json.dumps([str(name) for name in setup.task.classes or ()])
+    write_parquet(path, pa.table({"index": setup.task.columns()["index"], **columns}), names=names)
+
+
 def commit() -> str | None:
     """Return the commit of this package's checkout, with ``+`` where it is changed; None outside one."""
     git = ["git", "-C", str(Path(__file__).parent)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .console import one_line
@@ -29,6 +30,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 Epochs = Annotated[int, Field(ge=1, lt=2**31)]
 Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 
+PROBABILITIES = "probabilities.parquet"  # a row a training sample: index, and p_0 … of every class
 DYNAMICS = {"epoch": "int", "kind": "text", "name": "text", "group": "text", "x": "float", "value": "float"}
 SAMPLES = {"index": "int", "loss": "score", "times_selected": "int"}
 MAYBE_UNKNOWN = {
@@ -378,6 +380,32 @@ def read_samples(folder: Folder) -> pd.DataFrame:
     _check_ranges(path, frame, int(classes) if classes.isdecimal() and len(classes) < 10 else 2**31)
     _check_with_summary(path, frame, read_summary(folder))
     return frame
+
+
+def read_probabilities(folder: Folder, samples: pd.DataFrame) -> tuple[NDArray[np.float32], list[str]] | None:
+    """Return the class probabilities (n, C) of a run's ``samples``, in their order, and the classes' names.
+
+    None where the run has kept none. Raises Damaged.
+    """
+    path = folder / PROBABILITIES
+    if not path.exists():
+        return None
+    table, facts = _read_parquet(path)
+    try:
+        names = json.loads(facts.get("names", ""))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise Damaged(path, "no names of the classes")
+    columns = [f"p_{number}" for number in range(len(names))]
+    for column, kind in {"index": "int", **dict.fromkeys(columns, "float")}.items():
+        _check_column(path, table, column, kind)
+    if table["index"].to_pylist() != samples["index"].tolist():
+        raise Damaged(path, "of other samples than samples.parquet")
+    found = np.column_stack([table[column].to_numpy() for column in columns]).astype(np.float32)
+    if found.min() < 0 or np.abs(found.sum(1, dtype=np.float64) - 1).max() > 0.01:
+        raise Damaged(path, "values that are no probabilities")
+    return found, names
 
 
 def _check_ranges(path: Folder, frame: pd.DataFrame, classes: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from . import record
 from .config import TRACKING, Config
@@ -34,7 +35,7 @@ from .pruning import (
 )
 from .pruning.seeding import generator
 from .record import Row
-from .records import read_summary
+from .records import PROBABILITIES, read_summary
 from .reference import Reference
 from .runs import RunFolder, owner_alive, write_json, write_text
 from .setup import Setup, make_pruning
@@ -61,6 +62,8 @@ def run(config: Config, command: str, group: str | None = None) -> tuple[dict[st
                 return None
             anew = config.force and not folder.was_requeued()
             if not anew and (ended := _ended(folder)):
+                if config.keep_probabilities and not (folder.path / PROBABILITIES).exists():
+                    say("note: it kept no probabilities; force=true runs it again and keeps them")
                 return ended
             owned.enter_context(folder.claim(anew))
             return _ended(folder)
@@ -166,10 +169,13 @@ class Run:
             with _stop_signals() as stop, self._images_turn_bad():
                 error = self._walk(folder, stop, mirror)
             summary = record.summary(setup, self.loop, self.choice, self.journal.rows, error)
+            probabilities = self._probabilities() if config.keep_probabilities and error is None else None
             if writes:
                 folder.check_owned()
                 if error is None:
                     record.write_samples(folder.path / "samples.parquet", setup, self._running)
+                if probabilities is not None:
+                    record.write_probabilities(folder.path / PROBABILITIES, setup, probabilities)
                 self._write(folder, environment)
                 write_json(folder.path / "summary.json", summary)
         except BaseException as ended:
@@ -186,6 +192,13 @@ class Run:
     def _running(self) -> Loop:
         assert self.loop is not None
         return self.loop
+
+    def _probabilities(self) -> Tensor:
+        """Return every training sample's class probabilities (n, C), in eval mode, from all processes together."""
+        setup, network = self.setup, self._running.network
+        network.learner.eval()
+        share = setup.processes.share(torch.arange(setup.n))
+        return setup.processes.gather(setup.task.probabilities(network, setup.task.train.evaluation(share)))
 
     def _write(self, folder: RunFolder, environment: Row) -> None:
         """Write all that there is of the record before the run has ended."""

@@ -32,6 +32,7 @@ RECORD = (
     "metrics.jsonl",
     "dynamics.parquet",
     "samples.parquet",
+    "probabilities.parquet",
     "summary.json",
 )
 

@@ -168,6 +168,8 @@ def _check_task(config: Config, task: Task) -> None:
         raise UsageError(f"learner={config.learner.name} {lacks}{name} has none; use learner=ce")
     if isinstance(PRUNER.make(config.pruner), Criterion):
         raise UsageError(f"pruner={config.pruner.name} {lacks}{name} has none; use one that chooses every epoch")
+    if config.keep_probabilities:
+        raise UsageError(f"keep_probabilities {lacks}{name} has none; leave it out")
     if isinstance(config.reference, Pseudo) and config.reference.method == "cleanlab":
         raise UsageError(f"reference.method=cleanlab {lacks}{name} has none; use reference.method=small_loss")
 

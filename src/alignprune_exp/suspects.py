@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .console import Parser, command, one_line
 from .errors import UsageError
-from .files import csv, write_atomically
-from .pruning.cleaning import within_class
+from .files import csv, refuse_target, write_atomically
+from .pruning.cleaning import first, table
 from .records import Damaged, read_config, read_samples
 from .runs import write_text
 
@@ -43,7 +43,7 @@ def report_sheet(folder: Path, data: Path, top: int = 3 * SHEET_WIDTH) -> Sheet:
 
     samples = read_samples(folder)
     by = score_to_list_by(samples)
-    frame = suspects(samples, by, top)
+    frame = suspects(samples, by).head(top)
     buffer = io.BytesIO()
     Image.open(io.BytesIO(contact_sheet(_dataset(folder, data), frame))).save(buffer, "JPEG", quality=80)
     return Sheet(folder.name, by, len(frame), buffer.getvalue())
@@ -54,8 +54,7 @@ def score_to_list_by(samples: pd.DataFrame, asked: str | None = None) -> str:
 
     Raises UsageError for a score that no sample has, and for one that would list the wrong samples.
     """
-    scores = [column for column in samples if column.startswith("score_") and samples[column].notna().any()]
-    known = [column.removeprefix("score_") for column in scores]
+    known = scores_of(samples)
     there = [name for name in CLEANING if name in known]
     use = f"use {' or '.join(f'--by {name}' for name in there or known if name != 'loss')}"
     if asked == "loss":
@@ -67,19 +66,108 @@ def score_to_list_by(samples: pd.DataFrame, asked: str | None = None) -> str:
     return asked or there[0]
 
 
-def suspects(samples: pd.DataFrame, by: str, top: int) -> pd.DataFrame:
-    """Return the ``top`` samples lowest in the score ``by``, standardised within the given class, with every score.
+def scores_of(samples: pd.DataFrame) -> list[str]:
+    """Return the names of the scores that samples have."""
+    columns = [column for column in samples if column.startswith("score_") and samples[column].notna().any()]
+    return [column.removeprefix("score_") for column in columns]
 
-    Before the scores stand index, path and clean label where known, the likely label, which is what the network took
-    the sample for when it last trained on it, and what they are listed by. Samples without a score (NaN) come last.
+
+def suspects(samples: pd.DataFrame, by: str, checked: Mapping[int, int] | None = None) -> pd.DataFrame:
+    """Return every sample of a run, the most suspect first, as `pruning.cleaning.table` does, by its index in the data.
+
+    Beside its columns stand path and clean label, where known. The likely label is what the network took a sample for
+    when it last trained on it. ``checked`` has the right labels that somebody has found, by index.
+
+    Raises UsageError where ``checked`` has a sample that is none of the run's.
     """
-    samples = samples.rename(columns={"predicted": "likely_label"})
-    samples["standardised"] = within_class(samples[f"score_{by}"].to_numpy(), samples["label"].to_numpy())
-    columns = [name for name in ("index", "path", "label", "likely_label", "clean_label") if name in samples]
-    columns = [name for name in columns if samples[name].notna().any()]
-    scores = [column for column in samples if column.startswith("score_")]
-    ordered = samples.sort_values(["standardised", "index"], kind="stable", na_position="last")
-    return ordered[[*columns, "standardised", *scores]].head(top)
+    index = samples["index"].to_numpy()
+    place = dict(zip(index.tolist(), range(len(index)), strict=True))
+    if strangers := [each for each in checked or {} if each not in place]:
+        raise UsageError(f"sample {strangers[0]} was checked, and the run has none of that index")
+    predicted = samples.get("predicted")
+    values = {
+        "labels": samples["label"].to_numpy(),
+        "settled": _cleaning_score(samples),
+        "losses": samples["loss"].to_numpy(),
+        "likely": None if predicted is None or predicted.isna().any() else predicted.to_numpy(),
+        "checked": {place[each]: label for each, label in (checked or {}).items()},
+    }
+    frame = table(**values, by=None if by == CLEANING[0] else samples[f"score_{by}"].to_numpy())
+    rows = frame["index"].to_numpy()
+    frame["index"] = index[rows]
+    if "likely_label" in frame:
+        frame["likely_label"] = frame["likely_label"].astype("Int64").mask(frame["likely_label"] < 0)
+    for name, where in (("clean_label", 2 + ("likely_label" in frame)), ("path", 1)):
+        if name in samples and samples[name].notna().any():
+            frame.insert(where, name, samples[name].to_numpy()[rows])
+    return frame
+
+
+def _cleaning_score(samples: pd.DataFrame) -> Any:
+    """Return the score (n,) that tells how sure one may be; NaN where a run has none that does."""
+    import numpy as np
+
+    there = [name for name in CLEANING if name in scores_of(samples)]
+    return samples[f"score_{there[0]}"].to_numpy() if there else np.full(len(samples), np.nan)
+
+
+def read_checked(path: Path | None) -> dict[int, int]:
+    """Return the right labels that somebody has found, by sample: columns ``index`` and ``label`` of a CSV or Parquet.
+
+    Raises UsageError where that is not what the file holds.
+    """
+    import pandas as pd
+
+    if path is None:
+        return {}
+    try:
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        columns = [frame[name].tolist() for name in ("index", "label")]
+    except FileNotFoundError:
+        raise UsageError(f"--checked {path} is not there") from None
+    except Exception:  # pandas and Arrow raise many kinds
+        columns = [[None]]
+    if any(not isinstance(value, int) for values in columns for value in values):
+        raise UsageError(f"--checked {path} holds no table with whole numbers in columns index and label; write one")
+    if len(set(columns[0])) < len(columns[0]):
+        raise UsageError(f"--checked {path} has an index twice; leave one line a sample")
+    return dict(zip(*columns, strict=True))
+
+
+def for_reading(frame: pd.DataFrame) -> str:
+    """Return suspects as a table for the terminal, a line each."""
+    shown = frame.assign(sure=[_percent(sure) for sure in frame["sure"]])
+    shown["loss"] = [f"{loss:.3g}" if loss == loss else "–" for loss in frame["loss"]]
+    likely = shown["likely_label"].astype(str).replace("<NA>", "?") if "likely_label" in shown else "?"
+    shown["given → likely"] = shown["label"].astype(str) + " → " + likely
+    columns = ["index", "given → likely", *(["clean_label"] if "clean_label" in shown else []), "sure", "loss", "flag"]
+    heads = {"index": "sample", "clean_label": "clean"}
+    shown = shown[[*columns, *(["path"] if "path" in shown else [])]].rename(columns=heads)
+    cells = [list(shown), *([one_line(str(cell)) for cell in row] for row in shown.to_numpy())]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    texts = {"flag", "path"}
+    return "".join(
+        "  ".join(
+            cell.ljust(width) if name in texts else cell.rjust(width)
+            for cell, width, name in zip(row, widths, shown, strict=True)
+        ).rstrip()
+        + "\n"
+        for row in cells
+    )
+
+
+def _percent(sure: float) -> str:
+    if sure != sure:
+        return "–"
+    return ">99 %" if sure > 0.995 else "<1 %" if sure < 0.005 else f"{sure:.0%}".replace("%", " %")
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table as the file's ending says: CSV that is safe to open in a spreadsheet, or Parquet."""
+    if path.suffix == ".csv":
+        write_text(path, csv(frame))
+    else:
+        write_atomically(path, lambda file: frame.to_parquet(file, index=False))
 
 
 def run_folder(given: str, results: Path) -> Path:
@@ -148,44 +236,40 @@ def _dataset(folder: Path, data: Path | None = None) -> dict[str, Any]:
     return dataset
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(f"{message}; python -m alignprune_exp.suspects --help shows what there is")
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Write the CSV, and the sheet if asked for; return 0, or 2 for a mistake."""
-    parser = _Parser(prog="python -m alignprune_exp.suspects", description=__doc__)
+    """List the suspects, and write the sheet if asked for; return the exit status."""
+    parser = Parser(prog="python -m alignprune_exp.suspects", description=__doc__)
     parser.add_argument("run", help="a run's folder, or its id")
     parser.add_argument("--top", type=int, default=200, help="how many samples (default 200)")
     parser.add_argument("--by", help=f"the score to list by, lowest first (default: {', else '.join(CLEANING)})")
-    parser.add_argument("--out", type=Path, help="write the CSV there instead of printing it")
+    parser.add_argument("--checked", type=Path, help="a table with the right label of each index that was looked at")
+    parser.add_argument("-o", "--out", type=Path, help="write them there, as .csv or .parquet, instead of showing them")
+    parser.add_argument("--force", action="store_true", help="write over what is there")
     parser.add_argument("--sheet", type=Path, help="write the images there, as a PNG")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where ids are looked up")
-    try:
+
+    def work() -> None:
         given = parser.parse_args(arguments)
         if given.top < 1:
             raise UsageError(f"--top {given.top} is no number of samples; use 1 or more")
+        refuse_target(given.out, (".csv", ".parquet"), given.force)
+        refuse_target(given.sheet, (".png",), given.force)
         folder = run_folder(given.run, given.results)
         samples = read_samples(folder)
-        by = score_to_list_by(samples, given.by)
-        frame = suspects(samples, by, given.top)
+        by, checked = score_to_list_by(samples, given.by), read_checked(given.checked)
+        frame = first(suspects(samples, by, checked), given.top, checked)
         sheet = contact_sheet(_dataset(folder), frame) if given.sheet else None
         if given.out:
-            write_text(given.out, csv(frame))
+            write_table(given.out, frame)
+            print(f"{given.out}: {len(frame)} of {len(samples)} samples")
         else:
-            sys.stdout.write(csv(frame))
+            sys.stdout.write(for_reading(frame))
         lacking = f"; the run has no score {CLEANING[0]}" if given.by is None and by != CLEANING[0] else ""
         print(f"listed by {by}, standardised within the given class, lowest first{lacking}", file=sys.stderr)
         if sheet is not None:
             write_atomically(given.sheet, lambda file: file.write(sheet))
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"cannot write: {error.strerror or error} ({error.filename})", file=sys.stderr)
-        return 2
-    return 0
+
+    return command(work)
 
 
 if __name__ == "__main__":

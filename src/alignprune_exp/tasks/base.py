@@ -100,6 +100,10 @@ class Task:
         """Return the first network's probabilities (n, C) and embeddings (n, d) of samples."""
         raise self._no_classes()
 
+    def probabilities(self, network: Network, batches: Iterable[Batch]) -> Tensor:
+        """Return the class probabilities (n, C) of samples, float32, by all networks together."""
+        raise self._no_classes()
+
     def label_quality(self, network: Network, batches: Iterable[Batch], own: Tensor, processes: Processes) -> Tensor:
         """Return how credible each training sample's label is (n,).
 

@@ -132,11 +132,15 @@ class Classification(Task):
         return torch.cat(parts), torch.cat(collected)
 
     @torch.no_grad()
+    def probabilities(self, network: Network, batches: Iterable[Batch]) -> Tensor:
+        none = torch.empty(0, len(self.data.classes), device=network.device)
+        return torch.cat([none, *(network.logits(images).softmax(1).float() for _, images, _ in batches)])
+
+    @torch.no_grad()
     def label_quality(self, network: Network, batches: Iterable[Batch], own: Tensor, processes: Processes) -> Tensor:
         """Return each training sample's label quality (n,), by confident learning."""
         labels = torch.from_numpy(self.data.train.labels)
-        none = torch.empty(0, len(self.data.classes), device=network.device)
-        p = torch.cat([none, *(network.logits(images).softmax(1) for _, images, _ in batches)])
+        p = self.probabilities(network, batches)
         own_labels = labels[own].to(network.device)
         confidence = processes.gather(p.gather(1, own_labels[:, None])[:, 0])
         thresholds = confident_thresholds(confidence.cpu(), labels, p.shape[1]).to(network.device)

@@ -1,6 +1,6 @@
 """Write every suite's tables and figures, and the report, from run records.
 
-python scripts/make_tables.py [RESULTS ...] [--best] [--into FILE ...]        (default: results and results/records)
+python -m alignprune_exp.tables [RESULTS ...] [--best] [--into FILE ...]        (default: results and results/records)
 
 For each suite and scale that has finished runs: <out>/tables/<suite>_<scale>.md, .csv (a line a cell), _long.csv (a
 line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html with all of them. A
@@ -17,20 +17,20 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from alignprune_exp.console import Parser, command, one_line
-from alignprune_exp.errors import UsageError
-from alignprune_exp.report.figures import save_all
-from alignprune_exp.report.html import page
-from alignprune_exp.report.mirrored import download
-from alignprune_exp.report.tables import Table, filled, latex, long_csv, make_table, markdown, read_records, wide_csv
-from alignprune_exp.runs import write_text
-from alignprune_exp.suites import load_suite, option_names
-from alignprune_exp.suspects import Sheet, report_sheet
+from .console import Parser, command, one_line
+from .errors import UsageError
+from .report.figures import save_all
+from .report.html import page
+from .report.mirrored import download
+from .report.tables import Table, filled, latex, long_csv, make_table, markdown, read_records, wide_csv
+from .runs import write_text
+from .suites import load_suite, option_names
+from .suspects import Sheet, report_sheet
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write what the records give; return the exit status."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m alignprune_exp.tables", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "results", nargs="*", type=Path, default=[Path("results"), Path("results/records")], help="hold runs/"
     )
@@ -109,7 +109,8 @@ def _sheets(tables: Sequence[Table], data: Path | None) -> dict[str, Sheet]:
         return sheets
     for table in tables:
         runs = table.long.sort_values("noise_rate", ascending=False, kind="stable")["id"]
-        folders = [folder for id in runs if ((folder := table.records[id].folder) / "samples.parquet").is_file()]
+        places = (table.records[id].folder for id in runs)
+        folders = [place for place in places if isinstance(place, Path) and (place / "samples.parquet").is_file()]
         try:
             if folders:
                 sheets[table.name] = report_sheet(folders[0], data)
