@@ -81,7 +81,7 @@ def assert_same(results, others):
 @pytest.mark.parametrize(
     ("ranks", "line"),
     [
-        (2, ("dataset.subset=301",)),  # odd shares
+        (2, ("dataset.subset=301", "keep_probabilities=true")),  # odd shares
         (3, ("dataset.subset=132", "pruner=full")),  # 130 samples: the last batch, of two, leaves one of three without
         (3, ("dataset.subset=60", "pruner=seta", "noise=clean")),  # fewer batches than processes
         (2, ("dataset.subset=151", "pruner=static_glister", "pruner.warmup=2")),
@@ -101,6 +101,10 @@ def test_several_processes_compute_what_one_computes(tmp_path, ranks, line):
     assert samples["times_selected"].sum() == rows[-1]["samples_seen"]
     assert summary["status"] == "finished"
     assert samples["loss"].notna().all()
+    if "keep_probabilities=true" in line:
+        ours, theirs = (pd.read_parquet(folder(tmp_path / run) / "probabilities.parquet") for run in ("several", "one"))
+        assert ours["index"].tolist() == theirs["index"].tolist() == samples["index"].tolist()
+        assert (ours.iloc[:, 1:] - theirs.iloc[:, 1:]).abs().to_numpy().mean() < 0.05
 
 
 def at_epoch(process, results, epoch):

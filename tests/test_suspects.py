@@ -9,7 +9,7 @@ from PIL import Image
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.suspects import main, report_sheet
-from recorded import write_record, write_samples
+from recorded import edit_json, write_record, write_samples
 
 CONFIG = """
 dataset: {name: digits, subset: null, test_subset: null, flip: false, crop: 0}
@@ -41,26 +41,54 @@ def run(tmp_path):
     return folder
 
 
-def listed(capsys):
-    out, err = capsys.readouterr()
-    return pd.read_csv(io.StringIO(out)), err
+@pytest.fixture
+def listed(run, tmp_path, capsys):
+    """List the run's suspects into a file; return them, and what was said."""
+
+    def listed(*arguments):
+        out = tmp_path / "list.csv"
+        assert main([str(run), "--force", "--out", str(out), *arguments]) == 0
+        return pd.read_csv(out, keep_default_na=False, na_values=[""]), capsys.readouterr().err
+
+    return listed
 
 
-def test_the_least_settled_of_their_class_come_first_whatever_score_ranked(run, capsys):
-    assert main([str(run), "--top", "4"]) == 0
-    frame, err = listed(capsys)
+def test_the_least_settled_of_their_class_come_first_whatever_score_ranked(listed):
+    frame, err = listed("--top", "4")
     assert frame["index"].tolist() == [7, 9, 10, 6]
-    assert list(frame)[:5] == ["index", "label", "likely_label", "clean_label", "standardised"]
-    assert list(frame)[5:] == ["score_loss", "score_das", "score_small_loss", "score_settled"]
+    assert list(frame) == ["index", "label", "likely_label", "clean_label", "sure", "loss", "flag", "score"]
     assert frame["likely_label"].tolist() == [1, 0, 3, 0]
-    assert frame["standardised"].tolist() == pytest.approx([-0.5 / 0.355903, -1, 0, 0.2 / 0.355903], rel=1e-4)
+    assert frame["score"].tolist() == pytest.approx([-0.5 / 0.355903, -1, 0, 0.2 / 0.355903], rel=1e-4)
     assert err == "listed by settled, standardised within the given class, lowest first\n"
 
 
-def test_an_older_record_is_listed_by_small_loss_and_says_so(run, capsys):
+def test_in_the_terminal_they_are_a_table_that_one_can_read(run, capsys):
+    rows = 60
+    rng = np.random.default_rng(0)
+    wrong = rng.random(rows) < 0.4
+    score = -np.exp(rng.normal(np.where(wrong, 2.0, -2.0), 0.3)).astype(np.float32)
+    frame = pd.concat([SAMPLES.iloc[:1]] * rows, ignore_index=True)
+    labels = {"label": 0, "clean_label": wrong * 2, "predicted": np.where(np.arange(rows) % 2, 0, wrong * 2)}
+    write_samples(run, frame.assign(index=range(rows), score_settled=score, path="a\nb", **labels))
+    edit_json(run / "summary.json", samples=rows, saved=0.0)
+    assert main([str(run), "--top", "3"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["sample", "given", "→", "likely", "clean", "sure", "loss", "flag", "path"]
+    first = np.argsort(score, kind="stable")[:3]
+    for line, index in zip(lines, first, strict=True):
+        flag = "memorised" if index % 2 else "wrong"
+        assert line.split() == f"{index} 0 → {0 if index % 2 else 2} 2 >99 % 0.1 {flag} a b".split()
+
+
+def test_what_was_checked_is_left_out(listed, tmp_path):
+    pd.DataFrame({"index": [7, 10], "label": [1, 2]}).to_csv(tmp_path / "checked.csv", index=False)
+    frame, _ = listed("--checked", str(tmp_path / "checked.csv"))
+    assert frame["index"].tolist() == [9, 6, 5, 8]
+
+
+def test_an_older_record_is_listed_by_small_loss_and_says_so(run, listed):
     write_samples(run, SAMPLES.drop(columns="score_settled"))
-    assert main([str(run), "--top", "2"]) == 0
-    frame, err = listed(capsys)
+    frame, err = listed("--top", "2")
     assert frame["index"].tolist() == [6, 8]
     assert err.startswith("listed by small_loss, standardised")
     assert err.endswith("; the run has no score settled\n")
@@ -69,7 +97,7 @@ def test_an_older_record_is_listed_by_small_loss_and_says_so(run, capsys):
 def test_by_another_score_into_a_file_found_by_id(run, tmp_path, capsys):
     out = tmp_path / "list.csv"
     assert main(["0123", "--results", str(tmp_path), "--by", "das", "--out", str(out)]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"{out}: 6 of 6 samples\n"
     assert pd.read_csv(out)["index"].tolist() == [7, 9, 10, 5, 8, 6]  # the one without a score comes last
 
 
@@ -77,15 +105,14 @@ def test_by_another_score_into_a_file_found_by_id(run, tmp_path, capsys):
 def test_a_run_is_found_from_within_its_folder_also_when_it_was_set_aside(run, name, monkeypatch, capsys):
     monkeypatch.chdir(run.rename(run.with_name(name)))
     assert main(["."]) == 0
-    assert len(listed(capsys)[0]) == 6
+    assert len(capsys.readouterr().out.splitlines()) == 7
 
 
-def test_paths_that_begin_like_a_formula_are_texts(run, capsys):
+def test_paths_that_begin_like_a_formula_are_texts(run, listed):
     write_samples(run, SAMPLES.assign(path=["=cmd()", "+1", "-1", "@x", "a=b", "\tx"]))
-    assert main([str(run)]) == 0
-    frame, _ = listed(capsys)
+    frame, _ = listed()
     assert sorted(frame["path"]) == sorted(["'=cmd()", "'+1", "'-1", "'@x", "a=b", "'\tx"])
-    assert frame["standardised"].min() < 0  # numbers stay as they are
+    assert frame["score"].min() < 0  # numbers stay as they are
 
 
 def test_contact_sheet_shows_the_images_of_the_data_set(run, tmp_path, capsys):
@@ -118,6 +145,12 @@ def test_report_has_no_sheet_where_the_images_are_not(run, tmp_path):
         (lambda run: None, ["nowhere"], ["nowhere"]),
         (lambda run: None, ["RUN", "--top", "0"], ["--top"]),
         (lambda run: None, ["RUN", "--tip"], ["--tip", "--help"]),
+        (lambda run: None, ["RUN", "--out", "list.txt"], ["list.txt", ".csv or .parquet"]),
+        (lambda run: None, ["RUN", "--out", "/no/such/list.csv"], ["no folder /no/such"]),
+        (lambda run: None, ["RUN", "--out", __file__ + ".csv/x.csv"], ["no folder"]),
+        (lambda run: None, ["RUN", "--sheet", "sheet.jpg"], ["sheet.jpg", ".png"]),
+        (lambda run: None, ["RUN", "--checked", "nowhere.csv"], ["nowhere.csv", "not there"]),
+        (lambda run: None, ["RUN", "--checked", __file__], ["whole numbers", "index and label"]),
         (lambda run: (run / "samples.parquet").unlink(), ["RUN"], ["samples.parquet"]),
         (lambda run: (run / "samples.parquet").write_text("x"), ["RUN"], ["damaged"]),
         (lambda run: (run / "summary.json").unlink(), ["RUN"], ["no run that finished"]),

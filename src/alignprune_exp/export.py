@@ -136,10 +136,10 @@ def _labeling_config(samples: Samples) -> str:
     """Return the labelling interface that the tasks fit into."""
     labels = sorted(set(samples.frame["label"])) if samples.names is None else range(len(samples.names))
     choices = "".join(f"    <Choice value={quoteattr(samples.name(label))}/>\n" for label in labels)
-    shown = "<Image" if "path" in samples.frame else "<Text"
-    value = "$image" if "path" in samples.frame else "$text"
+    tag, value = ("Image", "$image") if "path" in samples.frame else ("Text", "$text")
     return (
-        f'<View>\n  {shown} name="sample" value="{value}"/>\n  <Header value="Given label:"/>\n  <Header value="$label"/>\n'
+        f'<View>\n  <{tag} name="sample" value="{value}"/>\n'
+        '  <Header value="Given label:"/>\n  <Header value="$label"/>\n'
         f'  <Choices name="label" toName="sample" choice="single">\n{choices}  </Choices>\n</View>\n'
     )
 
