@@ -629,7 +629,12 @@ def test_the_wheel_works_from_another_folder(tmp_path):
     assert built.returncode == 0, built.stderr
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
-        file.extractall(unpacked)
+        names = file.namelist()
+    assert {"alignprune_exp/py.typed", "alignprune_exp/conf/train.yaml", "alignprune_exp/conf/suite/main.yaml"} <= {
+        *names
+    }
+    done = apart(tmp_path, "-m", "pip", "install", "--no-deps", "--quiet", "--target", unpacked, wheel)
+    assert done.returncode == 0, done.stderr
     elsewhere.mkdir()
     shown = "import alignprune_exp, hydra_plugins.alignprune_sweeper as s; print(alignprune_exp.__file__, s.__file__)"
     where = apart(elsewhere, "-c", shown, python_path=unpacked)
@@ -638,6 +643,12 @@ def test_the_wheel_works_from_another_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "name: infobatch" in done.stdout
     source.rename(tmp_path / "gone")
-    done = apart(elsewhere, "-m", "alignprune_exp.train", *SMALL, python_path=unpacked)
+    alignprune = unpacked / "bin" / "alignprune"
+    done = apart(elsewhere, alignprune, "train", *SMALL, python_path=unpacked)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in elsewhere.iterdir()] == ["results"]
+    (run,) = (elsewhere / "results" / "runs").iterdir()
+    done = apart(elsewhere, alignprune, "suspects", run.name, "--top", "3", python_path=unpacked)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 4), done
+    version = re.search(r"alignprune_exp-([^-]+)-", wheel.name)[1]
+    assert apart(elsewhere, alignprune, "--version", python_path=unpacked).stdout == f"alignprune {version}\n"

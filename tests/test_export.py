@@ -1,6 +1,7 @@
 """What a run leaves for other tools: probabilities, exports, keep-lists, and the command that has them all."""
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -12,7 +13,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tomllib
 import torch
 from cleanlab.filter import find_label_issues
 from omegaconf import OmegaConf
@@ -27,6 +27,7 @@ from alignprune_exp.train import main as train
 from recorded import SAMPLES, write_record
 
 PROJECT = Path(__file__).parents[1]
+PYPROJECT = PROJECT / "pyproject.toml"
 
 
 @pytest.fixture(scope="module", params=["noise=sym0.5", "noise=sym noise.rate=0.35"])
@@ -255,11 +256,13 @@ def test_the_command_imports_only_what_was_typed():
         assert done.stdout.splitlines()[-1] == expected
 
 
+def version():
+    return re.search(r'^version = "(.+)"$', PYPROJECT.read_text(), re.MULTILINE)[1]
+
+
 def test_the_package_says_what_it_is():
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    assert alignprune_exp.__version__ in (project["version"], "unknown")
-    module, _, function = project["scripts"]["alignprune"].partition(":")
-    assert (module, function) == (cli.__name__, cli.main.__name__)
+    assert alignprune_exp.__version__ in (version(), "unknown")
+    assert f'\n[project.scripts]\nalignprune = "{cli.__name__}:{cli.main.__name__}"\n' in PYPROJECT.read_text()
     assert (PROJECT / "src/alignprune_exp/py.typed").read_text() == ""
 
 
@@ -268,7 +271,7 @@ def test_the_citation_has_what_the_format_requires():
     assert {"cff-version", "message", "title", "authors"} <= cited.keys()  # required by version 1.2.0
     assert cited["cff-version"] == "1.2.0"
     assert cited["type"] == "software"
-    assert cited["version"] == tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
+    assert cited["version"] == version()
     preferred = cited["preferred-citation"]
     assert {"type", "title", "authors"} <= preferred.keys()
     assert "Robust Dynamic Pruning" in preferred["title"]
