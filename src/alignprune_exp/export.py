@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from .console import Parser, command
 from .errors import UsageError
 from .files import csv, refuse_target, write_atomically
-from .records import PROBABILITIES, read_probabilities, read_samples
+from .records import PROBABILITIES, read_probabilities
 from .runs import write_text
-from .suspects import CLEANING, read_checked, run_folder, scores_of, suspects, write_table
+from .suspects import CLEANING, labelled, read_checked, run_folder, scores_of, suspects, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,7 @@ class Samples:
 
 def of_run(folder: Path, checked: dict[int, int] | None = None) -> Samples:
     """Return the samples of a finished run. Raises UsageError where it has none."""
-    samples = read_samples(folder)
+    samples = labelled(folder)
     known = scores_of(samples)
     by = next((name for name in (*CLEANING, *known) if name in known), None)
     if by is None:

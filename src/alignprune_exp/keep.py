@@ -12,8 +12,7 @@ from .errors import UsageError
 from .files import refuse_target
 from .pruning.cleaning import within_class
 from .pruning.selection import floor
-from .records import read_samples
-from .suspects import CLEANING, run_folder, score_to_list_by, scores_of, write_table
+from .suspects import CLEANING, labelled, run_folder, score_to_list_by, scores_of, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         if not 0 < given.fraction <= 1:
             raise UsageError(f"--fraction {given.fraction:g} is no share; use one above 0, up to 1")
         refuse_target(given.out, (".parquet", ".csv"), given.force)
-        frame = keep_list(read_samples(run_folder(given.run, given.results)), given.fraction, given.by)
+        frame = keep_list(labelled(run_folder(given.run, given.results)), given.fraction, given.by)
         if not frame["keep"].any():
             raise UsageError(f"--fraction {given.fraction:g} keeps none of {len(frame)} samples; use a larger one")
         write_table(given.out, frame)

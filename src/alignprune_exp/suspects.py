@@ -41,12 +41,20 @@ def report_sheet(folder: Path, data: Path, top: int = 3 * SHEET_WIDTH) -> Sheet:
     """Return the sheet of a run whose images lie in ``data/<dataset>/``; raise UsageError where they do not."""
     from PIL import Image
 
-    samples = read_samples(folder)
+    samples = labelled(folder)
     by = score_to_list_by(samples)
     frame = suspects(samples, by).head(top)
     buffer = io.BytesIO()
     Image.open(io.BytesIO(contact_sheet(_dataset(folder, data), frame))).save(buffer, "JPEG", quality=80)
     return Sheet(folder.name, by, len(frame), buffer.getvalue())
+
+
+def labelled(folder: Path) -> pd.DataFrame:
+    """Return the samples of a finished run, which have class labels. Raises UsageError where they have none."""
+    samples = read_samples(folder)
+    if "label" not in samples or samples["label"].isna().any():
+        raise UsageError(f"the samples of {folder} have no class labels; samples.parquet has what there is of each")
+    return samples
 
 
 def score_to_list_by(samples: pd.DataFrame, asked: str | None = None) -> str:
@@ -255,7 +263,7 @@ def main(arguments: Sequence[str]) -> int:
         refuse_target(given.out, (".csv", ".parquet"), given.force)
         refuse_target(given.sheet, (".png",), given.force)
         folder = run_folder(given.run, given.results)
-        samples = read_samples(folder)
+        samples = labelled(folder)
         by, checked = score_to_list_by(samples, given.by), read_checked(given.checked)
         frame = first(suspects(samples, by, checked), given.top, checked)
         sheet = contact_sheet(_dataset(folder), frame) if given.sheet else None
