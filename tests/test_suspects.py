@@ -145,7 +145,7 @@ def test_report_has_no_sheet_where_the_images_are_not(run, tmp_path):
         (lambda run: None, ["nowhere"], ["nowhere"]),
         (lambda run: None, ["RUN", "--top", "0"], ["--top"]),
         (lambda run: None, ["RUN", "--tip"], ["--tip", "--help"]),
-        (lambda run: write_samples(run, SAMPLES.drop(columns="label")), ["RUN"], ["no class labels"]),
+        (lambda run: write_samples(run, SAMPLES.drop(columns="label")), ["RUN"], ["without class labels"]),
         (lambda run: None, ["RUN", "--out", "list.txt"], ["list.txt", ".csv or .parquet"]),
         (lambda run: None, ["RUN", "--out", "/no/such/list.csv"], ["no folder /no/such"]),
         (lambda run: None, ["RUN", "--out", __file__ + ".csv/x.csv"], ["no folder"]),

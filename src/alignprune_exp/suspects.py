@@ -53,7 +53,7 @@ def labelled(folder: Path) -> pd.DataFrame:
     """Return the samples of a finished run, which have class labels. Raises UsageError where they have none."""
     samples = read_samples(folder)
     if "label" not in samples or samples["label"].isna().any():
-        raise UsageError(f"the samples of {folder} have no class labels; samples.parquet has what there is of each")
+        raise UsageError(f"{folder}/samples.parquet is without class labels; give a run whose task has some")
     return samples
 
 
