@@ -137,6 +137,14 @@ def test_report_has_no_sheet_where_the_images_are_not(run, tmp_path):
         report_sheet(run, tmp_path / "elsewhere")
 
 
+def _of_another_task(run):
+    """Leave of the record what one of a task without classes has."""
+    judged = {"name": "error", "words": "test error", "unit": "", "higher": False, "digits": 3}
+    judged = {f"headline_{key}": value for key, value in judged.items()}
+    edit_json(run / "summary.json", **judged, test_error_final=0.5, test_error_best=0.4)
+    write_samples(run, SAMPLES.drop(columns="label"))
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "words"),
     [
@@ -145,7 +153,7 @@ def test_report_has_no_sheet_where_the_images_are_not(run, tmp_path):
         (lambda run: None, ["nowhere"], ["nowhere"]),
         (lambda run: None, ["RUN", "--top", "0"], ["--top"]),
         (lambda run: None, ["RUN", "--tip"], ["--tip", "--help"]),
-        (lambda run: write_samples(run, SAMPLES.drop(columns="label")), ["RUN"], ["without class labels"]),
+        (lambda run: _of_another_task(run), ["RUN"], ["without class labels"]),
         (lambda run: None, ["RUN", "--out", "list.txt"], ["list.txt", ".csv or .parquet"]),
         (lambda run: None, ["RUN", "--out", "/no/such/list.csv"], ["no folder /no/such"]),
         (lambda run: None, ["RUN", "--out", __file__ + ".csv/x.csv"], ["no folder"]),
