@@ -123,13 +123,8 @@ def prepare(
     labels = given.labels
     trusted = pool.labels[reference_rows]
     if reference_train:
-        if source.reference is not None:
-            raise UsageError(
-                f"reference.train=true is for a reference set held out of training, and that of {source.name} has a "
-                "place of its own: leave it out"
-            )
-        train_rows = np.concatenate([train_rows, reference_rows])
-        labels = np.concatenate([labels, trusted])
+        _check_joins(source)
+        train_rows, labels = np.concatenate([train_rows, reference_rows]), np.concatenate([labels, trusted])
     known = source.labels_clean or (not isinstance(noise, Clean) and not source.as_shipped)
     clean_labels = source.train.labels[train_rows] if known else None
 
@@ -157,6 +152,14 @@ def prepare(
         std=std,
         skipped=source.skipped,
     )
+
+
+def _check_joins(source: Source) -> None:
+    if source.reference is not None:
+        raise UsageError(
+            f"reference.train=true is for a reference set held out of training, and that of {source.name} has a "
+            "place of its own: leave it out"
+        )
 
 
 def _parted(
