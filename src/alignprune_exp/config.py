@@ -63,7 +63,7 @@ SCORE = _seam("score", "pruning.scores.Score", "pruning.scores.SCORES", ScoreKey
 LEARNER = _seam("learner", "learners.base.Learner", "learners.LEARNERS")
 MODEL = _seam("model", "torch.nn.Module", "models.MODELS")
 OPTIMIZER = _seam("optimizer", "torch.optim.Optimizer", "optim.OPTIMIZERS", OptimizerKeys)
-TRACKING = _seam("tracking", "tracking.Tracker", "tracking.TRACKERS")
+TRACKING = _seam("tracking", "trackers.Tracker", "trackers.TRACKERS")
 REGISTRIES = (TASK, DATASET, NOISE, PRUNER, SCORE, LEARNER, MODEL, OPTIMIZER, TRACKING)
 
 

@@ -39,7 +39,7 @@ from .records import PROBABILITIES, read_summary
 from .reference import Reference
 from .runs import RunFolder, owner_alive, write_json, write_text
 from .setup import Setup, make_pruning
-from .tracking import Mirror, Mirrored, Tracker
+from .trackers import Mirror, Mirrored, Tracker
 
 Result = TypeVar("Result")
 
@@ -162,7 +162,8 @@ class Run:
         if writes:
             self._write(folder, environment)
         tracker = TRACKING.make(config.tracking) if writes else Tracker()
-        mirrored = Mirrored(setup.id, group, folder.path, config.model_dump() | {"environment": environment})
+        done = len(self.journal.rows)
+        mirrored = Mirrored(setup.id, group, folder.path, config.model_dump() | {"environment": environment}, done)
         mirror = Mirror(tracker, mirrored, say)
         say(self._beginning())
         try:
