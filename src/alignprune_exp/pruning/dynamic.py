@@ -190,8 +190,9 @@ class DynamicPruning(Selecting):
             raise ValueError(
                 f"score={self.score.name!r} compares with the reference set: pass its mean loss to end_epoch()"
             )
+        seen = np.flatnonzero(self.running.trained.cpu().numpy())
+        self._check_selected(seen)
         self.trajectories.end_epoch(reference)
-        seen = self.running.trained.nonzero().squeeze(1).cpu().numpy()
         self.times_selected[seen] += 1
         self.sizes.append(selected)
         self._begin()
@@ -276,12 +277,22 @@ class DynamicPruning(Selecting):
             share[mine] = weights[mine]
             self._weights = torch.from_numpy(share).to(self.trajectories.last_N.device)
         weights_B = self.trajectories.pick(self._weights, index)
-        if (weights_B.device.type == "cpu" or self.running.fresh == 0) and not weights_B.all():
-            stray, processes = int(index[weights_B == 0][0]), self.processes
-            selected = stray in self.selection.indices
-            whose = f"share of process {processes.rank} of {processes.size} in" if selected else "selection of"
-            raise ValueError(
-                f"sample {stray} is not in the {whose} epoch {self.epoch}; draw batches with sampler=pruning.sampler"
-                + (", without a DistributedSampler" if processes.size > 1 else "")
-            )
+        if weights_B.device.type == "cpu" and not weights_B.all():
+            raise self._stray(int(index[weights_B == 0][0]))
         return weights_B
+
+    def _check_selected(self, seen: np.ndarray) -> None:
+        """Raise ValueError where a sample was trained on that is not selected: other devices do not look at each."""
+        selected = np.zeros(self.n, bool)
+        selected[self.selection.indices] = True
+        if not selected[seen].all():
+            raise self._stray(int(seen[~selected[seen]][0]))
+
+    def _stray(self, sample: int) -> ValueError:
+        processes = self.processes
+        share = f"share of process {processes.rank} of {processes.size} in"
+        whose = share if sample in self.selection.indices else "selection of"
+        return ValueError(
+            f"sample {sample} is not in the {whose} epoch {self.epoch}; draw batches with sampler=pruning.sampler"
+            + (", without a DistributedSampler" if processes.size > 1 else "")
+        )
