@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+import PIL
 import pytest
 import torch
 
@@ -53,7 +54,8 @@ def machine():
     facts = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line) if file.exists() else {}
     known = {key.strip(): fact.strip() for key, fact in facts.items()}
     parts = [known.get(key, "") for key in ("model name", "cpu family", "model")] if known else [platform.processor()]
-    return f"{' '.join(parts)}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    code = f"torch {torch.__version__}, Pillow {PIL.__version__}"
+    return f"{' '.join(parts)}, {torch.backends.cpu.get_cpu_capability()}, {code}"
 
 
 def results(name, folder):
