@@ -1,20 +1,18 @@
 """Robust learners: every loss against its paper's formula written a second way, and each learner in whole runs."""
 
-import json
 import math
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from sklearn.mixture import GaussianMixture
 from torch import nn
 from torch.nn import functional as F
 
-from alignprune_exp.commandline import checked, config_dir, inert_keys
+from alignprune_exp.commandline import config_dir, inert_keys
 from alignprune_exp.config import LEARNER, identity, validate
 from alignprune_exp.errors import UsageError
 from alignprune_exp.learners import Step
@@ -25,7 +23,7 @@ from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.run import Run
 from alignprune_exp.runs import run_id
 from alignprune_exp.tasks.classification import Classification
-from test_experiment import Stop, assert_same_results, metrics_of, only_run, trained
+from harness import composed, config_of, metrics_of, only_run, summary_of, trained
 
 N, B, C, PIXELS = 12, 6, 4, 5
 LEARNERS = ("ce", "elr", "sop", "dividemix")
@@ -33,16 +31,10 @@ TINY = ("epochs=5", "score.window=3", "batch_size=16", "dataset.subset=60", "dat
 SHORT = {"dividemix": ("learner.warmup=2", "learner.rampup=2")}  # so that it divides within a tiny run
 
 
-@cache
-def config_of(*overrides):
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return checked(compose("train", list(overrides)))
-
-
 def made(*overrides):
     """A learner with linear networks, in float64, on N samples."""
     torch.manual_seed(0)
-    config = config_of(*overrides)
+    config = composed(*overrides)
     task = SimpleNamespace(classes=range(C), losses=partial(Classification.losses, None))
     networks = [nn.Linear(PIXELS, C) for _ in range(LEARNER.find(config.learner.name).count)]
     return LEARNER.make(config.learner, networks, learners.Given(task, N, config.seed, config.label_smoothing)).double()
@@ -419,18 +411,18 @@ def test_two_networks_start_apart_and_are_evaluated_as_their_mean():
 
 
 def _id(*overrides):
-    return run_id(identity(config_of(*overrides), "0" * 64))
+    return run_id(identity(composed(*overrides), "0" * 64))
 
 
 def test_cross_entropy_is_the_default_and_no_part_of_a_runs_identity():
-    assert config_of().learner.name == "ce"
-    assert "learner" not in identity(config_of("learner=ce"), "")
+    assert composed().learner.name == "ce"
+    assert "learner" not in identity(composed("learner=ce"), "")
     assert len({_id(f"learner={name}") for name in LEARNERS}) == len(LEARNERS)
 
 
 @pytest.mark.parametrize("learner", LEARNERS[1:])
 def test_every_setting_of_a_learner_changes_the_id(learner):
-    values = config_of(f"learner={learner}").model_dump()
+    values = composed(f"learner={learner}").model_dump()
     settings = values["learner"]
     for key in settings.keys() - {"name"}:
         value = settings[key]
@@ -443,7 +435,7 @@ def test_every_setting_of_a_learner_changes_the_id(learner):
 def test_smoothing_is_for_cross_entropy_alone_and_leaves_no_trace_elsewhere(learner):
     smoothed = (f"learner={learner}", "label_smoothing=0.1", "recorded=smoothed")
     assert (_id(f"learner={learner}") == _id(*smoothed)) == (learner != "ce")
-    config = config_of(*smoothed)
+    config = composed(*smoothed)
     assert (config.label_smoothing, config.recorded) == ((0.1, "smoothed") if learner == "ce" else (0.0, "plain"))
     notes = [note for note in inert_keys(config, smoothed) if "label_smoothing, recorded has no effect" in note]
     assert len(notes) == (learner != "ce")
@@ -451,14 +443,14 @@ def test_smoothing_is_for_cross_entropy_alone_and_leaves_no_trace_elsewhere(lear
 
 def test_what_the_authors_chose_for_cifar100_follows_from_the_data_set_and_yields_to_the_command_line():
     on = ("dataset=cifar100", "dataset.root=/nowhere")
-    elr = config_of(*on, "learner=elr").learner
+    elr = composed(*on, "learner=elr").learner
     assert (elr.beta, elr.coefficient) == (0.9, 7.0)
-    assert config_of(*on, "learner=elr", "learner.beta=0.3").learner.beta == 0.3
-    assert config_of(*on, "learner=sop").learner.lr_u == 1.0
-    assert config_of(*on, "learner=dividemix").learner.lambda_u == 150.0
+    assert composed(*on, "learner=elr", "learner.beta=0.3").learner.beta == 0.3
+    assert composed(*on, "learner=sop").learner.lr_u == 1.0
+    assert composed(*on, "learner=dividemix").learner.lambda_u == 150.0
     for learner in LEARNERS:
-        ten = config_of("dataset=cifar10", "dataset.root=/nowhere", f"learner={learner}")
-        assert ten.learner == config_of(f"learner={learner}").learner
+        ten = composed("dataset=cifar10", "dataset.root=/nowhere", f"learner={learner}")
+        assert ten.learner == composed(f"learner={learner}").learner
 
 
 ELR, SOP_100 = {"beta": 0.7, "coefficient": 3.0}, {"lr_u": 1.0, "lr_v": 10.0}
@@ -486,10 +478,10 @@ def test_constants_are_the_authors_for_each_data_set_and_noise(learner, dataset,
     root = () if dataset == "digits" else ("dataset.root=/nowhere",)
     for noise in noises:
         line = (f"dataset={dataset}", *root, f"learner={learner}", *([f"noise={noise}"] if noise else []))
-        found = config_of(*line).learner.model_dump()
+        found = composed(*line).learner.model_dump()
         assert {key: found[key] for key in expected} == expected, noise
         key, value = next(iter(expected.items()))
-        assert getattr(config_of(*line, f"learner.{key}={value / 2 if value < 1 else 2}").learner, key) in (
+        assert getattr(composed(*line, f"learner.{key}={value / 2 if value < 1 else 2}").learner, key) in (
             value / 2,
             2,
         )
@@ -513,15 +505,15 @@ def test_every_asymmetric_noise_there_is_has_the_constants_of_asymmetric_noise()
 )
 def test_a_mistake_is_one_sentence(overrides, words):
     with pytest.raises(UsageError, match=words):
-        config_of(*overrides)
-    config_of("learner=dividemix", "learner.warmup=35")
+        composed(*overrides)
+    composed("learner=dividemix", "learner.warmup=35")
 
 
 @pytest.mark.parametrize("learner", LEARNERS[1:])
 def test_several_processes_are_refused_before_anything_is_read(learner, monkeypatch):
     monkeypatch.setattr("alignprune_exp.setup.open_task", None)
     with pytest.raises(UsageError, match=f"learner={learner} .* use learner=ce, or one process"):
-        Run(config_of(f"learner={learner}"), SimpleNamespace(size=2, rank=0, local=0))
+        Run(composed(f"learner={learner}"), SimpleNamespace(size=2, rank=0, local=0))
 
 
 # --- whole runs
@@ -529,8 +521,7 @@ def test_several_processes_are_refused_before_anything_is_read(learner, monkeypa
 
 def tiny(results, learner, *overrides):
     alone = ("threads=1", "reference.size=8", f"learner={learner}")
-    config = config_of(*TINY, *alone, *SHORT.get(learner, ()), *overrides)
-    return config.model_copy(update={"paths": config.paths.model_copy(update={"results": str(results)})})
+    return config_of(results, *alone, *SHORT.get(learner, ()), *overrides, base=TINY)
 
 
 CHOICES = [(pruner, score) for pruner in PRUNERS for score in ("loss", "das")]
@@ -603,17 +594,5 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
     assert [row["samples_forwarded"] for row in rows] == [count + reference for _, count in epochs]
     assert rows[-1]["samples_seen"] == sum(kept for kept, _ in epochs)
     assert min(kept for kept, _ in epochs) < 60
-    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    summary = summary_of(only_run(tmp_path))
     assert summary["learner"] == learner
-
-
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_stopped_within_an_epoch_a_run_resumes_bit_identically(learner, tmp_path):
-    trained(Run(tiny(tmp_path / "undisturbed", learner, "pruner=infobatch")))
-    config = tiny(tmp_path / "stopped", learner, "pruner=infobatch")
-    stop = Stop()
-    stops = sum(stop.run(config, steps) for steps in (2, 3, 5, 1, 2))
-    assert stops == 5
-    assert not stop.run(config, 10**9)
-    assert_same_results(only_run(tmp_path / "stopped"), only_run(tmp_path / "undisturbed"))
-    assert {epoch for epoch, _ in stop.steps} == set(range(5))

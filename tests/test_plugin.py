@@ -1,6 +1,5 @@
 """The plug-in as its user meets it: the loop, resuming, the report, and every mistake's sentence."""
 
-import io
 import math
 import pickle
 import subprocess
@@ -13,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from alignprune_exp.pruning import PRUNERS, DynamicPruning, NonFiniteLossError, Pruner, Score, Selection, within_class
+from harness import through_disk
 
 N, T, WINDOW, BATCH = 30, 8, 3, 8  # samples, epochs, window, batch size
 LOSSES = torch.from_numpy(np.random.default_rng(0).gamma(1.0, 1.0, (T, N)).astype(np.float32))
@@ -242,13 +242,6 @@ def walk(pruning, skip=0):
             pruning.record(missing, LOSSES[pruning.epoch][missing])
         pruning.end_epoch(REFERENCE[pruning.epoch])
         yield 0, (pruning.epoch, pruning.report().fillna(-1.0).to_numpy().tolist())
-
-
-def through_disk(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 class LastLoss(Score):

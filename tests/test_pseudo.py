@@ -1,7 +1,5 @@
 """A reference set without trusted labels: the choice, the chain of its trajectory, and runs that use it."""
 
-import json
-import sys
 from collections import Counter
 from fractions import Fraction
 
@@ -9,21 +7,18 @@ import numpy as np
 import pytest
 import torch
 from cleanlab import count, rank
-from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.pruning import DynamicPruning, NonFiniteLossError
 from alignprune_exp.pruning.reference import class_shares, confident_thresholds, label_quality, most_trusted
 from alignprune_exp.pruning.scores import pearson, spearman
 from alignprune_exp.run import Run
-from alignprune_exp.runs import run_folders
 from alignprune_exp.setup import open_task
 from alignprune_exp.suites import load_suite
 from alignprune_exp.train import main
-from test_experiment import Stop, assert_same_results, checkpoints, metrics_of, only_run, trained
+from harness import config_of, missing, only_run, rows_of, summary_of, trained
 
 EPOCHS, WARMUP, EVERY = 10, 3, 2
 SMALL = ("threads=1", f"epochs={EPOCHS}", "score.window=3", "dataset.subset=300", "dataset.test_subset=100")
@@ -231,16 +226,6 @@ def test_a_loop_of_ones_own_finds_clean_samples_without_a_trusted_label():
 # --- runs
 
 
-@pytest.fixture(autouse=True)
-def _own_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", sys.argv)
-
-
-def config_of(results, *overrides):
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return checked(compose("train", [*SMALL, f"paths.results={results}", *overrides]))
-
-
 class Watched:
     """A run that notes each epoch's reference set, and what each choice was made of."""
 
@@ -275,7 +260,7 @@ class Watched:
         self.hook = learner.register_forward_pre_hook(counted)
 
     def run(self):
-        self.rows = metrics_of(trained(self.one), seconds=True)
+        self.rows = rows_of(trained(self.one))
         self.hook.remove()
         return self
 
@@ -296,7 +281,8 @@ def watched(tmp_path_factory):
     """One undisturbed run with each kind of reference that needs no trusted labels."""
     results = tmp_path_factory.mktemp("watched")
     return {
-        kind: Watched(config_of(results, "precision=fp32", *overrides)).run() for kind, overrides in EVERY_KIND.items()
+        kind: Watched(config_of(results, "precision=fp32", *overrides, base=SMALL)).run()
+        for kind, overrides in EVERY_KIND.items()
     }
 
 
@@ -401,7 +387,7 @@ def test_no_clean_label_has_a_say(watched, tmp_path, monkeypatch, kind):
         return task
 
     monkeypatch.setattr("alignprune_exp.setup.open_task", lying)
-    run = Watched(config_of(tmp_path, "precision=fp32", *EVERY_KIND[kind])).run()
+    run = Watched(config_of(tmp_path, "precision=fp32", *EVERY_KIND[kind], base=SMALL)).run()
     undisturbed = watched[kind]
     assert run.selections == undisturbed.selections
     assert run.references == undisturbed.references
@@ -411,34 +397,12 @@ def test_no_clean_label_has_a_say(watched, tmp_path, monkeypatch, kind):
 
 def test_a_trusted_set_is_as_noisy_as_it_was_made(tmp_path):
     overrides = ("reference.size=40", "reference.noise=0.25", "epochs=5")
-    rows = Watched(config_of(tmp_path, *overrides)).run().rows
+    rows = Watched(config_of(tmp_path, *overrides, base=SMALL)).run().rows
     assert [(row["reference_noise"], row["samples_reference"]) for row in rows] == [(0.25, 40)] * 5
-    rows = Watched(config_of(tmp_path, "reference=none", "score=loss", "epochs=5")).run().rows
+    rows = Watched(config_of(tmp_path, "reference=none", "score=loss", "epochs=5", base=SMALL)).run().rows
     assert [(row["reference_noise"], row["samples_reference"], row["reference_loss"]) for row in rows] == [
         (None, 0, None)
     ] * 5
-
-
-# --- stopped and resumed
-
-
-@pytest.mark.parametrize(
-    ("kind", "epochs"),
-    [("small_loss", (WARMUP - 1, 6)), ("cleanlab", (6,)), ("population", (6,))],
-)
-def test_stopped_within_epochs_a_run_ends_bit_identically(tmp_path, kind, epochs):
-    whole, stop = Stop(), Stop()
-    assert not whole.run(config_of(tmp_path / "whole", *EVERY_KIND[kind]), 10**9)
-    steps = [epoch for epoch, _ in whole.steps]
-    for epoch in epochs:  # before there is a set, and with the second
-        config = config_of(tmp_path / str(epoch), *EVERY_KIND[kind])
-        assert stop.run(config, steps.index(epoch) + 2)
-        folder = only_run(tmp_path / str(epoch))
-        state = torch.load(checkpoints(folder)[0], weights_only=True)
-        assert (state["epoch"], state["step"]) == (epoch, 2)
-        assert len(state["reference"]) == (30 if kind in METHODS and epoch >= WARMUP else 0)
-        assert not stop.run(config, 10**9)
-        assert_same_results(folder, only_run(tmp_path / "whole"))
 
 
 # --- the command line
@@ -460,24 +424,17 @@ def test_stopped_within_epochs_a_run_ends_bit_identically(tmp_path, kind, epochs
         ("reference=none", ["score=das", "reference=pseudo"]),
     ],
 )
-def test_mistakes_get_one_sentence_and_nothing_is_written(tmp_path, capsys, line, words):
-    assert main([*SMALL, f"paths.results={tmp_path / 'results'}", *line.split()]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said
-    for word in words:
-        assert word in said
-    assert not (tmp_path / "results").exists()
+def test_a_mistake_gets_one_sentence(refused, tmp_path, line, words):
+    assert missing(words, refused(*SMALL, f"paths.results={tmp_path / 'results'}", *line.split())) == []
 
 
 @pytest.mark.parametrize("kind", ["pseudo", "pseudo_cleanlab", "population"])
 def test_the_main_job_made_small_runs_with_each_kind_of_reference(tmp_path, capsys, kind):
     assert main([f"paths.results={tmp_path}", f"reference={kind}", "epochs=13", "dataset.subset=400"]) == 0
-    (folder,) = run_folders(tmp_path)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary, rows = summary_of(only_run(tmp_path)), rows_of(only_run(tmp_path))
     assert summary["status"] == "finished"
     assert summary["samples"] == 400  # all of them
     assert summary["test_accuracy_final"] > 30
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["ranked_by"] for row in rows][10:11] == ["das"]
     assert rows[-1]["auroc_das"] is not None
 

@@ -1,9 +1,8 @@
 """Static pruning: each criterion against its formula written a second way, and a run in two phases."""
 
-import io
 import itertools
-import json
 import math
+import signal
 from dataclasses import replace
 from fractions import Fraction
 
@@ -27,8 +26,21 @@ from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.pruning.selection import proportional
 from alignprune_exp.run import Run
 from alignprune_exp.setup import make_pruning
-from alignprune_exp.train import main
-from test_experiment import Stop, checkpoints, config_of, launch, metrics_of, only_run, summary_of, trained
+from harness import (
+    Stop,
+    assert_same_results,
+    checkpoint_of,
+    config_of,
+    environment_of,
+    launch,
+    metrics_of,
+    only_run,
+    rows_of,
+    samples_of,
+    summary_of,
+    through_disk,
+    trained,
+)
 
 STATIC = sorted(name for name in PRUNERS if name.startswith("static_"))
 N, C, D = 60, 4, 5
@@ -391,13 +403,6 @@ def test_a_warm_up_below_one_is_a_share_of_the_epochs(warmup, epochs):
 # In a loop of one's own
 
 
-def through_disk(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def walk(pruning, until=None):
     """Train; return the samples of each epoch, in order."""
     orders = []
@@ -548,8 +553,8 @@ def test_evidence_may_be_tensors():
 def test_a_run_in_two_phases_says_what_it_did(tmp_path, name):
     assert launch(tmp_path, f"pruner={name}", "pruner.warmup=2", "pruner.fraction=0.3", base=SHORT) == 0
     folder = only_run(tmp_path)
-    rows, summary = metrics_of(folder, seconds=True), summary_of(folder)
-    samples = pd.read_parquet(folder / "samples.parquet")
+    rows, summary = rows_of(folder), summary_of(folder)
+    samples = samples_of(folder)
     n, k = len(samples), int(0.3 * len(samples))
     assert [row["phase"] for row in rows] == ["warmup"] * 2 + ["train"] * 3
     assert [row["epoch"] for row in rows] == list(range(5))
@@ -565,7 +570,7 @@ def test_a_run_in_two_phases_says_what_it_did(tmp_path, name):
     assert 0 < summary["seconds_select"] < rows[2]["seconds_select"] < rows[2]["seconds"]
     if name == "static_prune4rel":
         assert summary["choice_neighbours_cut"] == 0
-    assert json.loads((folder / "environment.json").read_text())["epochs"] == 5
+    assert environment_of(folder)["epochs"] == 5
 
 
 def test_a_choice_of_everything_without_a_warm_up_is_full_training(tmp_path):
@@ -576,16 +581,16 @@ def test_a_choice_of_everything_without_a_warm_up_is_full_training(tmp_path):
 
 
 class Seen:
-    """Stands in for Criterion.choose: notes what a run shows it, and when."""
+    """Stands in for Criterion.choose: notes what a run shows it, and may stop the run there."""
 
-    def __init__(self, monkeypatch, event=None):
+    def __init__(self, monkeypatch, stops=False):
         choose = Criterion.choose
         self.evidence = []
 
         def noted(criterion, shown, rng):
             self.evidence.append(shown)
-            if event is not None:
-                event.set()
+            if stops:
+                signal.raise_signal(signal.SIGTERM)
             return choose(criterion, shown, rng)
 
         monkeypatch.setattr(Criterion, "choose", noted)
@@ -593,15 +598,15 @@ class Seen:
 
 def test_training_begins_from_the_initialisation_and_schedule_of_any_other_run(tmp_path, monkeypatch):
     stop = Stop()
-    Seen(monkeypatch, stop.event)
+    Seen(monkeypatch, stops=True)
     config = config_of(tmp_path, "pruner=static_el2n", "pruner.warmup=2", "pruner.fraction=1", base=SHORT)
-    assert stop.run(config, 10**9)
-    state = torch.load(checkpoints(only_run(tmp_path))[0], weights_only=True)
+    assert stop.run(config)
+    state = checkpoint_of(only_run(tmp_path))
     assert (state["epoch"], state["step"]) == (2, 0)
     fresh = Run(config_of(tmp_path, "pruner=full", base=SHORT)).loop.network.learner.state_dict()
     assert all(torch.equal(state["model"][key], fresh[key]) for key in fresh)
     assert not state["optimizer"]["state"]
-    assert not stop.run(config, 10**9)
+    assert not stop.run(config)
     assert launch(tmp_path / "full", "pruner=full", base=SHORT) == 0
     rates = [row["lr"] for row in metrics_of(only_run(tmp_path / "full"))]
     assert [row["lr"] for row in metrics_of(only_run(tmp_path))[2:]] == rates
@@ -680,53 +685,30 @@ def test_a_run_is_the_two_phases_that_a_loop_of_ones_own_walks(tmp_path, name):
     warm, pruning, predicted, rows = by_hand(one.setup)
     for row, expected in zip(metrics_of(folder), rows, strict=True):
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-6)
-    samples = pd.read_parquet(folder / "samples.parquet")
+    samples = samples_of(folder)
     assert samples["predicted"].tolist() == predicted.tolist()
     assert samples["times_selected"].tolist() == (warm.times_selected + pruning.times_selected).tolist()
     for score in ("loss", "small_loss", "settled"):
         np.testing.assert_array_equal(samples[f"score_{score}"], pruning.scores(score))
 
 
-MEASURED = ("seconds_train", "seconds_total", "seconds_warmup", "seconds_select", "samples_per_second", "finished_at")
-
-
-def assert_same_run(folder, other):
-    assert metrics_of(folder) == metrics_of(other)
-    for name in ("dynamics.parquet", "samples.parquet"):
-        pd.testing.assert_frame_equal(*(pd.read_parquet(f / name) for f in (folder, other)), check_exact=True)
-    one, two = ({k: v for k, v in summary_of(f).items() if k not in MEASURED} for f in (folder, other))
-    assert one == two
-
-
-@pytest.mark.parametrize("name", ["static_forgetting", "static_prune4rel"])
-def test_stopped_after_any_step_and_after_the_choice_a_run_ends_bit_identically(tmp_path, monkeypatch, name):
-    setting = (f"pruner={name}", "pruner.warmup=2", "batch_size=50")
-    stop = Stop()
-    assert not stop.run(config_of(tmp_path / "whole", *setting, base=SHORT), 10**9)
-    whole, steps = only_run(tmp_path / "whole"), len(stop.steps)
-    assert steps == 2 * 3 + 3 * 2
-    config = config_of(tmp_path / "again", *setting, base=SHORT)
-    stops = 0
-    while stop.run(config, 1):
-        stops += 1
-    assert stops == steps - 1
-    assert_same_run(only_run(tmp_path / "again"), whole)
-    seen = Seen(monkeypatch, stop.event)
-    config = config_of(tmp_path / "chosen", *setting, base=SHORT)
-    assert stop.run(config, 10**9)
-    assert not stop.run(config, 10**9)
+def test_stopped_when_it_has_chosen_a_run_does_not_choose_again(tmp_path, monkeypatch):
+    line = ("pruner=static_forgetting", "pruner.warmup=2", "batch_size=50")
+    whole = trained(Run(config_of(tmp_path / "whole", *line, base=SHORT)))
+    seen = Seen(monkeypatch, stops=True)
+    config = config_of(tmp_path, *line, base=SHORT)
+    assert Stop().run(config)
+    assert not Stop().run(config)
     assert len(seen.evidence) == 1
-    assert_same_run(only_run(tmp_path / "chosen"), whole)
+    assert_same_results(only_run(tmp_path), whole)
 
 
 @pytest.mark.parametrize("reference", ["none", "pseudo", "population"])
-def test_glister_without_trusted_labels_is_refused_before_anything_is_written(tmp_path, capsys, reference):
-    short = [word for word in SHORT if not word.startswith("reference.")]
-    line = ["pruner=static_glister", f"reference={reference}", *short, f"paths.results={tmp_path / 'results'}"]
+def test_glister_without_trusted_labels_is_refused(refused, tmp_path, reference):
+    line = [word for word in SHORT if not word.startswith("reference.")]
     line += ["reference.warmup=1"] if reference == "pseudo" else []
-    assert main(line) == 2
-    assert "set reference=trusted" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
+    sentence = refused("pruner=static_glister", f"reference={reference}", *line, f"paths.results={tmp_path}")
+    assert "set reference=trusted" in sentence
 
 
 class Even(Criterion):
@@ -739,7 +721,7 @@ class Even(Criterion):
 def test_a_criterion_of_ones_own_needs_a_class_and_no_more(tmp_path):
     even = {"name": f"{Even.__module__}.Even", "warmup": 1, "fraction": 0.5}
     folder = trained(Run(validate(config_of(tmp_path, base=SHORT).model_dump() | {"pruner": even})))
-    times = pd.read_parquet(folder / "samples.parquet")["times_selected"].to_numpy()
+    times = samples_of(folder)["times_selected"].to_numpy()
     assert (times == np.where(np.arange(len(times)) % 2, 1, 4)).all()
     assert summary_of(folder)["choice_half"] == 0.5
 

@@ -1,0 +1,181 @@
+"""What tests of whole runs share: a run in this process, what it leaves, and ways to stop it."""
+
+import io
+import json
+import os
+import signal
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from alignprune_exp.commandline import checked, config_dir
+from alignprune_exp.errors import Stopped
+from alignprune_exp.learners.ce import CrossEntropy
+from alignprune_exp.pruning import DynamicPruning
+from alignprune_exp.run import Run
+from alignprune_exp.runs import CHECKPOINTS, RunFolder, run_folders
+from alignprune_exp.sweep import Job
+from alignprune_exp.train import perform
+
+CONF = config_dir()
+EPOCHS, WINDOW = 12, 3
+SMALL = ("threads=1", f"epochs={EPOCHS}", f"score.window={WINDOW}", "dataset.subset=300", "dataset.test_subset=100")
+MEASURED = ("seconds", "samples_per_second", "finished_at", "commit")  # of a summary, by their beginnings
+
+
+@cache
+def composed(*overrides):
+    """The checked config that overrides choose."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return checked(compose("train", list(overrides)))
+
+
+def config_of(results, *overrides, base=SMALL):
+    """The config that overrides choose, with its results in a folder."""
+    config = composed(*base, *overrides)
+    return config.model_copy(update={"paths": config.paths.model_copy(update={"results": str(results)})})
+
+
+def launch(results, *overrides, base=SMALL):
+    """Do what the command line does once Hydra has composed its config; return the exit status."""
+    line = (*base, *overrides)
+    return perform(lambda: Job(None, line, config_of(results, *overrides, base=base), None))
+
+
+def trained(one):
+    """Train a run, or go on with it; return its folder."""
+    folder = RunFolder(Path(one.setup.config.paths.results), one.setup.id)
+    with folder.claim():
+        one.train(folder, "test")
+    return folder.path
+
+
+# What a run leaves
+
+
+def only_run(results):
+    """The folder of the one run that there is, beside those that were set aside."""
+    (folder,) = run_folders(Path(results))
+    return folder
+
+
+def rows_of(folder):
+    """Each epoch's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics_of(folder):
+    """Each epoch's metrics, but for the seconds."""
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows_of(folder)]
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def environment_of(folder):
+    return json.loads((folder / "environment.json").read_text())
+
+
+def samples_of(folder):
+    return pd.read_parquet(folder / "samples.parquet")
+
+
+def assert_same_results(folder, other):
+    """All that a run computes is equal, bit by bit."""
+    assert metrics_of(folder) == metrics_of(other)
+    for name in ("dynamics.parquet", "samples.parquet"):
+        frames = [pd.read_parquet(f / name) for f in (folder, other)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+    summaries = [{k: v for k, v in summary_of(f).items() if not k.startswith(MEASURED)} for f in (folder, other)]
+    assert summaries[0] == summaries[1]
+
+
+def contents(folder):
+    """The bytes of each file below a folder; None for a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def checkpoints(folder):
+    """The checkpoints of a run folder, latest first."""
+    paths = [folder / name for name in CHECKPOINTS if (folder / name).exists()]
+    return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def checkpoint_of(folder):
+    return torch.load(checkpoints(folder)[0], weights_only=True)
+
+
+# What the command line says
+
+
+def sentence_of(error):
+    """The one sentence that an error output consists of."""
+    assert len(error.splitlines()) == 1, error
+    assert len(error) > 10
+    assert "Traceback" not in error
+    return error.strip()
+
+
+def missing(words, text):
+    """Those of the words that a text does not have."""
+    return [word for word in (words.split() if isinstance(words, str) else words) if word not in text]
+
+
+# Ways to stop
+
+
+class Stop:
+    """Asks a run to stop after a chosen number of its training steps, as a signal would."""
+
+    def __init__(self):
+        self.steps = []  # the epoch and the number of samples of each step
+
+    def run(self, config, steps=None):
+        """Go on with the run of ``config``; return whether it was stopped."""
+        before, update = len(self.steps), DynamicPruning.update
+
+        def counted(pruning, index, *args, **kwargs):
+            self.steps.append((pruning.epoch, len(index)))
+            if len(self.steps) - before == steps:
+                signal.raise_signal(signal.SIGTERM)
+            return update(pruning, index, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DynamicPruning, "update", counted)
+            try:
+                trained(Run(config))
+            except Stopped:
+                return True
+        return False
+
+
+def before_the_second_step(monkeypatch, epoch, happens):
+    """Let something happen before the second step of an epoch."""
+    losses = CrossEntropy.losses
+
+    def disturbed(self, step, forward):
+        if (step.epoch, step.number) == (epoch, 1):
+            happens()
+        return losses(self, step, forward)
+
+    monkeypatch.setattr(CrossEntropy, "losses", disturbed)
+
+
+def truncate(path):
+    """Cut a file to half of its length, keeping its time, as a crashed disk would."""
+    times = path.stat()
+    path.write_bytes(path.read_bytes()[: times.st_size // 2])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def through_disk(state):
+    """A state as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
