@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from alignprune_exp.train import main
 from harness import SMALL, contents, launch, only_run, sentence_of
+from nursery import Nursery
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
@@ -38,6 +39,13 @@ def undisturbed(tmp_path_factory):
         return only_run(results)
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def nurse(tmp_path_factory):
+    nurse = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nurse
+    nurse.close()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """One run in several processes: what one process computes, whatever the sizes, and whoever dies."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,73 +8,43 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from alignprune_exp.train import main
+from harness import environment_of, launch, only_run, rows_of, samples_of, summary_of
 
-TIMEOUT = 100
 TINY = ("model.norm=group", "precision=fp32", "epochs=6", "score.window=3", "dataset.test_subset=90")
-LONG = (*TINY, "dataset.subset=600", "batch_size=4", "epochs=40")
+LONG = (*TINY, "dataset.subset=300", "batch_size=4", "epochs=12")
 PSEUDO = ("reference=pseudo_cleanlab", "reference.size=20", "reference.warmup=1", "reference.every=1")
 SAME = ("ranked_by", "kept_fraction", "kept_noise", "kept_noise_weighted", "samples_seen", "samples_refreshed", "lr")
 SAME += ("reference_noise", "samples_reference")
 CLOSE = ("train_loss", "test_loss", "reference_loss", "score_mean")
 
 
-@pytest.fixture(autouse=True)
-def _own_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", sys.argv)
+@pytest.fixture
+def start(nurse):
+    """Start the processes of one run; return their pids."""
+
+    def started(ranks, results, *line, **more):
+        return nurse.start(*[[*line, f"paths.results={results}"]] * ranks, together=True, **more)
+
+    return started
 
 
-def start(ranks, results, *line, **environment):
-    """Start a run in several processes, its own process group."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
-            *("-m", "alignprune_exp.train", *sorted(line, key=lambda word: word[0] != "-")),
-            f"paths.results={results}",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        start_new_session=True,
-    )
-
-
-def ended(process):
-    try:
-        out, error = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, out, error
-
-
-def said(error):
-    """What the run's own processes said: torchrun's own words and Python's warnings left out."""
+def words_of(*errors):
+    """What the run's own processes said: torchrun's own words and torch's warnings left out."""
     ours = ("process", "run ", "batch_size=", "the processes", "torchrun", "device=", "model.")
-    return [line for line in error.splitlines() if line.startswith(ours)]
+    return [line for error in errors for line in error.splitlines() if line.startswith(ours)]
 
 
-def folder(results):
-    (path,) = (Path(results) / "runs").iterdir()
-    return path
-
-
-def metrics(results):
-    return [json.loads(line) for line in (folder(results) / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same(results, others):
+def assert_same(folder, other):
     """The first epochs are those of the other run; later ones may differ, a sample having moved over a threshold."""
-    for row, other in zip(metrics(results)[:3], metrics(others)[:3], strict=True):
-        assert [row[key] for key in SAME] == [other[key] for key in SAME]
-        ours, theirs = (np.array([row[key] for key in CLOSE], float) for row in (row, other))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
-    assert len(metrics(results)) == len(metrics(others))
-    assert metrics(results)[-1]["train_loss"] == pytest.approx(metrics(others)[-1]["train_loss"], rel=0.05)
+    rows, others = rows_of(folder), rows_of(other)
+    for row, theirs in zip(rows[:3], others[:3], strict=True):
+        assert [row[key] for key in SAME] == [theirs[key] for key in SAME]
+        close = (np.array([each[key] for key in CLOSE], float) for each in (row, theirs))
+        np.testing.assert_allclose(*close, rtol=1e-3)
+    assert len(rows) == len(others)
+    assert rows[-1]["train_loss"] == pytest.approx(others[-1]["train_loss"], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -89,17 +58,15 @@ def assert_same(results, others):
         (2, ("dataset.subset=150", "score.unseen=refresh", "recorded=smoothed", "label_smoothing=0.1")),
     ],
 )
-def test_several_processes_compute_what_one_computes(tmp_path, ranks, line):
-    status, _, error = ended(start(ranks, tmp_path / "several", *TINY, *line))
-    assert status == 0, error
-    assert main([*TINY, *line, f"paths.results={tmp_path / 'one'}"]) == 0
-    assert folder(tmp_path / "several").name == folder(tmp_path / "one").name
-    assert_same(tmp_path / "several", tmp_path / "one")
-    summary = json.loads((folder(tmp_path / "several") / "summary.json").read_text())
-    samples = pd.read_parquet(folder(tmp_path / "several") / "samples.parquet")
-    rows = metrics(tmp_path / "several")
-    assert samples["times_selected"].sum() == rows[-1]["samples_seen"]
-    assert summary["status"] == "finished"
+def test_several_processes_compute_what_one_computes(tmp_path, nurse, start, undisturbed, ranks, line):
+    start(ranks, tmp_path, *TINY, *line)
+    assert nurse.ended() == [0] * ranks, nurse.said
+    folder, one = only_run(tmp_path), undisturbed(*line, base=TINY)
+    assert folder.name == one.name
+    assert_same(folder, one)
+    samples = samples_of(folder)
+    assert samples["times_selected"].sum() == rows_of(folder)[-1]["samples_seen"]
+    assert summary_of(folder)["status"] == "finished"
     assert samples["loss"].notna().all()
     if "keep_probabilities=true" in line:
         ours, theirs = (pd.read_parquet(folder(tmp_path / run) / "probabilities.parquet") for run in ("several", "one"))
@@ -107,18 +74,8 @@ def test_several_processes_compute_what_one_computes(tmp_path, ranks, line):
         assert (ours.iloc[:, 1:] - theirs.iloc[:, 1:]).abs().to_numpy().mean() < 0.05
 
 
-def at_epoch(process, results, epoch):
-    for _ in range(TIMEOUT * 20):
-        there = (Path(results) / "runs").exists() and (folder(results) / "metrics.jsonl").exists()
-        if there and len(metrics(results)) >= epoch:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    pytest.fail("it did not come to that")
-
-
 def pids(process):
-    """The processes of the run, by rank."""
+    """The processes that torchrun has started, by rank."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -132,42 +89,71 @@ def pids(process):
     return found
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_dies_takes_the_run_down_with_one_sentence_and_a_good_checkpoint(tmp_path, rank):
-    process = start(2, tmp_path, *LONG)
-    at_epoch(process, tmp_path, 2)
-    os.kill(pids(process)[rank], signal.SIGKILL)
-    killed = time.monotonic()
-    status, _, error = ended(process)
-    assert time.monotonic() - killed < 60
-    assert status != 0
-    assert said(error) == [
-        f"process {1 - rank} of 2 lost another one of its run; the same command goes on from the latest checkpoint"
+def epochs_of(results):
+    return max([len(file.read_text().splitlines()) for file in Path(results).glob("runs/*/metrics.jsonl")], default=0)
+
+
+def assert_taken_down(tmp_path, survivor, errors):
+    assert words_of(*errors) == [
+        f"process {survivor} of 2 lost another one of its run; the same command goes on from the latest checkpoint"
     ]
-    epochs = len(metrics(tmp_path))
-    assert main([*LONG, f"paths.results={tmp_path}"]) == 0  # one process goes on
-    assert json.loads((folder(tmp_path) / "environment.json").read_text())["resumed_at_epoch"] >= epochs - 1
-    assert len(metrics(tmp_path)) == 40
+    epochs = epochs_of(tmp_path)
+    assert launch(tmp_path, base=LONG) == 0  # one process goes on
+    assert environment_of(only_run(tmp_path))["resumed_at_epoch"] >= epochs - 1
+    assert epochs_of(tmp_path) == 12
 
 
-def test_a_run_that_is_stopped_goes_on_from_that_step_in_another_number_of_processes(tmp_path, capsys):
-    line = (*LONG, "epochs=8", "batch_size=2")
-    for epochs in (1, 2, 3):  # until it is not by chance between two epochs that it is stopped
-        process = start(2, tmp_path / "stopped", *line)
-        at_epoch(process, tmp_path / "stopped", epochs)
-        time.sleep(0.3)
-        for pid in pids(process).values():
-            os.kill(pid, signal.SIGTERM)
-        status, _, error = ended(process)
-        assert status != 0
-        (stopped,) = said(error)
-        assert "and left a checkpoint" in stopped
-        if ", step 0 " not in stopped:
-            break
-    assert main([*line, f"paths.results={tmp_path / 'stopped'}"]) == 0
-    assert "step 0\n" not in capsys.readouterr().out.split("resumed at ")[1][:30]
-    assert main([*line, f"paths.results={tmp_path / 'one'}"]) == 0
-    assert_same(tmp_path / "stopped", tmp_path / "one")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_takes_the_run_down_with_one_sentence_and_a_good_checkpoint(tmp_path, nurse, start, rank):
+    processes = start(2, tmp_path, *LONG)
+    nurse.until(lambda marks: marks.count(b">") >= 2)
+    os.kill(processes[rank], signal.SIGKILL)
+    killed = time.monotonic()
+    statuses = nurse.ended()
+    assert time.monotonic() - killed < 60
+    assert statuses[rank] == -signal.SIGKILL
+    assert statuses[1 - rank] == 1
+    assert_taken_down(tmp_path, 1 - rank, nurse.said)
+
+
+def test_under_torchrun_which_ends_all_with_the_first_the_sentence_is_said_too(tmp_path):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("-m", "alignprune_exp.train", *LONG, f"paths.results={tmp_path}"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        assert any(line.startswith("epoch ") for line in process.stdout)
+        os.kill(pids(process)[0], signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert_taken_down(tmp_path, 1, [error])
+
+
+def test_a_run_that_is_stopped_goes_on_from_that_step_in_another_number_of_processes(
+    tmp_path, nurse, start, undisturbed, capsys
+):
+    line = ("dataset.subset=200", "batch_size=4")  # 49 steps in the first epoch
+    processes = start(2, tmp_path, *TINY, *line)
+    nurse.until(lambda marks: marks.count(b".") >= 2 * 55)
+    for pid in processes:
+        os.kill(pid, signal.SIGTERM)
+    assert nurse.ended() == [130, 130]
+    (stopped,) = words_of(*nurse.said)
+    assert "stopped in epoch 1, step " in stopped
+    assert "and left a checkpoint" in stopped
+    assert launch(tmp_path, *line, base=TINY) == 0
+    assert "resumed at epoch 1, step 0" not in capsys.readouterr().out
+    assert_same(only_run(tmp_path), undisturbed(*line, base=TINY))
 
 
 RANKWISE = """
@@ -180,12 +166,12 @@ class Rankwise(Score):
 """
 
 
-def test_processes_that_select_differently_stop(tmp_path):
+def test_processes_that_select_differently_stop(tmp_path, nurse, start):
     (tmp_path / "rankwise.py").write_text(RANKWISE)
-    line = (*TINY, "dataset.subset=300", "score.name=rankwise.Rankwise")
-    status, _, error = ended(start(2, tmp_path / "results", *line, PYTHONPATH=str(tmp_path)))
-    assert status != 0
-    assert [line[:60] for line in said(error)] == ["the processes do not agree on the selection of epoch 1; star"]
+    start(2, tmp_path, *TINY, "dataset.subset=300", "score.name=rankwise.Rankwise", path=tmp_path)
+    assert nurse.ended() == [1, 1]
+    (sentence,) = words_of(*nurse.said)
+    assert sentence.startswith("the processes do not agree on the selection of epoch 1; start")
 
 
 @pytest.mark.parametrize(
@@ -196,18 +182,18 @@ def test_processes_that_select_differently_stop(tmp_path):
         (("-m", "seed=0,1"), "torchrun starts the processes of one run; for a sweep of such runs leave torchrun out"),
     ],
 )
-def test_a_mistake_is_one_sentence_of_one_process_and_nothing_is_written(tmp_path, line, words):
-    status, _, error = ended(start(2, tmp_path / "results", *TINY, *line))
-    assert status != 0
-    (sentence,) = said(error)
+def test_a_mistake_is_one_sentence_of_one_process_and_nothing_is_written(tmp_path, nurse, start, line, words):
+    start(2, tmp_path / "results", *sorted((*TINY, *line), key=lambda word: word[0] != "-"))
+    assert nurse.ended() == [2, 2]
+    (sentence,) = words_of(*nurse.said)
     assert sentence.startswith(words)
     assert not list(tmp_path.iterdir())
 
 
-def test_with_batch_norm_the_number_of_processes_belongs_to_the_run(tmp_path):
-    line = (*TINY, "model.norm=batch", "dataset.subset=150")
-    assert ended(start(2, tmp_path / "two", *line))[0] == 0
-    assert main([*line, f"paths.results={tmp_path / 'one'}"]) == 0
-    two, one = (json.loads((folder(tmp_path / name) / "summary.json").read_text()) for name in ("two", "one"))
+def test_with_batch_norm_the_number_of_processes_belongs_to_the_run(tmp_path, nurse, start, undisturbed):
+    line = ("model.norm=batch", "dataset.subset=150")
+    start(2, tmp_path, *TINY, *line)
+    assert nurse.ended() == [0, 0]
+    two, one = summary_of(only_run(tmp_path)), summary_of(undisturbed(*line, base=TINY))
     assert two["id"] != one["id"]
     assert two["config_id"] == one["config_id"]
