@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from itertools import count
+from tempfile import TemporaryDirectory
 
 import torch
 
-from alignprune_exp import train
+from alignprune_exp import optim, train
 
 PATIENCE = 60  # seconds
 
@@ -55,9 +57,9 @@ class Nursery:
         self.printed, self.said = ([log.with_suffix(end).read_text() for log in self.logs] for end in (".out", ".err"))
         return statuses
 
-    def run(self, *line):
+    def run(self, *line, **more):
         """Run a command line to its end; return its exit status."""
-        self.start(line)
+        self.start(line, **more)
         (status,) = self.ended()
         return status
 
@@ -80,13 +82,9 @@ class Nursery:
 
 def work(marks):
     """Serve requests on stdin: answer each with the pids of its processes, and with their statuses when they ended."""
-    import pandas  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import sklearn.datasets  # noqa: F401
-
-    from alignprune_exp import optim, run, sweep  # noqa: F401
-
-    torch.use_deterministic_algorithms(True)  # imports much
+    with TemporaryDirectory() as results, redirect_stdout(io.StringIO()):  # imports all that a run needs
+        line = ("threads=1", "epochs=5", "score.window=3", "dataset.subset=200")
+        assert train.main([*line, f"paths.results={results}"]) == 0
     log, save, set_progress = os.open(marks, os.O_WRONLY | os.O_CREAT | os.O_APPEND), torch.save, optim.set_progress
 
     def slow_save(state, file):
