@@ -524,8 +524,7 @@ def tiny(results, learner, *overrides):
     return config_of(results, *alone, *SHORT.get(learner, ()), *overrides, base=TINY)
 
 
-CHOICES = [(pruner, score) for pruner in PRUNERS for score in ("loss", "das")]
-CHOICES = [(p, s) for p, s in CHOICES if s == "loss" or PRUNERS[p].uses_scores]
+CHOICES = [(name, "das" if PRUNERS[name].uses_scores else "loss") for name in PRUNERS] + [("infobatch", "loss")]
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
