@@ -50,7 +50,6 @@ def rows_of(bench, tmp_path, *arguments):
     assert all(list(row) == KEYS for row in rows)
     for row in rows:
         assert row["ratio"] == pytest.approx(row["baseline_seconds"] / row["seconds"])
-        assert row["seconds"] > 0
         assert row["peak_mb"] > 10
     return status, rows
 
@@ -124,8 +123,12 @@ def test_prune4rel_is_compared_with_its_rule(tmp_path, monkeypatch, capsys):
 
 
 def test_other_batches_than_the_plain_ones_are_wrong(monkeypatch, tmp_path, capsys):
-    normalise = ImageBatches._normalise
-    monkeypatch.setattr(ImageBatches, "_normalise", lambda self, images: normalise(self, images) + 0.01)
+    epoch = ImageBatches.epoch
+
+    def brighter(*given):
+        return ((index, images + 0.01, labels) for index, images, labels in epoch(*given))
+
+    monkeypatch.setattr(ImageBatches, "epoch", brighter)
     monkeypatch.setattr(bench_data, "from_disk", lambda *_: None)
     assert rows_of(bench_data, tmp_path, "--images", "150")[0] == 1
     assert "WRONG: in memory" in capsys.readouterr().out
@@ -243,7 +246,7 @@ def test_batches_held_on_a_device_wait_for_nothing():
 
 
 class Watched(TorchDispatchMode):
-    """Notes which functions of the package make calls that would wait for a device, while it is on."""
+    """Notes which files of the package make calls that would wait for a device, while it is on."""
 
     def __init__(self):
         super().__init__()
@@ -252,13 +255,13 @@ class Watched(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.on and func in WAITS:
             ours = [frame for frame in traceback.extract_stack() if "/alignprune_exp/" in frame.filename]
-            self.callers.add(f"{Path(ours[-1].filename).name}:{ours[-1].name}")
+            self.callers.add(Path(ours[-1].filename).name)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("learner", [["ce"], ["elr"], ["sop"], ["dividemix", "learner.warmup=2"]])
 def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch, learner):
-    """On the CPU; the tests above show that the functions named here do not wait elsewhere."""
+    """On the CPU; the tests above show that what they do there does not wait elsewhere."""
     short = ("epochs=12", "dataset.subset=200", "pruner.delta=1.0", "eval_every=12")
     run = Run(benchmarking.config(f"learner={learner[0]}", *learner[1:], *short))
     watched, epoch = Watched(), run.setup.task.train.epoch
@@ -276,4 +279,4 @@ def test_the_step_loop_of_a_run_waits_in_its_checks_on_the_cpu_alone(monkeypatch
     with watched:
         benchmarking.walk(run)
     assert steps > 12
-    assert watched.callers == {"bank.py:record", "dynamic.py:_weights_of", "augment.py:apply"}
+    assert watched.callers == {"bank.py", "dynamic.py", "augment.py"}

@@ -20,7 +20,6 @@ from PIL import Image
 from alignprune_exp.data.datasets import DATASETS
 from alignprune_exp.data.noise import NOISES
 from alignprune_exp.data.source import stratified
-from alignprune_exp.data.sources.cifar import CIFAR100_CLASSES
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
 
@@ -217,12 +216,6 @@ def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     assert a == b == expected.hexdigest()
     _parquet(tmp_path / "b/test.parquet", _noise_images(10, 5), label=list(range(10)))
     assert _load("cifar10", tmp_path / "b").fingerprint != a
-
-
-def test_published_class_names_are_alphabetical():
-    names = CIFAR100_CLASSES.split()
-    assert names == sorted(names)
-    assert len(set(names)) == 100
 
 
 def _image_folder(root):

@@ -35,7 +35,6 @@ from alignprune_exp.data.augment import ATTEMPTS, Augmentation
 from alignprune_exp.data.batches import ImageBatches
 from alignprune_exp.data.datasets import DATASETS
 from alignprune_exp.data.images import Cut, resized_crop
-from alignprune_exp.data.sources import parquet as shards
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
 from alignprune_exp.learners.ce import CrossEntropy
@@ -454,7 +453,7 @@ def test_parquet_is_in_memory_before_there_are_other_processes(tmp_path, kept, m
     _aged(root)
     for _ in range(2):  # the second time from the index
         source = _load("parquet", root)
-        monkeypatch.setattr(shards, "_table", None)  # whoever reads again fails
+        monkeypatch.setattr(pq, "read_table", None)  # whoever reads again fails
         assert source.train.store.read(0).ndim == 3
         monkeypatch.undo()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
