@@ -1,7 +1,6 @@
 """The benchmarks at small sizes, and the step loop watched for whatever would wait for a device."""
 
 import json
-import sys
 import traceback
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import bench_data
 import bench_prune4rel

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
-from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.config import PRUNER, REGISTRIES, Config, identity, validate
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Pruner
 from alignprune_exp.runs import run_id
 from alignprune_exp.setup import make_pruning
+from harness import composed
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = (
@@ -37,17 +36,12 @@ FINGERPRINT = "0" * 64
 ROOT = "dataset.root=/nowhere"
 
 
-def _config(*overrides):
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return checked(compose("train", list(overrides)))
-
-
 def _id(config, fingerprint=FINGERPRINT):
     return run_id(identity(config, fingerprint))
 
 
 def _ids(*command_lines):
-    return [_id(_config(*overrides.split())) for overrides in command_lines]
+    return [_id(composed(*overrides.split())) for overrides in command_lines]
 
 
 def _leaves(values, path=()):
@@ -61,7 +55,7 @@ def _leaves(values, path=()):
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_validates(group, option):
     root = [ROOT] if group == "dataset" and option != "digits" else []
-    config = _config(f"{group}={option}", *root)
+    config = composed(f"{group}={option}", *root)
     chosen = config.model_dump()[group]
     name = chosen if group == "scale" else chosen.get("name")
     assert name is not None or group == "reference"  # trusted labels, which go by no name
@@ -98,13 +92,13 @@ def test_main_job_is_what_the_specification_says():
     [("sym0.5", "sym", 0.5), ("sym0.8", "sym", 0.8), ("asym0.2", "asym", 0.2), ("asym0.4", "asym", 0.4)],
 )
 def test_noise_rate_in_an_options_name_is_its_rate(noise, name, rate):
-    config = _config(f"noise={noise}")
+    config = composed(f"noise={noise}")
     assert (config.noise.name, config.noise.rate) == (name, rate)
     assert _ids(f"noise={noise}") == _ids(f"noise={name} noise.rate={rate}")
 
 
 def test_paper_scale_is_the_public_recipe():
-    config = _config("scale=paper", "dataset=cifar100", ROOT)
+    config = composed("scale=paper", "dataset=cifar100", ROOT)
     optimizer, dataset = config.optimizer, config.dataset
     assert (config.model.name, config.model.stem, config.epochs, config.batch_size) == ("resnet18", "small", 200, 128)
     assert (optimizer.name, optimizer.lr, optimizer.weight_decay, optimizer.cycle_momentum) == ("lars", 5.2, 5e-4, True)
@@ -114,9 +108,9 @@ def test_paper_scale_is_the_public_recipe():
 
 @pytest.mark.parametrize("learner", ["elr", "sop", "dividemix"])
 def test_paper_scale_smooths_and_records_so_for_cross_entropy_alone(learner):
-    config = _config("scale=paper", f"learner={learner}")
+    config = composed("scale=paper", f"learner={learner}")
     assert (config.label_smoothing, config.recorded) == (0.0, "plain")
-    assert _config("scale=paper", "recorded=plain").recorded == "plain"
+    assert composed("scale=paper", "recorded=plain").recorded == "plain"
 
 
 # --- what the command line sets wins over what a scale or a recipe sets
@@ -143,7 +137,7 @@ EXPLICIT = {
 def test_command_line_wins_over_scale_and_recipe_in_either_order(scale, optimizer, scale_first):
     explicit = ["model=small_cnn", f"optimizer={optimizer}", *(f"{key}={value}" for key, value in EXPLICIT.items())]
     order = [f"scale={scale}", *explicit] if scale_first else [*explicit, f"scale={scale}"]
-    values = _config("dataset=cifar10", ROOT, *order).model_dump()
+    values = composed("dataset=cifar10", ROOT, *order).model_dump()
     found = {".".join(path): value for path, value in _leaves(values)}
     assert {key: found[key] for key in EXPLICIT} == EXPLICIT
     assert (found["model.name"], found["optimizer.name"], found["scale"]) == ("small_cnn", optimizer, scale)
@@ -152,7 +146,7 @@ def test_command_line_wins_over_scale_and_recipe_in_either_order(scale, optimize
 @pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
 def test_an_optimizer_chosen_by_hand_comes_with_its_own_rate(scale):
     own = yaml.safe_load((CONF / "optimizer" / "lars.yaml").read_text())
-    assert _config(f"scale={scale}", "optimizer=lars").optimizer.lr == own["lr"]
+    assert composed(f"scale={scale}", "optimizer=lars").optimizer.lr == own["lr"]
 
 
 # --- identity
@@ -201,7 +195,7 @@ def test_devices_of_one_kind_are_one_run():
 
 
 # Smoothing makes `recorded` matter. Numbers and booleans are changed by rule, words by this table.
-WALKED = _config("label_smoothing=0.1").model_dump()
+WALKED = composed("label_smoothing=0.1").model_dump()
 OTHER = {
     "noise.name": "asym",
     "score.name": "loss",
@@ -230,7 +224,7 @@ NO_OTHER = {"task.name", "dataset.name", "pruner.name", "learner.name"}
     "path", [p for p, _ in _leaves(WALKED) if ".".join(p) not in INERT | NO_OTHER], ids=lambda p: ".".join(p)
 )
 def test_every_other_key_changes_the_id(path):
-    values = _config("label_smoothing=0.1").model_dump()
+    values = composed("label_smoothing=0.1").model_dump()
     *parents, key = path
     node = values
     for parent in parents:
@@ -253,12 +247,12 @@ def test_dataset_and_pruner_and_data_change_the_id():
     datasets = [f"dataset=cifar10 {ROOT}", f"dataset=cifar100 {ROOT}"]
     ids = _ids("", *datasets, *(f"pruner={name}" for name in PRUNERS if name != "infobatch"))
     assert len(set(ids)) == len(ids)
-    assert _id(_config(), "1" * 64) != _id(_config())
+    assert _id(composed(), "1" * 64) != _id(composed())
 
 
 def test_a_corrected_rule_is_another_run_and_no_other_pruner_says_which_it_follows(monkeypatch):
-    assert identity(_config("pruner=static_prune4rel"), FINGERPRINT)["pruner"]["revision"] == 1
-    config = _config()
+    assert identity(composed("pruner=static_prune4rel"), FINGERPRINT)["pruner"]["revision"] == 1
+    config = composed()
     assert "revision" not in identity(config, FINGERPRINT)["pruner"]
     old = _id(config)
     monkeypatch.setattr(PRUNERS["infobatch"], "revision", 1)
@@ -376,7 +370,7 @@ class Many(Pruner):
     ],
 )
 def test_values_at_the_edge_are_accepted(overrides):
-    make_pruning(_config(*overrides.split()), range(100), clean=np.ones(100, bool))
+    make_pruning(composed(*overrides.split()), range(100), clean=np.ones(100, bool))
 
 
 @pytest.mark.parametrize(
@@ -421,7 +415,7 @@ def test_values_at_the_edge_are_accepted(overrides):
 )
 def test_values_beyond_the_edge_are_refused(overrides):
     with pytest.raises(UsageError) as error:
-        make_pruning(_config(*overrides.split()), range(100), clean=np.ones(100, bool))
+        make_pruning(composed(*overrides.split()), range(100), clean=np.ones(100, bool))
     last_key, _, value = overrides.split()[-1].partition("=")
     assert last_key.split(".")[-1] in str(error.value)
     assert value in str(error.value) or last_key in ("epochs", "score.window")
@@ -429,5 +423,5 @@ def test_values_beyond_the_edge_are_refused(overrides):
 
 
 def test_a_config_arrives_in_another_process_as_it_was():
-    config = _config("learner=elr", "pruner=seta", "saved=0.2", "reference=pseudo")
+    config = composed("learner=elr", "pruner=seta", "saved=0.2", "reference=pseudo")
     assert pickle.loads(pickle.dumps(config)) == config

@@ -41,6 +41,7 @@ from alignprune_exp.runs import run_folders
 from alignprune_exp.suites import load_suite
 from alignprune_exp.suspects import Sheet
 from alignprune_exp.train import main as train
+from harness import environment_of, rows_of, summary_of
 from recorded import HOST, SECRET, edit_json, edit_rows, write_record
 
 ROOT = Path(__file__).parents[1]
@@ -537,18 +538,14 @@ class FakeApi:
 
 class FakeMirror:
     def __init__(self, folder, state="finished"):
-        summary = json.loads((folder / "summary.json").read_text())
-        self._rows = [{key: value for key, value in row.items() if value is not None} for row in _metrics(folder)]
+        summary = summary_of(folder)
+        self._rows = [{key: value for key, value in row.items() if value is not None} for row in rows_of(folder)]
         self.id, self.name, self.state = folder.name, "warm-sun-1", state
-        self.config = {"seed": summary["seed"], "environment": json.loads((folder / "environment.json").read_text())}
+        self.config = {"seed": summary["seed"], "environment": environment_of(folder)}
         self.summary = self._rows[-1] | summary | {"_step": 1, "_runtime": 3.0, "_wandb": {"runtime": 3}}
 
     def scan_history(self):
         return iter([{"_step": row["epoch"], "_timestamp": 1.0} | row for row in self._rows])
-
-
-def _metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def _of_the_grid(name, scale, own):

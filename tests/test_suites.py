@@ -4,7 +4,6 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,9 +19,9 @@ from alignprune_exp.status import main as status
 from alignprune_exp.suites import load_suite, option_names
 from alignprune_exp.suspects import main as suspects
 from alignprune_exp.train import main
+from harness import CONF, composed, sentence_of
 from recorded import write_record
 
-CONF = Path(__file__).parents[1] / "conf"
 SMALL = ["dataset=digits", "noise=clean,sym0.5", "method=full,infobatch", "epochs=6", "seed=0,1"]
 SMALL += ["dataset.subset=100", "dataset.test_subset=50"]
 
@@ -54,15 +53,8 @@ def test_a_suite_runs_at_smoke_scale_and_fills_its_table(name, tmp_path):
 
 
 def test_cells_are_the_configs_that_the_sweep_would_run():
-    from hydra import compose, initialize_config_dir
-
-    from alignprune_exp.commandline import checked
-
-    suite = load_suite("anneal", ["scale=cpu", "dataset=digits"])
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for cell in suite.cells[::7]:
-            job = [f"{axis}={value}" for axis, value in cell.axes.items()]
-            assert checked(compose("train", job)) == cell.config
+    for cell in load_suite("anneal", ["scale=cpu", "dataset=digits"]).cells[::7]:
+        assert composed(*(f"{axis}={value}" for axis, value in cell.axes.items())) == cell.config
 
 
 def test_full_is_one_run_whatever_the_score():
@@ -187,8 +179,7 @@ def test_a_sweep_without_its_data_is_one_sentence_before_the_first_run(tmp_path,
     assert main(line) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert f"{tmp_path}/cifar10 is not a folder" in captured.err
+    assert f"{tmp_path}/cifar10 is not a folder" in sentence_of(captured.err)
     assert not (tmp_path / "results").exists()
 
 
@@ -334,8 +325,7 @@ def test_two_records_of_one_run_with_different_results_are_refused(tmp_path):
 )
 def test_mistakes_get_one_sentence(arguments, words, capsys):
     assert status(arguments) == 2
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1
+    err = sentence_of(capsys.readouterr().err)
     assert all(word in err for word in words)
 
 
@@ -350,4 +340,4 @@ def test_make_tables_says_when_there_is_nothing(tmp_path):
     command = [sys.executable, "-m", "alignprune_exp.tables", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
+    sentence_of(done.stderr)

@@ -1,6 +1,5 @@
 """Weights & Biases mirrors the record, and never ends a run."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from alignprune_exp.runs import RunFolder
-from alignprune_exp.train import main
+from harness import launch, only_run, rows_of, summary_of
 
 SMALL = (
     "threads=1",
@@ -69,7 +68,6 @@ class FakeWandb(ModuleType):
 @pytest.fixture
 def wandb(monkeypatch):
     """Put a fake in the place of the real package."""
-    monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("WANDB_SILENT", "true")
 
     def install(*fails, **arguments):
@@ -80,19 +78,6 @@ def wandb(monkeypatch):
     return install
 
 
-def launch(results, *overrides):
-    return main([*SMALL, f"paths.results={results}", *overrides])
-
-
-def only_run(results):
-    (folder,) = (Path(results) / "runs").iterdir()
-    return folder
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def complaints(capsys):
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -101,7 +86,7 @@ def complaints(capsys):
 
 def test_a_run_is_mirrored_under_its_own_id(tmp_path, wandb, capsys):
     fake = wandb()
-    assert launch(tmp_path, "tracking.group=main", "tracking.project=mine") == 0
+    assert launch(tmp_path, "tracking.group=main", "tracking.project=mine", base=SMALL) == 0
     folder = only_run(tmp_path)
     (arguments,), (run,) = fake.arguments, fake.runs
     assert arguments["id"] == folder.name
@@ -117,7 +102,7 @@ def test_a_run_is_mirrored_under_its_own_id(tmp_path, wandb, capsys):
     assert [step for step, _ in run.rows] == [0, 1, 2, 3, 4]
     for (_, logged), row in zip(run.rows, rows, strict=True):
         assert logged == {key: value for key, value in row.items() if value is not None}
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert summary["test_accuracy_final"] == run.summary["test_accuracy_final"]
     assert run.exit_codes == [0]
     assert complaints(capsys) == []
@@ -125,9 +110,9 @@ def test_a_run_is_mirrored_under_its_own_id(tmp_path, wandb, capsys):
 
 def test_tracking_does_not_change_a_run(tmp_path, wandb):
     wandb()
-    assert launch(tmp_path / "tracked", "tracking.group=main") == 0
-    assert launch(tmp_path / "bare", "tracking.group=other") == 0
-    assert main([*SMALL[:-2], f"paths.results={tmp_path / 'none'}"]) == 0
+    assert launch(tmp_path / "tracked", "tracking.group=main", base=SMALL) == 0
+    assert launch(tmp_path / "bare", "tracking.group=other", base=SMALL) == 0
+    assert launch(tmp_path / "none", base=SMALL[:-2]) == 0
     first, second, third = (only_run(tmp_path / name) for name in ("tracked", "bare", "none"))
     assert first.name == second.name == third.name
 
@@ -144,9 +129,9 @@ def test_a_resumed_run_is_mirrored_as_the_same_run(tmp_path, wandb, monkeypatch)
 
         patch.setattr(FakeRun, "log", stopping)
         with pytest.raises(SystemExit) as stopped:
-            launch(tmp_path)
+            launch(tmp_path, base=SMALL)
         assert stopped.value.code == 130
-    assert launch(tmp_path) == 0
+    assert launch(tmp_path, base=SMALL) == 0
     assert [arguments["id"] for arguments in fake.arguments] == [only_run(tmp_path).name] * 2
     assert [step for run in fake.runs for step, _ in run.rows] == [0, 1, 2, 3, 4]
     assert fake.runs[-1].exit_codes == [0]
@@ -155,7 +140,7 @@ def test_a_resumed_run_is_mirrored_as_the_same_run(tmp_path, wandb, monkeypatch)
 
 def test_a_failed_run_is_closed_as_failed(tmp_path, wandb):
     fake = wandb()
-    assert launch(tmp_path, "optimizer.lr=1000", "optimizer.weight_decay=100", "precision=fp32") == 1
+    assert launch(tmp_path, "optimizer.lr=1000", "optimizer.weight_decay=100", "precision=fp32", base=SMALL) == 1
     (run,) = fake.runs
     assert run.summary["status"] == "failed"
     assert run.exit_codes == [1]
@@ -164,17 +149,17 @@ def test_a_failed_run_is_closed_as_failed(tmp_path, wandb):
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 def test_a_tracker_that_raises_never_ends_a_run_and_is_named_once(tmp_path, wandb, capsys, fails):
     wandb(fails)
-    assert launch(tmp_path) == 0
+    assert launch(tmp_path, base=SMALL) == 0
     folder = only_run(tmp_path)
     assert len(rows_of(folder)) == 5
-    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+    assert summary_of(folder)["status"] == "finished"
     (line,) = complaints(capsys)
     assert f"{fails} is broken" in line
 
 
 def test_a_tracker_that_is_broken_throughout_is_named_once(tmp_path, wandb, capsys):
     wandb("log", "finish")
-    assert launch(tmp_path) == 0
+    assert launch(tmp_path, base=SMALL) == 0
     assert len(complaints(capsys)) == 1
 
 
@@ -187,17 +172,16 @@ def test_a_tracker_that_cannot_be_imported_never_ends_a_run(tmp_path, monkeypatc
             if name == "wandb":
                 raise error
 
-    monkeypatch.setattr(sys, "argv", sys.argv)
     for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    assert launch(tmp_path) == 0
+    assert launch(tmp_path, base=SMALL) == 0
     assert len(complaints(capsys)) == 1
 
 
 def test_online_without_a_key_says_so_and_never_prompts(tmp_path, wandb, capsys):
     fake = wandb()
-    assert launch(tmp_path, "tracking.mode=online") == 0
+    assert launch(tmp_path, "tracking.mode=online", base=SMALL) == 0
     assert fake.arguments == []
     (line,) = complaints(capsys)
     assert "wandb login" in line
@@ -205,7 +189,7 @@ def test_online_without_a_key_says_so_and_never_prompts(tmp_path, wandb, capsys)
 
 def test_online_with_a_key_starts(tmp_path, wandb):
     fake = wandb(api_key="secret")
-    assert launch(tmp_path, "tracking.mode=online") == 0
+    assert launch(tmp_path, "tracking.mode=online", base=SMALL) == 0
     assert fake.arguments[0]["mode"] == "online"
     assert "secret" not in "".join(path.read_text() for path in only_run(tmp_path).glob("*.[jy]*"))
 
@@ -219,16 +203,15 @@ def test_a_run_that_a_full_disk_ends_is_closed_before_the_next_one_starts(tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save_checkpoint", full)
-        assert launch(tmp_path) == 1
+        assert launch(tmp_path, base=SMALL) == 1
     (run,) = fake.runs
     assert len(run.exit_codes) == 1
     assert run.exit_codes != [0]
 
 
 def test_without_tracking_the_package_is_not_needed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert main([*SMALL[:-2], f"paths.results={tmp_path}"]) == 0
+    assert launch(tmp_path, base=SMALL[:-2]) == 0
     assert complaints(capsys) == []
 
 
