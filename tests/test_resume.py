@@ -119,6 +119,18 @@ def test_stopped_again_and_again_a_run_ends(tmp_path, whole, name):
     assert_same_results(only_run(tmp_path), folder)
 
 
+@pytest.mark.parametrize("name", ["two networks", "a cleaned reference set", "two phases"])
+def test_killed_after_a_checkpoint_a_run_goes_on_from_there(tmp_path, nurse, whole, name):
+    line, folder, _ = whole(name)
+    (pid,) = nurse.start([*TINY, *line, f"paths.results={tmp_path}"], pause=0.05)
+    nurse.until(lambda marks: b"." in b"".join(marks.split(b">")[4:]))  # in the epoch after the fourth
+    os.kill(pid, signal.SIGKILL)
+    assert nurse.ended() == [-signal.SIGKILL]
+    assert metrics_of(only_run(tmp_path))[:3] == metrics_of(folder)[:3]
+    assert launch(tmp_path, *line, base=TINY) == 0
+    assert_same_results(only_run(tmp_path), folder)
+
+
 # Signals
 
 
