@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from harness import environment_of, launch, only_run, rows_of, samples_of, summary_of

@@ -19,7 +19,7 @@ from alignprune_exp.status import main as status
 from alignprune_exp.suites import load_suite, option_names
 from alignprune_exp.suspects import main as suspects
 from alignprune_exp.train import main
-from harness import CONF, composed, sentence_of
+from harness import composed, sentence_of
 from recorded import write_record
 
 SMALL = ["dataset=digits", "noise=clean,sym0.5", "method=full,infobatch", "epochs=6", "seed=0,1"]
