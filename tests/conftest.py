@@ -1,12 +1,20 @@
-"""Hypothesis finds the same examples in every run, and is never flaky for a slow machine's sake."""
+"""What tests share: several processes over gloo, and a Hypothesis that finds the same examples in every run."""
 
+import multiprocessing
+import os
+import re
 import sys
+import time
+from datetime import timedelta
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import distributed as dist
 
+import alignprune_exp
 from alignprune_exp.train import main
 from harness import SMALL, contents, launch, only_run, sentence_of
 from nursery import Nursery
@@ -62,3 +70,79 @@ def refused(tmp_path, capsys):
         return sentence_of(said.err)
 
     return typed
+
+
+SERVER = multiprocessing.get_context("forkserver")
+LIMIT = 60  # seconds, after which a process counts as hung
+
+
+def _work(work, rank, size, store, said, timeout, arguments):
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+    os.environ |= {name: str(number) for name, number in numbers.items()}  # as torchrun says it
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "none"}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
+    try:
+        said.send(work(rank, *arguments))
+    except (ValueError, RuntimeError) as error:
+        said.send(error)
+    time.sleep(0 if rank else 0.2)  # the store is rank 0's
+
+
+@pytest.fixture
+def together(tmp_path):
+    """Call ``work(rank, *arguments)`` in so many processes; return what each returned or raised, None if it died."""
+
+    SERVER.set_forkserver_preload(
+        ["pytest", "pandas", "torch._dynamo", "torch.nn.parallel", "torch.utils.data", "alignprune_exp.pruning.dynamic"]
+        + [name for name in ("lightning.pytorch", "accelerate", "transformers.trainer") if name in sys.modules]
+    )
+
+    def call(size, work, *arguments, timeout=30):
+        store = tmp_path / f"store{time.monotonic_ns()}"
+        started = []
+        for rank in range(size):
+            here, there = SERVER.Pipe(duplex=False)
+            process = SERVER.Process(target=_work, args=(work, rank, size, store, there, timeout, arguments))
+            process.start()
+            there.close()
+            started.append((process, here))
+        found = []
+        for process, here in started:
+            try:
+                assert here.poll(LIMIT), f"{work.__name__} hangs"
+                found.append(here.recv())
+            except EOFError:
+                found.append(None)
+            finally:
+                process.join(5)
+                process.kill()
+        return found
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_the_readme():
+    """Run the Python blocks of a section of the frameworks' README, in the namespace given."""
+
+    def run(heading, namespace):
+        text = (Path(alignprune_exp.__file__).parent / "frameworks" / "README.md").read_text()
+        (section,) = (part for part in text.split("\n## ")[1:] if part.startswith(heading + "\n"))
+        blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+        assert blocks
+        for block in blocks:
+            exec(block, namespace)
+        return namespace
+
+    return run

@@ -2,10 +2,8 @@
 
 import io
 import math
-import multiprocessing
 import os
 import time
-from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -17,52 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from alignprune_exp.pruning import DisagreementError, DynamicPruning, LostProcessError, NonFiniteLossError
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["pytest", "pandas", "torch._dynamo", "torch.nn.parallel", "torch.utils.data", "alignprune_exp.pruning.dynamic"]
-)
-LIMIT = 60  # seconds, after which a process counts as hung
 EPOCHS, CLASSES = 8, 3
-
-
-def _work(work, rank, size, store, said, timeout, arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-    )
-    try:
-        said.send(work(rank, *arguments))
-    except (ValueError, RuntimeError) as error:
-        said.send(error)
-    time.sleep(0 if rank else 0.2)  # the store is rank 0's
-
-
-@pytest.fixture
-def together(tmp_path):
-    """Call ``work(rank, *arguments)`` in so many processes; return what each returned or raised, None if it died."""
-
-    def call(size, work, *arguments, timeout=30):
-        store = tmp_path / f"store{time.monotonic_ns()}"
-        started = []
-        for rank in range(size):
-            here, there = SERVER.Pipe(duplex=False)
-            process = SERVER.Process(target=_work, args=(work, rank, size, store, there, timeout, arguments))
-            process.start()
-            there.close()
-            started.append((process, here))
-        found = []
-        for process, here in started:
-            try:
-                assert here.poll(LIMIT), f"{work.__name__} hangs"
-                found.append(here.recv())
-            except EOFError:
-                found.append(None)
-            finally:
-                process.join(5)
-                process.kill()
-        return found
-
-    return call
 
 
 def data(n):
