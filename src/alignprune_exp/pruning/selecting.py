@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .bank import Trajectories
 from .cleaning import array, first, table, within_class
@@ -158,6 +159,53 @@ class Selecting(Indexed):
         sizes = self.sizes + ([len(self.selection.indices)] if self.epoch < self.epochs else [])
         sizes += [self.pruner.at_most(self.n, epoch, epochs) for epoch in range(len(sizes), epochs)]
         return sum(size // ranks // batch_size if drop_last else -(-(size // ranks) // batch_size) for size in sizes)
+
+    def prepare(self, accelerator: Any, batch_size: int, **options: Any) -> DataLoader:
+        """Return a loader for a loop under Hugging Face's accelerate, in place of ``accelerator.prepare(loader)``.
+
+        It yields (index, item) as ``DataLoader(pruning, batch_size, sampler=pruning.sampler)`` does, on the
+        accelerator's device. accelerate, which would divide each process's share once more and fill up the last
+        batches with samples of the first ones, does neither.
+
+        >>> accelerator.register_for_checkpointing(pruning)                             # doctest: +SKIP
+        >>> loader = pruning.prepare(accelerator, batch_size=128)                       # doctest: +SKIP
+
+        Args:
+            accelerator: an ``accelerate.Accelerator``.
+            batch_size: of each process; of all together under ``split_batches=True``.
+            **options: of the DataLoader, such as ``num_workers``.
+
+        Raises ValueError for options that choose samples, and where accelerate has other processes than the pruning.
+        """
+        from accelerate.data_loader import prepare_data_loader
+
+        taken = sorted({"dataset", "sampler", "batch_sampler", "shuffle"} & options.keys())
+        if taken:
+            raise ValueError(f"{taken[0]} is the pruning's own; leave it out of prepare()")
+        processes, theirs = self.processes, (accelerator.process_index, accelerator.num_processes)
+        if self.divide and (processes.rank, processes.size) != theirs:
+            raise ValueError(
+                f"accelerate has process {theirs[0]} of {theirs[1]}, and the pruning {processes.rank} of "
+                f"{processes.size}; leave rank and world_size out"
+            )
+        if accelerator.split_batches:
+            if batch_size % theirs[1]:
+                raise ValueError(
+                    f"batch_size={batch_size} cannot be split over {theirs[1]} processes; use a multiple of {theirs[1]}"
+                )
+            batch_size //= theirs[1]
+        loader = prepare_data_loader(
+            DataLoader(self, batch_size, sampler=self.sampler, **options),
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=accelerator.device_placement,
+            dispatch_batches=False,
+            even_batches=False,
+            non_blocking=accelerator.non_blocking,
+        )
+        loader._is_accelerate_prepared = True
+        return accelerator.prepare_data_loader(loader)
 
     def scores(self, score: str | Score) -> np.ndarray:
         """Return any score (n,) of the finished epochs, NaN where a sample has none.
