@@ -49,13 +49,25 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, pruning: Selecting) -> None:
         self._pruning = pruning
+        self._left_out: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         pruning = self._pruning
         return 0 if pruning.epoch >= pruning.epochs else self._each(len(pruning.selection.indices))
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.share().tolist())
+        share = self.share()
+        if self._left_out and self._left_out[0] == self._pruning.epoch:
+            share = share[~self._left_out[1][share]]
+        return iter(share.tolist())
+
+    def leave_out_trained(self) -> None:
+        """Yield, in what is left of the running epoch, only what has not been trained on by now.
+
+        The length stays the whole epoch's, for loops that count the steps done before they were interrupted and skip
+        no batch of a resumed epoch themselves.
+        """
+        self._left_out = self._pruning.epoch, self._pruning.running.trained.cpu().numpy().copy()
 
     def share(self) -> np.ndarray:
         """Return what the sampler yields, (m,). Raises ValueError where there are more processes than samples."""

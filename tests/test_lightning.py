@@ -1,0 +1,273 @@
+"""The plug-in in Lightning's own Trainer."""
+
+import logging
+import pickle
+import warnings
+
+import lightning.pytorch as lightning
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from pandas.testing import assert_frame_equal
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from alignprune_exp.frameworks.lightning import PruningCallback
+from alignprune_exp.pruning import DynamicPruning
+
+N, EPOCHS, BATCH = 64, 6, 8
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def data(n, seed=0):
+    labels = torch.arange(n) % 3
+    inputs = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed)) + labels[:, None]
+    return TensorDataset(inputs, labels)
+
+
+def make(pruner="infobatch", score="das", epochs=EPOCHS, **arguments):
+    return DynamicPruning(data(N), epochs, pruner, score, **{"window": 3, "seed": 1, **arguments})
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, pruning):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pruning = pruning
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        self.seen, self.steps, self.modes = [], [], []
+
+    def losses(self, batch):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y, reduction="none")
+
+    def reference_losses(self, batch):
+        self.modes.append(self.net.training)
+        return self.losses(batch)
+
+    def on_train_epoch_start(self):
+        self.seen.append([])
+        self.steps.append(self.trainer.num_training_batches)
+
+    def training_step(self, batch, number):
+        index, item = batch
+        assert self.net.training
+        if self.seen:  # Lightning starts no epoch that it resumes
+            self.seen[-1] += index.tolist()
+        return self.pruning.update(index, self.losses(item))
+
+    def validation_step(self, batch, number):
+        self.losses(batch[1])
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.2)
+        schedule = LambdaLR(optimizer, self.pruning.schedule(lambda progress: 1 - progress))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def reference():
+    return DataLoader(data(12, seed=1), 5)
+
+
+def trainer(pruning, *callbacks, **settings):
+    settings = {
+        "max_epochs": pruning.epochs,
+        "reload_dataloaders_every_n_epochs": 1,
+        "use_distributed_sampler": False,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "enable_model_summary": False,
+        **settings,
+    }
+    has = any(isinstance(callback, PruningCallback) for callback in callbacks)
+    ours = [] if has else [PruningCallback(pruning, reference=reference())]
+    return lightning.Trainer(callbacks=[*callbacks, *ours], **settings)
+
+
+def loader_of(pruning, **options):
+    return DataLoader(pruning, BATCH, sampler=pruning.sampler, **options)
+
+
+def by_hand(pruning, batch=BATCH):
+    """The README's loop."""
+    module = Module(pruning)
+    settings = module.configure_optimizers()
+    optimizer, scheduler = settings["optimizer"], settings["lr_scheduler"]["scheduler"]
+    for _ in range(pruning.epochs):
+        module.seen.append([])
+        for index, item in DataLoader(pruning, batch, sampler=pruning.sampler):
+            module.seen[-1] += index.tolist()
+            loss = pruning.update(index, module.losses(item))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+        module.eval()
+        with torch.no_grad():
+            losses = torch.cat([module.losses(batch) for batch in reference()])
+        module.train()
+        pruning.end_epoch(losses.mean())
+    return module
+
+
+def test_lightning_trains_what_the_loop_of_ones_own_does():
+    pruning, own = make(), make()
+    module = Module(pruning)
+    fit = trainer(pruning)
+    fit.fit(module, loader_of(pruning))
+    expected = by_hand(own)
+    assert module.seen == expected.seen
+    assert min(map(len, module.seen)) < N
+    assert module.steps == [-(-len(seen) // BATCH) for seen in module.seen]
+    assert fit.global_step == sum(module.steps)
+    assert fit.optimizers[0].param_groups[0]["lr"] == 0
+    assert module.modes == [False] * 3 * EPOCHS
+    assert_frame_equal(pruning.report(), own.report(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(module.net.state_dict(), expected.net.state_dict())
+
+
+class Bar(TQDMProgressBar):
+    totals = ()
+
+    def on_train_epoch_end(self, *arguments):
+        super().on_train_epoch_end(*arguments)
+        self.totals += ((self.train_progress_bar.n, self.train_progress_bar.total),)
+
+
+def test_the_progress_bar_has_the_true_number_of_steps():
+    pruning, bar = make(), Bar()
+    module = Module(pruning)
+    trainer(pruning, bar, enable_progress_bar=True).fit(module, loader_of(pruning))
+    assert list(bar.totals) == [(steps, steps) for steps in module.steps]
+
+
+def test_an_epoch_ends_before_its_validation_and_partial_runs_end_clean():
+    pruning = make()
+    module, epochs = Module(pruning), []
+    module.on_validation_start = lambda: epochs.append(pruning.epoch)
+    fit = trainer(pruning, num_sanity_val_steps=1, limit_train_batches=3, accumulate_grad_batches=2)
+    fit.fit(module, loader_of(pruning, num_workers=1, persistent_workers=True), DataLoader(make()))
+    assert epochs == list(range(EPOCHS + 1))
+    assert fit.global_step == 2 * EPOCHS
+    assert pruning.times_selected.sum() == 3 * BATCH * EPOCHS
+    quick = make()
+    trainer(quick, fast_dev_run=True).fit(Module(quick), loader_of(quick))
+    assert quick.epoch == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fit_resumed_at_any_checkpoint_ends_as_one_that_was_not_interrupted(tmp_path, workers):
+    options, pruning = {"num_workers": workers}, make()
+    steps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    ends = ModelCheckpoint(tmp_path, "end-{step}", save_top_k=-1, save_on_train_epoch_end=True)
+    validated = ModelCheckpoint(tmp_path, "validated-{step}", save_top_k=-1, save_on_train_epoch_end=False, mode="max")
+    whole, validation = Module(pruning), loader_of(make())
+    trainer(pruning, steps, ends, validated).fit(whole, loader_of(pruning, **options), validation)
+    last = np.cumsum(whole.steps)
+    assert (np.diff(whole.steps) > 0).any()
+    assert (np.diff(whole.steps) < 0).any()
+    names = [f"step={step}" for step in (3, *last, last[3] + 2)] + [
+        f"{kind}-step={step}" for kind in ("end", "validated") for step in last
+    ]
+    for path in [tmp_path / f"{name}.ckpt" for name in names[:: 1 + 3 * workers]]:
+        resumed = make()
+        module = Module(resumed)
+        trainer(resumed, ModelCheckpoint(tmp_path / "other")).fit(
+            module, loader_of(resumed, **options), validation, ckpt_path=path, weights_only=True
+        )
+        assert resumed.epoch == EPOCHS, path.name
+        assert resumed.report().equals(pruning.report()), path.name
+        torch.testing.assert_close(module.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_the_readme_runs(in_the_readme, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"lightning": lightning, "torch": torch, "F": F, "DataLoader": DataLoader, "DynamicPruning": DynamicPruning}
+    given |= {"LambdaLR": LambdaLR, "dataset": data(N), "trusted": data(12, 1), "net": torch.nn.Linear(5, 3)}
+    assert in_the_readme("Lightning", given)["pruning"].epoch == 5
+
+
+# ---- two processes -----------------------------------------------------------------------------------------
+
+
+def in_two(rank, pruner, score):
+    warnings.simplefilter("ignore")
+    pruning = make(pruner, score)
+    module = Module(pruning)
+    fit = trainer(pruning, strategy="ddp", devices=2)
+    fit.fit(module, DataLoader(pruning, BATCH // 2, sampler=pruning.sampler))
+    assert fit.world_size == dist.get_world_size() == 2
+    weights = {key: value.tolist() for key, value in module.net.state_dict().items()}
+    return module.seen, pruning.report().to_numpy(), weights
+
+
+def test_two_processes_train_as_one_does(together):
+    one, two = together(2, in_two, "full", "loss")
+    own = make("full", "loss")
+    expected = by_hand(own)
+    for epoch, order in enumerate(expected.seen):
+        assert [sample for step in zip(one[0][epoch], two[0][epoch], strict=True) for sample in step] == order
+    np.testing.assert_array_equal(one[1], two[1])
+    np.testing.assert_allclose(one[1], own.report(), rtol=1e-4, atol=1e-5)
+    assert one[2] == two[2]
+    for key, value in expected.net.state_dict().items():
+        np.testing.assert_allclose(one[2][key], value, rtol=1e-4, atol=1e-5)
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------
+
+
+class Silent(lightning.LightningModule):
+    def training_step(self, batch, number): ...
+    def configure_optimizers(self): ...
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"reload_dataloaders_every_n_epochs": 0}, r"pass Trainer\(reload_dataloaders_every_n_epochs=1\)$"),
+        ({"max_epochs": 3}, r"max_epochs=3 is not the pruning's; pass Trainer\(max_epochs=6\)$"),
+        ({"reference": None}, r"score='das' compares with a reference set; pass PruningCallback\(pruning, reference="),
+        ({"module": Silent()}, r"^Silent does not say.*reference_losses\(batch\) that returns one a sample, or pass"),
+        ({"loader": DataLoader(data(N))}, r"; make it DataLoader\(pruning, batch_size, sampler=pruning.sampler\)$"),
+        ({"losses": lambda module, batch: module.losses(batch).mean()}, r"losses have shape \(\); return one a sample"),
+    ],
+)
+def test_a_wrong_configuration_is_one_sentence(settings, words):
+    pruning = make()
+    callback = PruningCallback(pruning, settings.pop("reference", reference()), settings.pop("losses", None))
+    module, loader = settings.pop("module", Module(pruning)), settings.pop("loader", loader_of(pruning))
+    with pytest.raises(ValueError, match=words):
+        trainer(pruning, callback, **settings).fit(module, loader)
+
+
+def test_a_pickled_pruning_as_spawned_processes_get_it_is_refused():
+    pruning = make()
+    callback = PruningCallback(pickle.loads(pickle.dumps(pruning)), reference())
+    with pytest.raises(ValueError, match=r"its data set alone; pass Trainer\(strategy='ddp'\)"):
+        trainer(pruning, callback).fit(Module(pruning), loader_of(pruning))
+
+
+def test_a_checkpoint_within_an_epoch_of_other_processes_is_refused():
+    pruning = make()
+    pruning.update(torch.tensor([3]), torch.ones(1))
+    callback = PruningCallback(pruning, reference())
+    with pytest.raises(ValueError, match="within an epoch of 2 processes and there are 1; start 2, or resume from the"):
+        callback.load_state_dict({**callback.state_dict(), "processes": 2})
+
+
+def replaced(rank):
+    pruning = make()
+    trainer(pruning, strategy="ddp", devices=2, use_distributed_sampler=True).fit(Module(pruning), loader_of(pruning))
+
+
+def test_a_sampler_that_lightning_replaces_is_one_sentence(together):
+    for error in together(2, replaced):
+        assert str(error).endswith("in place of pruning.sampler; pass Trainer(use_distributed_sampler=False)")
