@@ -1,6 +1,11 @@
 """What a training loop of one's own brings along: losses of pixels and tokens, schedules, scalers, accumulation."""
 
 import math
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,6 +210,19 @@ def test_a_batch_of_no_sample_is_refused():
         make().planned_steps(0)
 
 
+def test_what_is_left_of_a_resumed_epoch_can_be_drawn_alone_and_the_next_one_is_whole():
+    pruning, resumed = make("random"), make("random")
+    order = torch.from_numpy(pruning.order())
+    pruning.update(order[:8], torch.ones(8))
+    resumed.load_state_dict(pruning.state_dict())
+    resumed.sampler.leave_out_trained()
+    assert list(resumed.sampler) == list(resumed.sampler) == order[8:].tolist()
+    assert len(resumed.sampler) == len(order)
+    resumed.update(order[8:], torch.ones(len(order) - 8))
+    resumed.end_epoch()
+    assert list(resumed.sampler) == resumed.order().tolist()
+
+
 # ---- scalers, and data sets without items by index ---------------------------------------------------------
 
 
@@ -234,3 +252,28 @@ def test_a_stream_is_refused_with_what_gives_it_items_by_index():
     with pytest.raises(TypeError, match=r"^Stream is an IterableDataset.*list\(dataset\).*wids.ShardListDataset"):
         DynamicPruning(Stream(), 200)
     assert len(DynamicPruning(list(Stream()), 4, "full", "loss")) == 10
+
+
+# ---- the example -------------------------------------------------------------------------------------------
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "own_loop.py"
+
+
+def assert_learned(said):
+    accuracy, suspects = re.fullmatch(
+        r"accuracy ([\d.]+)% with \d+% of the training saved\n(\d+) of the 200 most suspect labels .*\n", said
+    ).groups()
+    assert float(accuracy) > 90
+    assert int(suspects) > 190
+
+
+def test_the_example_trains_in_one_process(capsys):
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert_learned(capsys.readouterr().out)
+    assert len(SCRIPT.read_text().splitlines()) <= 120
+
+
+def test_the_example_trains_in_two_processes():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    assert_learned(done.stdout)
