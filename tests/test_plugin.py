@@ -455,6 +455,7 @@ for _ in range(8):
     pruning.update(index, index.float())
     pruning.end_epoch(1.0)
 strangers = {"pandas", "torchvision", "hydra", "omegaconf", "scipy", "sklearn", "timm", "wandb", "PIL"}
+strangers |= {"lightning", "accelerate", "transformers"}
 print(sorted(strangers & sys.modules.keys()))
 pruning.report()
 print("pandas" in sys.modules)
