@@ -75,7 +75,7 @@ def main():
     if pruning.processes.rank == 0:
         x, y = test[:]
         accuracy = (model(x).argmax(1) == y).float().mean().item()
-        suspects = pruning.report(dataset.tensors[1]).sort_values("score").index[:200]
+        suspects = pruning.suspects(dataset.tensors[1], top=200)["index"]
         print(f"accuracy {accuracy:.1%} with {1 - sum(pruning.sizes) / pruning.n / EPOCHS:.0%} of the training saved")
         print(f"{wrong[suspects].sum()} of the 200 most suspect labels are wrong, and {wrong.mean():.0%} of all")
     if world_size > 1:
