@@ -160,6 +160,20 @@ def test_two_processes_train_as_one_does_with_no_sample_twice(together):
     np.testing.assert_allclose(one[2], model.weight.detach(), rtol=1e-4, atol=1e-5)
 
 
+def divided_twice(rank):
+    accelerator, pruning = accelerated(), DynamicPruning(data(160), EPOCHS, "full", "loss")
+    model = torch.nn.Linear(5, 3)
+    loader = accelerator.prepare(DataLoader(pruning, 4, sampler=pruning.sampler))
+    for index, (x, y) in loader:
+        pruning.update(index, losses_of(model, x, y))
+    with pytest.raises(ValueError, match=r"^80 of 160 samples of epoch 0 were trained on.*pruning.prepare\(accel"):
+        pruning.end_epoch()
+
+
+def test_a_loader_that_accelerate_divides_once_more_is_found_at_the_end_of_the_epoch(together):
+    together(2, divided_twice)
+
+
 def test_batches_may_be_those_of_all_processes_together(together):
     assert together(2, in_two, True) == [None, None]
 

@@ -180,8 +180,8 @@ class DynamicPruning(Selecting):
         Raises:
             NonFiniteLossError: a loss of this epoch, or the reference loss, was NaN or infinite.
             DisagreementError: the processes were given different reference losses.
-            ValueError: the reference loss is missing, nothing was recorded, a sample was observed twice, or
-                ``unseen="refresh"`` misses one.
+            ValueError: the reference loss is missing, nothing was recorded, a sample was observed twice or was not
+                selected, ``unseen="refresh"`` misses one, or the samples were divided twice.
         """
         selected = len(self.selection.indices)
         self.exchange()
@@ -192,6 +192,7 @@ class DynamicPruning(Selecting):
             )
         seen = np.flatnonzero(self.running.trained.cpu().numpy())
         self._check_selected(seen)
+        self._check_divided_once(len(seen))
         self.trajectories.end_epoch(reference)
         self.times_selected[seen] += 1
         self.sizes.append(selected)
@@ -287,6 +288,17 @@ class DynamicPruning(Selecting):
         selected[self.selection.indices] = True
         if not selected[seen].all():
             raise self._stray(int(seen[~selected[seen]][0]))
+
+    def _check_divided_once(self, seen: int) -> None:
+        """Raise ValueError, in all processes, where each has trained on a share of its share, but for a last batch."""
+        processes = self.processes.size
+        share, batch = len(self.sampler), processes * self.running.largest
+        if self.divide and processes * share - seen > batch and seen - share <= batch and processes > 1:
+            raise ValueError(
+                f"{seen} of {processes * share} samples of epoch {self.epoch} were trained on, since something divides "
+                f"the sampler's share among the {processes} processes once more; with accelerate build the loader by "
+                "pruning.prepare(accelerator, batch_size=…), and elsewhere leave it as it is"
+            )
 
     def _stray(self, sample: int) -> ValueError:
         processes = self.processes

@@ -30,6 +30,7 @@ class Running:
         step: updates done in this process.
         agreed: whether all processes are known to have chosen the same.
         fresh: samples trained on in this process since the last exchange.
+        largest: samples of its largest step.
     """
 
     def __init__(self, trajectories: Trajectories) -> None:
@@ -37,7 +38,7 @@ class Running:
         device = trajectories.last_N.device
         self.trained = torch.zeros(trajectories.n, dtype=torch.bool, device=device)
         self._unshared = self.trained.clone()  # observed here, and not yet known elsewhere
-        self.step = self.fresh = self._shared = 0
+        self.step = self.fresh = self._shared = self.largest = 0
         self.agreed = False
         self._bad_step = torch.full((), NO_STEP, device=device)  # the first with a loss that is not finite
 
@@ -56,6 +57,7 @@ class Running:
         """Count a step on samples ``index`` (B,)."""
         self.trained.index_fill_(0, index, True)
         self.fresh += len(index)
+        self.largest = max(self.largest, len(index))
         self.step += 1
 
     def samples(self, processes: int) -> int:
