@@ -71,8 +71,10 @@ class Nursery:
             time.sleep(0.005)
 
     def close(self):
-        self.process.stdin.close()
+        self.process.kill()  # a process that a test forked may keep its input open
         self.process.wait(PATIENCE)
+        for end in (self.process.stdin, self.process.stdout):
+            end.close()
 
     def _answer(self):
         line = self.process.stdout.readline()
