@@ -70,7 +70,7 @@ def test_several_processes_compute_what_one_computes(tmp_path, nurse, start, und
     assert summary_of(folder)["status"] == "finished"
     assert samples["loss"].notna().all()
     if "keep_probabilities=true" in line:
-        ours, theirs = (pd.read_parquet(folder(tmp_path / run) / "probabilities.parquet") for run in ("several", "one"))
+        ours, theirs = (pd.read_parquet(each / "probabilities.parquet") for each in (folder, one))
         assert ours["index"].tolist() == theirs["index"].tolist() == samples["index"].tolist()
         assert (ours.iloc[:, 1:] - theirs.iloc[:, 1:]).abs().to_numpy().mean() < 0.05
 
