@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -104,6 +105,21 @@ def test_the_lock_of_a_killed_process_does_not_block(folder, owner):
     owner.wait()
     assert json.loads((folder.path / "lock").read_text())["pid"] == owner.pid
     assert json.loads(claim(folder))["pid"] == os.getpid()
+
+
+def test_a_lock_that_still_names_one_who_has_ended_is_read_again(folder):
+    """Between taking a dead process's lock and writing its own name, the new owner goes by the old one's."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with folder.claim():
+        lock = folder.path / "lock"
+        mine = lock.read_text()
+        lock.write_text(json.dumps(json.loads(mine) | {"pid": ended.pid}))
+        later = threading.Timer(0.2, lock.write_text, [mine])
+        later.start()
+        with pytest.raises(UsageError, match=f"process {os.getpid()}\\)"):
+            claim(folder)
+        later.join()
 
 
 def test_a_claim_is_exclusive_within_a_process_too_and_ends_with_its_block(folder):

@@ -289,9 +289,9 @@ def _same_file(path: Path, file: IO[str]) -> bool:
 
 
 def _who(file: IO[str]) -> dict[str, Any] | None:
-    """Return the owner of a locked file, who may need a moment to write its name."""
+    """Return the owner of a locked file, who may need a moment to write its name over that of one who has ended."""
     for _ in range(20):
-        if (owner := _parse(file)) is not None:
+        if (owner := _parse(file)) is not None and (owner["host"] != socket.gethostname() or _lives(owner["pid"])):
             return owner
         time.sleep(0.05)
     return None
@@ -315,9 +315,14 @@ def owner_alive(folder: Folder) -> bool:
         return False
     if owner.get("host") != socket.gethostname():
         return abs(time.time() - (folder / "lock").stat().st_mtime) <= LAPSE
+    return _lives(owner.get("pid"))
+
+
+def _lives(pid: Any) -> bool:
+    """Return whether there is a process of that number on this host; a damaged lock may have anything in its place."""
     try:
-        os.kill(int(owner["pid"]), 0)
-    except (ProcessLookupError, KeyError, TypeError, ValueError, OverflowError):  # the lock may be damaged
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, TypeError, ValueError, OverflowError):
         return False
     except PermissionError:
         return True
