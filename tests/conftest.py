@@ -24,6 +24,11 @@ settings.load_profile("repeatable")
 torch.set_num_threads(1)  # what is small is not done faster by more
 
 
+def pytest_configure(config):
+    if "cuda" not in config.getoption("-m"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:

@@ -10,8 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from harness import environment_of, launch, only_run, rows_of, samples_of, summary_of
+from alignprune_exp.distributed import Processes
+from alignprune_exp.errors import UsageError
+from alignprune_exp.run import Run
+from alignprune_exp.setup import resolve_device
+from harness import config_of, environment_of, launch, only_run, rows_of, samples_of, summary_of
+from hydra_plugins.alignprune_launchers import take_device
 
 TINY = ("model.norm=group", "precision=fp32", "epochs=6", "score.window=3", "dataset.test_subset=90")
 LONG = (*TINY, "dataset.subset=300", "batch_size=4", "epochs=12")
@@ -198,3 +204,37 @@ def test_with_batch_norm_the_number_of_processes_belongs_to_the_run(tmp_path, nu
     two, one = summary_of(only_run(tmp_path)), summary_of(undisturbed(*line, base=TINY))
     assert two["id"] != one["id"]
     assert two["config_id"] == one["config_id"]
+
+
+@pytest.mark.parametrize(("local", "devices", "own"), [(0, 4, 0), (3, 4, 3), (3, 1, 0), (3, 2, 3)])
+def test_a_process_takes_the_device_of_its_number_or_the_only_one_it_is_shown(monkeypatch, local, devices, own):
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "RANK": local, "WORLD_SIZE": 4, "LOCAL_RANK": local}.items():
+        monkeypatch.setenv(name, str(value))
+    processes = Processes()
+    assert processes.place(devices) == own
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    if own < devices:
+        assert resolve_device("auto", processes) == torch.device("cuda", own)
+    else:
+        with pytest.raises(UsageError, match="torch sees 2 CUDA devices"):
+            resolve_device("cuda", processes)
+
+
+def test_the_workers_of_a_sweep_take_the_devices_in_turn(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for number in range(4):
+        take_device(number)
+    assert taken == [0, 1, 0, 1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    take_device(0)
+    assert len(taken) == 4
+
+
+def test_fp32_is_fp32_on_every_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Run(config_of(tmp_path, "precision=fp32"))
+    assert torch.backends.cudnn.allow_tf32 is False
+    assert torch.backends.cuda.matmul.allow_tf32 is False

@@ -38,6 +38,10 @@ class Processes(Exchange):
         )
         super().__init__(rank, size)
 
+    def place(self, devices: int) -> int:
+        """Return the number of its own of the CUDA devices that it sees; a scheduler may show it that one alone."""
+        return 0 if devices == 1 else self.local
+
     @contextmanager
     def joined(self) -> Iterator[None]:
         """Be connected with the others until the block ends. Raises Lost where the connection fails."""
@@ -45,6 +49,8 @@ class Processes(Exchange):
             yield
             return
         with self.connected():
+            if (devices := torch.cuda.device_count()) > self.place(devices):
+                torch.cuda.set_device(self.place(devices))
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
         try:
             yield

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,8 @@ def environment(setup: Setup, command: str, resumed_at: int) -> Row:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "timm": version("timm"),
+        **({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if cuda else {}),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(setup.device) if cuda else platform.processor() or platform.machine(),
         "device_type": setup.device.type,

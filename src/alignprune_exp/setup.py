@@ -55,6 +55,7 @@ class Setup:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
+        torch.backends.cudnn.allow_tf32 = False  # precision=fp32 is what it says
         check_load(config)
         torch.set_num_threads(config.threads)
         precision = resolve_precision(config.precision, device)
@@ -119,7 +120,7 @@ def resolve_device(asked: str, processes: Processes | None = None) -> torch.devi
     if device.type == "cuda" and processes is not None and processes.size > 1:
         if device.index is not None:
             raise UsageError(f"device={asked} is one device for {processes.size} processes; use device=cuda")
-        device = torch.device("cuda", processes.local)
+        device = torch.device("cuda", processes.place(count))
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UsageError(f"device={asked} is not there: torch sees {count} CUDA devices; use device=auto or device=cpu")
     return device

@@ -77,7 +77,8 @@ def _lost(reason: str) -> JobReturn:
 class JoblibLauncher(CheckedLauncher):
     """Runs ``n_jobs`` jobs at a time, each in a worker process of joblib's.
 
-    Every worker is a pool of its own, so that one which dies takes its own job with it and no other.
+    Every worker is a pool of its own, so that one which dies takes its own job with it and no other. Where there are
+    CUDA devices, the workers take them in turn.
     """
 
     def __init__(self, n_jobs: int) -> None:
@@ -90,7 +91,7 @@ class JoblibLauncher(CheckedLauncher):
         if not isinstance(self.n_jobs, int) or self.n_jobs < 1:
             raise UsageError(f"hydra.launcher.n_jobs={self.n_jobs} is not a number of runs; use 1 or more")
         refuse_load("hydra.launcher.n_jobs", self.n_jobs)
-        workers = [_Worker() for _ in range(min(self.n_jobs, len(jobs)))]
+        workers = [_Worker(number) for number in range(min(self.n_jobs, len(jobs)))]
         waiting = iter(enumerate(jobs))
         ended: dict[int, JobReturn] = {}
         with _forwarding(workers) as stopped, ThreadPoolExecutor(len(workers)) as threads:
@@ -116,13 +117,14 @@ class JoblibLauncher(CheckedLauncher):
 class _Worker:
     """One process, started again when it has died. It ends soon after the process that started it."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self._number = number
         self._pool: Any = None
 
     def start(self) -> None:
         from joblib.externals.loky.process_executor import ProcessPoolExecutor
 
-        self._pool = ProcessPoolExecutor(1, initializer=_enter, initargs=(os.getpid(),))
+        self._pool = ProcessPoolExecutor(1, initializer=_enter, initargs=(os.getpid(), self._number))
         self._pool.submit(os.getpid)
 
     def run(self, job: Job) -> JobReturn:
@@ -151,10 +153,19 @@ class _Worker:
         self._pool = None
 
 
-def _enter(parent: int) -> None:
+def _enter(parent: int, number: int) -> None:
     """Begin a worker: the terminal's ^C is for the sweep alone, and whoever kills that ends its workers too."""
     os.setpgrp()
+    take_device(number)
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def take_device(number: int) -> None:
+    """Make one of the CUDA devices, if there are any, the one that ``device=cuda`` means in this process."""
+    import torch
+
+    if devices := torch.cuda.device_count():
+        torch.cuda.set_device(number % devices)
 
 
 def _end_after(parent: int) -> None:
