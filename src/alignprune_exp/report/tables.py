@@ -527,7 +527,7 @@ def wide_csv(table: Table) -> str:
     for row in table.rows:
         for column in table.columns:
             runs = table.runs(row, column)
-            line: dict[str, Any] = {"row": row, "column": column, "value": table.key, "n": len(runs)}
+            line: dict[str, Any] = {"row": row, "column": column, "metric": table.key, "n": len(runs)}
             if not runs.empty:
                 line["mean"], line["std"] = mean_and_std(runs[table.key].tolist())
                 line["saved"] = runs["saved"].mean()
@@ -538,7 +538,7 @@ def wide_csv(table: Table) -> str:
             line["paper"] = table.suite.paper.get(row, {}).get(column)
             line["runs"] = " ".join(_ids(runs))
             lines.append(line)
-    order = ["row", "column", "value", "n", "mean", "std", "saved", "bold", "difference", "low", "high"]
+    order = ["row", "column", "metric", "n", "mean", "std", "saved", "bold", "difference", "low", "high"]
     return csv(pd.DataFrame(lines, columns=[*order, "paper", "runs"]))
 
 
