@@ -41,6 +41,16 @@ class Powered(Score):
         return history.last_N ** self.power
 
 
+class Untold(Score):
+    def __init__(self, *, power: "Gone" = 1):
+        pass
+
+
+class Unmade(Score):
+    def __init__(self, *, power: int = 1):
+        power()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Best(Pruner):
     part: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -53,7 +63,7 @@ class Best(Pruner):
 class Capped(Learner):
     by_class = remembers = False
 
-    def __init__(self, networks, given, *, most: Annotated[float, Field(gt=0, le=100)] = 2.0):
+    def __init__(self, networks: "Unknown", given: "Unknown", *, most: Annotated[float, Field(gt=0, le=100)] = 2.0):
         super().__init__(networks, given)
         self.task, self.most = given.task, most
 
@@ -238,6 +248,9 @@ def test_what_needs_class_labels_says_so_of_a_task_without(own, tmp_path, capsys
         ("+score.power=10", "score.power=10 is out of range: use a value of at most 9"),
         ("+score.strength=2", "unknown key score.strength; score=outside.Powered has window, unseen, bank"),
         ("score.name=outside.Gone", "cannot be imported (AttributeError"),
+        ("score.name=alignprune_exp.pruning.Score", "is what others are made of; name a subclass of it"),
+        ("score.name=outside.Untold", "the types of outside.Untold cannot be told (name 'Gone' is not defined)"),
+        ("score.name=outside.Unmade", "score=outside.Unmade cannot be made (TypeError: 'int' object is not callable)"),
         ("score.name=outside.Best", "is not a subclass of alignprune_exp.pruning.scores.Score"),
     ],
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
 from functools import cache, cached_property
 from typing import Annotated, Any, Generic, TypeVar
@@ -83,6 +83,10 @@ class Registry(Generic[Thing]):
             return found(*given, **{name: getattr(node, name) for name in self._taken(found)})
         except ValueError as error:
             raise UsageError(f"{self.kind}: {error}") from None
+        except (AttributeError, NameError, NotImplementedError, TypeError) as error:
+            if "." not in node.name:
+                raise
+            raise UsageError(f"{self.kind}={node.name} cannot be made ({type(error).__name__}: {error})") from None
 
     def find(self, name: str) -> Any:
         """Return what a name stands for. Raises UsageError for an unknown name, or what cannot be imported."""
@@ -99,6 +103,8 @@ class Registry(Generic[Thing]):
                 f"{self.kind}.name={name} cannot be imported ({type(error).__name__}: {error}); use {self._known()} of "
                 "a module on PYTHONPATH"
             ) from None
+        if found is self.base:
+            raise UsageError(f"{self.kind}.name={name} is what others are made of; name a subclass of it")
         fits = issubclass(found, self.base) if isinstance(found, type) else inspect.isfunction(found)
         if not fits:
             raise UsageError(
@@ -127,14 +133,32 @@ class Registry(Generic[Thing]):
 
 @cache
 def settings(found: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """Return type and default, ``...`` for none, of every setting of what can be named."""
-    source = found if is_dataclass(found) else inspect.unwrap(found.__init__ if isinstance(found, type) else found)  # type: ignore[misc]
-    hints = typing.get_type_hints(source, include_extras=True)
+    """Return type and default, ``...`` for none, of every setting of what can be named.
+
+    Raises UsageError for a type that cannot be told.
+    """
+    every = inspect.signature(found).parameters.values()
+    own = {parameter.name: parameter.default for parameter in every if parameter.kind is parameter.KEYWORD_ONLY}
+    try:
+        hints = _hints(found, own) if own else {}
+    except Exception as error:  # an annotation may be any expression
+        raise UsageError(
+            f"the types of {found.__module__}.{found.__qualname__} cannot be told ({error}); annotate its keyword-only "
+            "arguments by names that its module has, also where nothing checks types"
+        ) from None
     return {
-        parameter.name: (hints[parameter.name], ... if parameter.default is parameter.empty else parameter.default)
-        for parameter in inspect.signature(found).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
+        name: (hints[name], ... if default is inspect.Parameter.empty else default) for name, default in own.items()
     }
+
+
+def _hints(found: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the types of some of the arguments; those of the others need not be there at run time."""
+    if is_dataclass(found):
+        return typing.get_type_hints(found, include_extras=True)
+    function = inspect.unwrap(found.__init__ if isinstance(found, type) else found)  # type: ignore[misc]
+    written = {name: function.__annotations__[name] for name in names}
+    named = type("named", (), {"__annotations__": written})
+    return typing.get_type_hints(named, function.__globals__, include_extras=True)
 
 
 def _takes_more(found: Callable[..., Any]) -> bool:
