@@ -633,7 +633,12 @@ def test_the_wheel_works_from_another_folder(tmp_path):
     done = apart(elsewhere, "-m", "alignprune_exp.train", "--cfg", "job", python_path=unpacked)
     assert done.returncode == 0, done.stderr
     assert "name: infobatch" in done.stdout
+    example = tmp_path / "own_loop.py"
+    (source / "scripts" / "own_loop.py").rename(example)
     source.rename(tmp_path / "gone")
+    done = apart(elsewhere, example, python_path=unpacked)
+    assert done.returncode == 0, done.stderr
+    assert "of the 200 most suspect labels are wrong" in done.stdout
     alignprune = unpacked / "bin" / "alignprune"
     done = apart(elsewhere, alignprune, "train", *SMALL, python_path=unpacked)
     assert done.returncode == 0, done.stderr
