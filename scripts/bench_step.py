@@ -36,7 +36,7 @@ import os, sys
 from alignprune_exp.pruning import DynamicPruning
 first = DynamicPruning.update
 def update(self, *given):
-    if self._step == 1:
+    if self.running.step == 1:
         os._exit(0)
     return first(self, *given)
 DynamicPruning.update = update

@@ -84,8 +84,9 @@ class Batches:
         index = torch.as_tensor(order).to("cpu", torch.int64)[start * self.batch_size :]
         shares = (part.tensor_split(ranks)[rank] for part in index.split(self.sizes(len(index))))
         if parts := [share for share in shares if len(share)]:
-            for part, inputs in zip(parts, self.inputs(parts, epoch, views, strongly), strict=True):
-                yield part, inputs, self._targets.index_select(0, part.to(self.device, non_blocking=True))
+            inputs = self.inputs(parts, epoch, views, strongly)
+            for part in parts:  # no name for what is yielded: its memory is free for the next
+                yield part, next(inputs), self._targets.index_select(0, part.to(self.device, non_blocking=True))
 
     def sizes(self, n: int) -> list[int]:
         """Return the sizes of the batches that ``n`` samples make.
@@ -174,8 +175,9 @@ class ImageBatches(Batches):
     def inputs(self, parts: list[Tensor], epoch: int | None, views: int, strongly: bool) -> Iterator[Tensor]:
         augmented = self._decoded(parts, epoch, views) if self._held is None else self._gathered(parts, epoch, views)
         for part, images in zip(parts, augmented, strict=True):
-            shown = rand_augment(images, part, self._seed, epoch) if strongly and epoch is not None else images
-            yield self._normalise(shown)
+            if strongly and epoch is not None:
+                images = rand_augment(images, part, self._seed, epoch)
+            yield self._normalise(images)
 
     def _gathered(self, parts: list[Tensor], epoch: int | None, views: int) -> Iterator[Tensor]:
         """Yield augmented batches, uint8 (views · B, H, W, C), of the images that are held on the device."""
