@@ -8,8 +8,10 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import traceback
 from collections.abc import Iterator
 from functools import cached_property
+from multiprocessing.queues import Queue
 from typing import Any
 
 import numpy as np
@@ -249,9 +251,18 @@ class _Decoded(Dataset[Any]):
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """A scheduler signals every process of a job; the run takes its checkpoint, and ends its workers after that."""
+    """A scheduler signals every process of a job; the run takes its checkpoint, and ends its workers after that.
+
+    What a worker has to say of a run that has ended without it is of no use to anybody.
+    """
+    Queue._on_queue_feeder_error = staticmethod(_say_if_heard)  # type: ignore[attr-defined]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _say_if_heard(error: Exception, _: Any) -> None:
+    if not isinstance(error, BrokenPipeError):
+        traceback.print_exception(error)
 
 
 def _end_workers() -> None:
