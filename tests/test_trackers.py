@@ -9,23 +9,14 @@ import sys
 import pytest
 
 from alignprune_exp.train import main
+from harness import only_run, rows_of, summary_of
 
 SMALL = ["threads=1", "epochs=5", "score.window=3", "dataset.subset=200", "dataset.test_subset=50"]
 
 
-@pytest.fixture(autouse=True)
-def _own_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", sys.argv)
-
-
 def tracked(results, *overrides):
     assert main([*SMALL, f"paths.results={results}", *overrides]) == 0
-    (folder,) = (results / "runs").iterdir()
-    return folder
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return only_run(results)
 
 
 def numbers(folder):
@@ -91,7 +82,7 @@ def test_trackio_has_every_number_of_the_record(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     assert "left out" not in done.stdout
     assert "Trackio project" not in done.stdout
-    (folder,) = (tmp_path / "runs").iterdir()
+    folder = only_run(tmp_path)
     with sqlite3.connect(tmp_path / "trackio" / "alignprune.db") as database:
         lines = database.execute("SELECT step, metrics FROM metrics WHERE run_name = ? ORDER BY step", [folder.name])
         there = {step: json.loads(text) for step, text in lines}
@@ -107,7 +98,7 @@ def test_a_service_that_is_not_installed_is_said_and_left_out(tmp_path, monkeypa
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     folder = tracked(tmp_path, f"tracking={package}")
-    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+    assert summary_of(folder)["status"] == "finished"
     said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(said) == 1
     assert f"pip install 'alignprune-exp[{package}]'" in said[0]

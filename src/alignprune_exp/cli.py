@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -43,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"alignprune {__version__}")
             return 0
         if name not in COMMANDS:
-            close = difflib.get_close_matches(name, COMMANDS, 1)
-            meant = f", did you mean {close[0]}?" if close else ";"
+            from .schema import nearest
+
+            meant = f", did you mean {near}?" if (near := nearest(name, COMMANDS)) else ";"
             raise UsageError(f"there is no alignprune {name}{meant} there are {', '.join(COMMANDS)}")
         module = import_module(f".{COMMANDS[name][0]}", __package__)
         status: int = module.main(rest)

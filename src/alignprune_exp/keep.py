@@ -12,7 +12,7 @@ from .errors import UsageError
 from .files import refuse_target
 from .pruning.cleaning import within_class
 from .pruning.selection import floor
-from .suspects import CLEANING, labelled, run_folder, score_to_list_by, scores_of, write_table
+from .suspects import CLEANING, check_known, labelled, run_folder, score_to_list_by, scores_of, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,10 +30,9 @@ def keep_list(samples: pd.DataFrame, fraction: float, by: str | None = None) -> 
 
     if by is None:
         score = within_class(samples[f"score_{score_to_list_by(samples)}"].to_numpy(), samples["label"].to_numpy())
-    elif by in (known := scores_of(samples)):
-        score = samples[f"score_{by}"].to_numpy(np.float64)
     else:
-        raise UsageError(f"--by {by}: no sample of the run has such a score; use one of {', '.join(known)}")
+        check_known(by, scores_of(samples))
+        score = samples[f"score_{by}"].to_numpy(np.float64)
     index = samples["index"].to_numpy()
     order = np.lexsort((index, np.where(np.isnan(score), np.inf, -score)))
     keep = np.zeros(len(samples), bool)

@@ -24,7 +24,7 @@ Kind = Annotated[Literal["batch", "sync", "group"], Neutral("batch")]  # of norm
 Width = Annotated[int, Field(ge=1, le=1024)]  # channels of the first layer or stage
 
 
-def small_cnn(channels: int, classes: int, *, width: Width, norm: Kind = "batch") -> nn.Module:
+def small_cnn(channels: int, classes: int, *, width: Width, norm: Kind) -> nn.Module:
     """Two convolutions and a linear layer."""
     normed = _norm(norm)
     network = nn.Sequential(
@@ -42,41 +42,32 @@ def small_cnn(channels: int, classes: int, *, width: Width, norm: Kind = "batch"
     return _synchronised(network, norm)
 
 
-def resnet8(channels: int, classes: int, *, width: Width, norm: Kind = "batch") -> nn.Module:
+def resnet8(channels: int, classes: int, *, width: Width, norm: Kind) -> nn.Module:
     """See `NarrowResNet`."""
     return _synchronised(NarrowResNet(channels, classes, width, _norm(norm)), norm)
 
 
-def resnet18(
-    channels: int,
-    classes: int,
-    *,
-    stem: Literal["small", "large"],
-    weights: Annotated[Literal["none", "imagenet"], Neutral("none")] = "none",
-    norm: Kind = "batch",
-) -> nn.Module:
-    """torchvision's, with a stem for small images, or its weights. Raises UsageError where these cannot be had."""
-    return _synchronised(_resnet("resnet18", channels, classes, stem, weights, norm), norm)
+def _torchvisions(name: str) -> Callable[..., nn.Module]:
+    def resnet(
+        channels: int,
+        classes: int,
+        *,
+        stem: Literal["small", "large"],
+        weights: Annotated[Literal["none", "imagenet"], Neutral("none")],
+        norm: Kind,
+    ) -> nn.Module:
+        """torchvision's, with a stem for small images, or its weights. Raises UsageError where these cannot be had."""
+        return _synchronised(_resnet(name, channels, classes, stem, weights, norm), norm)
 
-
-def resnet50(
-    channels: int,
-    classes: int,
-    *,
-    stem: Literal["small", "large"],
-    weights: Annotated[Literal["none", "imagenet"], Neutral("none")] = "none",
-    norm: Kind = "batch",
-) -> nn.Module:
-    """torchvision's, with a stem for small images, or its weights. Raises UsageError where these cannot be had."""
-    return _synchronised(_resnet("resnet50", channels, classes, stem, weights, norm), norm)
+    return resnet
 
 
 # Each makes a network for images (B, channels, H, W) and logits (B, classes), freshly initialised but for its weights.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,
     "resnet8": resnet8,
-    "resnet18": resnet18,
-    "resnet50": resnet50,
+    "resnet18": _torchvisions("resnet18"),
+    "resnet50": _torchvisions("resnet50"),
 }
 
 

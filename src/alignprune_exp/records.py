@@ -146,8 +146,8 @@ class Finished(Values):
 
     @model_validator(mode="after")
     def _check_headline(self) -> Finished:
-        values = self.model_dump()
-        for key in (f"test_{self.headline_name or ACCURACY.name}_{which}" for which in ("final", "best")):
+        values = self.model_dump(exclude_unset=True)
+        for key in (f"test_{headline(values).name}_{which}" for which in ("final", "best")):
             if values.get(key) is None:
                 raise ValueError(f"{key} is missing")
             if isinstance(values[key], (bool, str)):

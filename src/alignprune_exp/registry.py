@@ -57,19 +57,22 @@ class Registry(Generic[Thing]):
 
     def glance(self, values: Any) -> None:
         """Check the common keys alone, without importing anything. Raises UsageError."""
+        self._check_named(values)
+        common = {key: value for key, value in values.items() if key in self.common.model_fields}
+        validated(self.common, common, self.kind, f"{self.kind}={values['name']}")
+
+    def _check_named(self, values: Any) -> None:
         if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
             given = values.get("name") if isinstance(values, Mapping) else values
             if given is None:
                 raise UsageError(f"{self.kind}.name is missing; choose {self.kind}=…, {self._known()}")
             raise UsageError(f"{self.kind}.name={shown(given)} is no name; use {self._known()}")
-        common = {key: value for key, value in values.items() if key in self.common.model_fields}
-        validated(self.common, common, self.kind, f"{self.kind}={values['name']}")
 
     def read(self, values: Any) -> Named:
         """Return the checked node. Raises UsageError."""
         if isinstance(values, Named):
             return values
-        self.glance(values)
+        self._check_named(values)
         name = values["name"]
         node = validated(self.schema(name), values, self.kind, f"{self.kind}={name}")
         if not _takes_more(self.find(name)):

@@ -62,10 +62,15 @@ def validated(schema: type[Checked], values: Mapping[str, Any], at: str = "", ch
         raise UsageError(_explain(error, values, at, chosen)) from None
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return what is known that a word may have been meant for, if anything."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ``; did you mean …?`` where something known is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else ""
 
 
 def shown(value: Any) -> str:

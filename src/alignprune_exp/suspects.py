@@ -67,11 +67,17 @@ def score_to_list_by(samples: pd.DataFrame, asked: str | None = None) -> str:
     use = f"use {' or '.join(f'--by {name}' for name in there or known if name != 'loss')}"
     if asked == "loss":
         raise UsageError(f"--by loss would list the lowest loss first, which the cleanest samples have; {use}")
-    if asked is not None and asked not in known:
-        raise UsageError(f"--by {asked}: no sample of the run has such a score; use one of {', '.join(known)}")
+    if asked is not None:
+        check_known(asked, known)
     if asked is None and not there:
         raise UsageError(f"no sample of the run has the score {' or '.join(CLEANING)}; {use}")
     return asked or there[0]
+
+
+def check_known(asked: str, known: Sequence[str]) -> None:
+    """Raise UsageError for a score that no sample has."""
+    if asked not in known:
+        raise UsageError(f"--by {asked}: no sample of the run has such a score; use one of {', '.join(known)}")
 
 
 def scores_of(samples: pd.DataFrame) -> list[str]:

@@ -94,8 +94,7 @@ class Trajectories:
         self.recorded = 0  # losses in the running epoch's row
         self.losses_WN = torch.full((window, n), torch.nan, dtype=dtype, device=device)
         self.last_N = torch.full((n,), torch.nan, device=device)
-        exact = torch.float32 if torch.device(device).type == "mps" else torch.float64  # which MPS lacks
-        self.sum_N = torch.zeros(n, dtype=exact, device=device)
+        self.sum_N = torch.zeros(n, dtype=exact(device), device=device)
         self.count_N = torch.zeros(n, dtype=torch.int32, device=device)
         self.reference_W = torch.full((window,), torch.nan, dtype=torch.float64)
 
@@ -124,7 +123,7 @@ class Trajectories:
         """Return sample indices (B,) as int64 where the bank lies; IndexError if they leave the CPU out of range."""
         index, device = index.long(), self.last_N.device
         if index.device.type == "cpu" != device.type and not ((index >= 0) & (index < self.n)).all():
-            raise self._outside(index)
+            raise outside(index, self.n)
         return index.to(device, non_blocking=True)
 
     def pick(self, values_N: Tensor, index: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ class Trajectories:
         try:
             return values_N.index_select(0, index)
         except IndexError:
-            raise self._outside(index) from None
+            raise outside(index, self.n) from None
 
     def unseen_samples(self) -> Tensor:
         """Return the samples (K,) without a loss in the running epoch, ascending."""
@@ -236,18 +235,25 @@ class Trajectories:
         limit = torch.finfo(dtype).max
         return losses.clamp(-limit, limit).to(dtype)
 
-    def _outside(self, index: Tensor) -> IndexError:
-        wrong = int(index[(index < 0) | (index >= self.n)][0])
-        return IndexError(
-            f"sample index {wrong} is out of range: there are {self.n} samples, counted from 0; "
-            "pass the index that came with the batch"
-        )
-
     def _twice(self, who: str) -> str:
         return (
             f"{who} was observed twice in epoch {self.epoch}; "
             "call update() once a batch and end_epoch() once after each pass over the loader"
         )
+
+
+def exact(device: torch.device | str) -> torch.dtype:
+    """Return the type that sums over epochs are kept in: float64, which MPS lacks."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def outside(index: Tensor, n: int) -> IndexError:
+    """Return what to raise for sample indices (B,) of which some are not in 0..n-1."""
+    wrong = int(index[(index < 0) | (index >= n)][0])
+    return IndexError(
+        f"sample index {wrong} is out of range: there are {n} samples, counted from 0; "
+        "pass the index that came with the batch"
+    )
 
 
 def check_version(now: Mapping[str, Any], state: Mapping[str, Any]) -> None:

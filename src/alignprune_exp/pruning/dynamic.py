@@ -191,7 +191,8 @@ class DynamicPruning(Selecting):
                 f"score={self.score.name!r} compares with the reference set: pass its mean loss to end_epoch()"
             )
         seen = np.flatnonzero(self.running.trained.cpu().numpy())
-        self._check_selected(seen)
+        if self.trajectories.last_N.device.type != "cpu":
+            self._check_selected(seen)
         self._check_divided_once(len(seen))
         self.trajectories.end_epoch(reference)
         self.times_selected[seen] += 1
@@ -272,18 +273,20 @@ class DynamicPruning(Selecting):
 
     def _weights_of(self, index: Tensor) -> Tensor:
         if self._weights is None:
-            weights, share = np.zeros(self.n, np.float32), np.zeros(self.n, np.float32)
+            weights = np.zeros(self.n, np.float32)
             weights[self.selection.indices] = self.selection.weights
-            mine = self.sampler.share()
-            share[mine] = weights[mine]
-            self._weights = torch.from_numpy(share).to(self.trajectories.last_N.device)
+            if self.divide and self.processes.size > 1:
+                others = np.ones(self.n, bool)
+                others[self.sampler.share()] = False
+                weights[others] = 0
+            self._weights = torch.from_numpy(weights).to(self.trajectories.last_N.device)
         weights_B = self.trajectories.pick(self._weights, index)
         if weights_B.device.type == "cpu" and not weights_B.all():
             raise self._stray(int(index[weights_B == 0][0]))
         return weights_B
 
     def _check_selected(self, seen: np.ndarray) -> None:
-        """Raise ValueError where a sample was trained on that is not selected: other devices do not look at each."""
+        """Raise ValueError where a sample was trained on that is not selected: only the CPU looks at each at once."""
         selected = np.zeros(self.n, bool)
         selected[self.selection.indices] = True
         if not selected[seen].all():

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from .bank import exact, outside
 from .cleaning import NEVER_SEEN, first, table
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ class TrajectoryLog:
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
         if n < 1:
             raise ValueError(f"n={n} is no number of samples; use len(dataset)")
-        exact = torch.float32 if torch.device(device).type == "mps" else torch.float64  # which MPS lacks
         self.n, self.classes = n, 0
 
         def column(value: float, dtype: torch.dtype) -> Tensor:
@@ -53,10 +53,10 @@ class TrajectoryLog:
             "label": column(-1, torch.int64),
             "other": column(-1, torch.int64),  # what it was last taken for when not for its label
             "last": column(torch.nan, torch.float32),
-            "loss": column(0, exact),
-            "margin": column(0, exact),
-            "probability": column(0, exact),
-            "square": column(0, exact),  # of the probability
+            "loss": column(0, exact(device)),
+            "margin": column(0, exact(device)),
+            "probability": column(0, exact(device)),
+            "square": column(0, exact(device)),  # of the probability
             "right": column(False, torch.bool),  # when last seen
             "learnt": column(False, torch.bool),  # ever
             "forgotten": column(0, torch.int32),
@@ -199,8 +199,4 @@ class TrajectoryLog:
                 f"labels go from {int(labels.min())} to {int(labels.max())}; the logits have {classes} classes"
             )
         if index.min() < 0 or index.max() >= self.n:
-            wrong = int(index[(index < 0) | (index >= self.n)][0])
-            raise IndexError(
-                f"sample index {wrong} is out of range: there are {self.n} samples, counted from 0; pass the index "
-                "that came with the batch"
-            )
+            raise outside(index, self.n)
