@@ -167,6 +167,8 @@ class Config(Plain):
 UNRANKED = ScoreKeys(name="loss", window=10, unseen="carry", bank="float32")
 NOTHING_HELD_OUT = Trusted(size=0.0, per_class=False, noise=0.0, train=False)
 
+FORMER_SCALES = {"quick": "cpu"}  # what a scale was called when its first runs were published
+
 # Keys whose text is a path, and so may hold anything.
 PATHS = ("paths.results", "paths.data", "dataset.root", "dataset.imagenet_root", "noise.file")
 
@@ -187,9 +189,7 @@ def validate(values: Mapping[str, Any]) -> Config:
             f"use at most {config.epochs - 1}, or reference=population"
         )
     if config.saved is not None:
-        config = config.model_copy(
-            update={"pruner": _saving(config.pruner, config.saved, config.epochs), "saved": None}
-        )
+        config = config.model_copy(update=_saving(config.pruner, config.saved, config.epochs))
     if not PRUNER.make(config.pruner).uses_scores:
         config = config.model_copy(update={"score": UNRANKED})
     learner = LEARNER.find(config.learner.name)
@@ -199,13 +199,15 @@ def validate(values: Mapping[str, Any]) -> Config:
     return config
 
 
-def _saving(node: Named, saved: float, epochs: int) -> Named:
-    """Return a pruner's node with what it keeps set so that a run saves so much. Raises UsageError."""
+def _saving(node: Named, saved: float, epochs: int) -> dict[str, Any]:
+    """Return the keys of a run, its pruner's node among them, set so that it saves so much. Raises UsageError."""
+    plan = PRUNER.make(node)
     try:
-        pruner = PRUNER.make(node).saving(saved, epochs)
+        pruner = plan.saving(saved, epochs)
     except ValueError as error:
         raise UsageError(f"pruner={node.name}: {error}") from None
-    return node.model_copy(update={name: getattr(pruner, name) for name in settings(PRUNER.find(node.name))})
+    node = node.model_copy(update={name: getattr(pruner, name) for name in settings(PRUNER.find(node.name))})
+    return {"pruner": node, "epochs": plan.lasting(saved, epochs), "saved": None}
 
 
 def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, Any]:
@@ -216,6 +218,7 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
     raises its pruner's ``revision``.
     """
     values = config.telling()
+    values["scale"] = FORMER_SCALES.get(config.scale, config.scale)
     noise, dataset = values["noise"], DATASET.find(config.dataset.name)
     if noise["name"] == "clean" and getattr(dataset, "as_shipped", False):
         noise = {"name": "real"}  # both mean the labels as they come

@@ -168,6 +168,7 @@ def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequen
     pruned = [row for row in rows if row["epoch"] in setup.plan.pruned(config.epochs)]
     of_training = rows[setup.warmup :]
     trained = rows[-1]["samples_seen"] if rows else 0
+    planned = setup.plan.planned(config.epochs)
     seconds_steps = sum(row["seconds_train"] for row in rows)
     ranking = ranking_name(loop.pruning) if loop is not None else None
     return {
@@ -186,10 +187,11 @@ def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequen
         "seed": config.seed,
         "scale": config.scale,
         "epochs": config.epochs,
+        **({} if planned == config.epochs else {"planned_epochs": planned}),
         "samples": setup.n,
         **_tested(setup, of_training),
         **({"skipped": len(setup.task.skipped)} if setup.task.skipped else {}),
-        "saved": 1 - trained / (setup.n * config.epochs),
+        "saved": 1 - trained / (setup.n * planned),
         "kept_noise_mean": _mean(row["kept_noise"] for row in pruned),
         "kept_noise_weighted_mean": _mean(row["kept_noise_weighted"] for row in pruned),
         "detection_auroc_last": rows[-1][f"auroc_{ranking}"] if rows and ranking else None,

@@ -131,6 +131,7 @@ class Finished(Values):
     scale: str
     epochs: Epochs
     warmup_epochs: Count = 0
+    planned_epochs: Epochs | None = None  # those that a shorter run is shorter than
     samples: Annotated[Count, Field(ge=1)] | None = None
     test_accuracy_final: Percent | None = None
     test_accuracy_best: Percent | None = None
@@ -247,13 +248,18 @@ def finished_configs(results: Path) -> frozenset[str]:
     return frozenset(found)
 
 
+def planned_epochs(summary: Mapping[str, Any]) -> int:
+    """Return the epochs on everything that what a run saves is counted against."""
+    return summary.get("planned_epochs", summary["epochs"])
+
+
 def _retold(record: Record) -> Iterator[tuple[str, float | None]]:
     """Yield what the rows say of keys of the summary."""
     summary, rows, last = record.summary, record.rows, record.rows[-1]
     yield "seconds_total", sum(row["seconds"] for row in rows)
     yield "seconds_train", sum(row["seconds"] - row["seconds_test"] for row in rows)
     if samples := summary.get("samples"):
-        yield "saved", 1 - last["samples_seen"] / (samples * summary["epochs"])
+        yield "saved", 1 - last["samples_seen"] / (samples * planned_epochs(summary))
     if (ranked := f"auroc_{summary['score']}") in last:
         yield "detection_auroc_last", last[ranked]
     judged = headline(summary)
@@ -423,7 +429,7 @@ def _check_with_summary(path: Folder, frame: pd.DataFrame, summary: Mapping[str,
     n = summary.get("samples") or len(frame)
     if len(frame) != n or n == 0:
         raise Damaged(path, f"{len(frame)} of {n} samples")
-    saved = 1 - int(frame["times_selected"].sum()) / (n * summary["epochs"])
+    saved = 1 - int(frame["times_selected"].sum()) / (n * planned_epochs(summary))
     if not math.isclose(saved, summary["saved"], abs_tol=1e-9):
         raise Damaged(path, f"saved {_shown(saved)}, where summary.json has {_shown(summary['saved'])}")
 

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .config import FORMER_SCALES
 from .console import Parser, command, one_line
 from .errors import UsageError
 from .report.figures import save_all
@@ -72,6 +73,7 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
             f"left out: no config has scale={one_line(scale)}, which {ids} ran at; give --config-dir", file=sys.stderr
         )
         scales.remove(scale)
+    scales += [scale for scale, former in FORMER_SCALES.items() if former in scales and scale not in scales]
     names = sorted(option_names("suite", arguments.config_dir), key=lambda name: name != "main")
     asked = [(name, scale) for scale in scales for name in names]
     with ProcessPoolExecutor() as pool:

@@ -7,7 +7,7 @@ Epochs are counted from 0.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -48,6 +48,32 @@ class Full(Pruner):
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         return everything(len(scores))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shorter(Full):
+    """Every sample, in fewer epochs, to which the schedule is fitted: the control for what pruning gains by its cost.
+
+    Attributes:
+        of: epochs of the run that it is shorter than.
+    """
+
+    of: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.of is not None and self.of < 1:
+            raise ValueError(f"Shorter: of={self.of} is out of range; use 1 or more")
+
+    def saving(self, saved: float, epochs: int) -> Self:
+        return replace(self, of=epochs)
+
+    def lasting(self, saved: float, epochs: int) -> int:
+        """Return the whole number of epochs nearest to (1 - saved) of them, and at least one."""
+        return max(1, round((1 - saved) * epochs))
+
+    def planned(self, epochs: int) -> int:
+        return epochs if self.of is None else self.of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -366,6 +392,7 @@ class UCB(Averaging):
 
 PRUNERS: dict[str, type[Plan]] = {
     "full": Full,
+    "shorter": Shorter,
     "random": RandomSubset,
     "infobatch": InfoBatch,
     "seta": SeTa,

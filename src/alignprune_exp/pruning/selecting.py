@@ -63,7 +63,7 @@ class Selecting(Indexed):
         self._processes = Exchange.given(rank, world_size)
         self.pruner = make_pruner(pruner, **pruner_settings)
         if saved is not None:
-            self.pruner = self.pruner.saving(saved, epochs)
+            self.pruner, epochs = self.pruner.saving(saved, epochs), self.pruner.lasting(saved, epochs)
         self.score = make_score(score)
         self.trajectories = bank or Trajectories(self.n, window, unseen, device, bank_dtype)
         if self.trajectories.n != self.n:

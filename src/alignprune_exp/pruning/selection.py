@@ -118,6 +118,14 @@ class Plan:
         setting: dict[str, Any] = {self.keeps: 1 - keeps if self.keeps == "ratio" else keeps}
         return replace(self, **setting)
 
+    def lasting(self, saved: float, epochs: int) -> int:
+        """Return the epochs of a run that is to save ``saved`` of ``epochs`` epochs on everything."""
+        return epochs
+
+    def planned(self, epochs: int) -> int:
+        """Return the epochs on everything that what a run of ``epochs`` epochs saves is counted against."""
+        return epochs
+
     def warmup_epochs(self, epochs: int) -> int:
         """Return the epochs on everything that come before the ``epochs`` of training, which start from scratch."""
         return 0
