@@ -120,7 +120,7 @@ def nothing_runs():
 
     def run(config, command, group=None):
         run_id(identity(config, ""))
-        setup.make_pruning(config, range(1), clean=np.ones(1, bool))
+        setup.make_pruning(config, range(1), clean=np.ones(1, bool), labels=np.zeros(1, int))
         return {}, Path()
 
     def launch(self, jobs):

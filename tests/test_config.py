@@ -370,7 +370,7 @@ class Many(Pruner):
     ],
 )
 def test_values_at_the_edge_are_accepted(overrides):
-    make_pruning(composed(*overrides.split()), range(100), clean=np.ones(100, bool))
+    make_pruning(composed(*overrides.split()), range(100), clean=np.ones(100, bool), labels=np.zeros(100, int))
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_values_at_the_edge_are_accepted(overrides):
 )
 def test_values_beyond_the_edge_are_refused(overrides):
     with pytest.raises(UsageError) as error:
-        make_pruning(composed(*overrides.split()), range(100), clean=np.ones(100, bool))
+        make_pruning(composed(*overrides.split()), range(100), clean=np.ones(100, bool), labels=np.zeros(100, int))
     last_key, _, value = overrides.split()[-1].partition("=")
     assert last_key.split(".")[-1] in str(error.value)
     assert value in str(error.value) or last_key in ("epochs", "score.window")

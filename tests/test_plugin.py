@@ -268,6 +268,8 @@ class LastLoss(Score):
         ("random", "das", {"ratio": 0.5}),
         ("full", "loss", {}),
         ("rs2", "loss", {"ratio": 0.6}),
+        ("sieve", "settled", {"ratio": 0.6, "warmup": 2}),
+        ("sieve", "loss", {"exclude": 0.4, "warmup": 1}),
         ("ucb", "loss", {}),
         ("epsilon_greedy", "das", {"ratio": 0.5}),
     ],

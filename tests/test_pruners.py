@@ -272,7 +272,7 @@ def test_defaults_are_the_specifications():
     assert [(rule.alpha, rule.warmup, rule.ratio) for rule in averaging] == [(0.8, 1, 0.3)] * 2
     assert (averaging[0].c, averaging[1].epsilon) == (1.0, 0.1)
     assert {name for name in PRUNERS if not name.startswith("static_")} == {
-        *("full", "random", "infobatch", "seta", "topk", "rs2", "epsilon_greedy", "ucb")
+        *("full", "shorter", "random", "infobatch", "seta", "topk", "rs2", "sieve", "epsilon_greedy", "ucb")
     }
 
 
@@ -287,6 +287,7 @@ def test_infobatch_prunes_nothing_of_equal_float64_scores(n):
 
 
 hundredths = st.integers(0, 90).map(lambda k: k / 100)
+budgets = st.integers(1, 100).map(lambda k: k / 100)
 a_score = st.one_of(st.floats(-1, 1, width=32), st.sampled_from([0.0, 0.5, 3.0]))
 some_scores = st.lists(a_score, min_size=1, max_size=40)
 
@@ -329,8 +330,10 @@ def test_pruning_lasts_while_epoch_plus_one_is_at_most_delta_times_epochs(epochs
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("name", [name for name in PRUNERS if not name.startswith("static_")])
 def test_a_handful_of_samples_leaves_something_to_train_on(name, n):
-    settings = [{}] if name == "full" else [{}, {"ratio": 0}, {"ratio": 0.9}]
-    settings += [{"budget": b} for b in (0.1, 0.5, 1.0)] if name in ("infobatch", "seta", "random", "rs2") else []
+    settings = [{}] if name in ("full", "shorter") else [{}, {"ratio": 0}, {"ratio": 0.9}]
+    settings += (
+        [{"budget": b} for b in (0.1, 0.5, 1.0)] if name in ("infobatch", "seta", "random", "rs2", "sieve") else []
+    )
     for scores in ([0.5] * n, list(range(n)), [3.0] + [0.0] * (n - 1)):
         for kwargs in settings:
             for t in range(12):
@@ -344,6 +347,101 @@ def test_topk_takes_the_best_whatever_the_ties(scores, warmup, ratio, seed):
     arguments = {"ratio": ratio, "warmup": warmup, "seed": seed}
     check_best(select("topk", np.float32(scores), epoch=warmup, **arguments), scores, count)
     check_full(select("topk", np.float32(scores), epoch=warmup - 1, **arguments), scores)
+
+
+# ---- the sieve --------------------------------------------------------------------------------------------
+
+
+def sieved(scores, epochs, seed=0, **settings):
+    """The samples of each epoch as a set, under scores that stay as they are; each epoch under its address."""
+    made = PRUNERS["sieve"](**settings)
+    for t in range(epochs):
+        rng = np.random.default_rng([seed, made.address(t, len(scores))])
+        selection = made.select(np.float32(scores), t, epochs, rng)
+        check_form(selection, len(scores))
+        yield set(selection.indices.tolist()), selection
+
+
+@given(st.integers(1, 60), budgets, st.integers(0, 9), st.sampled_from([{"exclude": 0.0}, {"exclude": "auto"}]))
+def test_with_nothing_to_exclude_the_sieve_is_rs2(n, budget, seed, settings):
+    plain = PRUNERS["rs2"](budget=budget)
+    for t, (chosen, selection) in enumerate(sieved(range(n), 12, seed, budget=budget, warmup=3, **settings)):
+        rng = np.random.default_rng([seed, plain.address(t, n)])
+        assert chosen == set(plain.select(np.zeros(n, np.float32), t, 12, rng).indices.tolist())
+        assert not selection.ranked
+
+
+@given(st.integers(2, 60), budgets, hundredths, st.integers(0, 50).map(lambda k: k / 100), st.integers(0, 9))
+def test_the_sieve_keeps_the_worst_out_but_for_those_it_explores(n, budget, exclude, explore, seed):
+    scores = np.random.default_rng(seed).permutation(n)
+    size = share_of(budget, n)
+    out = min(math.floor(exactly(exclude) * n), n - size)
+    explored = min(math.floor(exactly(explore) * size), out)
+    worst = set(np.flatnonzero(scores < out).tolist())
+    settings = {"budget": budget, "exclude": exclude, "explore": explore, "warmup": 2}
+    for t, (chosen, selection) in enumerate(sieved(scores, 12, seed, **settings)):
+        check_unweighted(selection, size)
+        if t >= 2:
+            assert len(chosen & worst) == explored
+            assert selection.ranked == (out > 0)
+            assert selection.low_fraction == out / n
+
+
+@given(st.integers(4, 60), st.integers(10, 60), st.integers(0, 60), st.integers(0, 9))
+def test_what_the_sieve_leaves_comes_without_replacement_across_epochs(n, budget, exclude, seed):
+    scores = np.random.default_rng(seed).permutation(n)
+    settings = {"budget": budget / 100, "exclude": exclude / 100, "explore": 0.1, "warmup": 1}
+    out, drawn, _ = PRUNERS["sieve"](**settings).sizes(1, n)
+    left, round_of = set(np.flatnonzero(scores >= out).tolist()), -(-(n - out) // drawn)
+    epochs = [chosen for chosen, _ in sieved(scores, 4 * round_of, seed, **settings)]
+    for start in range(round_of, 3 * round_of, round_of):
+        drawn_in_turn = [chosen & left for chosen in epochs[start : start + round_of]]
+        assert set().union(*drawn_in_turn) == left
+        assert sum(map(len, drawn_in_turn[:-1])) == len(set().union(*drawn_in_turn[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"exclude": 0.95}, "exclude=0.95 is out of range"),
+        ({"exclude": "most"}, "exclude=most is out of range"),
+        ({"explore": 1.0}, "explore=1.0 is out of range"),
+        ({"warmup": 0}, "warmup=0 is out of range"),
+    ],
+)
+def test_the_sieve_refuses_what_it_cannot_do(settings, sentence):
+    with pytest.raises(ValueError, match=re.escape(f"Sieve: {sentence}")):
+        PRUNERS["sieve"](**settings)
+
+
+def test_the_sieve_estimates_what_to_exclude_once_by_the_scores_at_the_end_of_the_warm_up():
+    rng, n = np.random.default_rng(0), 2000
+    wrong = rng.random(n) < 0.3
+    losses = rng.normal(1.0, 0.2, (8, n)) + 2 * wrong
+    pruning = DynamicPruning(range(n), 8, pruner="sieve", score="settled", warmup=3, budget=0.5)
+    for epoch in range(8):
+        assert pruning.pruner.exclude == ("auto" if epoch < 3 else pytest.approx(0.3, abs=0.03))
+        order = torch.from_numpy(pruning.order())
+        assert (wrong[order.numpy()].mean() < 0.1) == (epoch >= 3)
+        pruning.update(order, torch.from_numpy(losses[epoch][order].astype(np.float32)))
+        pruning.end_epoch()
+    again = DynamicPruning(range(n), 8, pruner="sieve", score="settled", warmup=3, budget=0.5)
+    again.load_state_dict(pruning.state_dict())
+    assert again.pruner == pruning.pruner
+
+
+# ---- fewer epochs -----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 400), st.integers(1, 99).map(lambda k: k / 100))
+def test_a_shorter_run_has_the_epochs_that_are_left(epochs, saved):
+    shorter = PRUNERS["shorter"]()
+    left = shorter.lasting(saved, epochs)
+    assert left == 1 or abs(left - (1 - exactly(saved)) * epochs) <= Fraction(1, 2)
+    assert shorter.saving(saved, epochs).planned(left) == epochs
+    pruning = DynamicPruning(range(3), epochs, pruner="shorter", score="loss", saved=saved)
+    assert pruning.epochs == left
+    check_full(pruning.selection, [0] * 3)
 
 
 # ---- the draws --------------------------------------------------------------------------------------------
@@ -408,8 +506,6 @@ def test_infobatchs_weighted_sum_is_unbiased_up_to_its_floor(settings):
 
 
 # ---- budgets ----------------------------------------------------------------------------------------------
-
-budgets = st.integers(1, 100).map(lambda k: k / 100)
 
 
 @given(some_scores, budgets, st.booleans(), st.integers(0, 9))
@@ -478,7 +574,12 @@ PER_SAMPLE = {"losses", "forgotten"}
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in PRUNERS if name != "full" and getattr(PRUNERS[name], "needs", set()) <= PER_SAMPLE]
+    "name",
+    [
+        name
+        for name in PRUNERS
+        if name not in ("full", "shorter") and getattr(PRUNERS[name], "needs", set()) <= PER_SAMPLE
+    ],
 )
 @pytest.mark.parametrize(("epochs", "saved"), [(40, 0.5), (40, 0.7), (29, 0.4)])
 def test_a_run_saves_the_share_that_is_asked_for(name, epochs, saved):
@@ -487,7 +588,7 @@ def test_a_run_saves_the_share_that_is_asked_for(name, epochs, saved):
     assert trained_epochs(pruner, epochs, n) == pytest.approx((1 - saved) * epochs, abs=epochs / n)
 
 
-@given(st.integers(20, 300), st.integers(1, 99), st.sampled_from(sorted(set(PRUNERS) - {"full"})))
+@given(st.integers(20, 300), st.integers(1, 99), st.sampled_from(sorted(set(PRUNERS) - {"full", "shorter"})))
 def test_what_is_saved_is_exact_or_refused_with_what_can_be(epochs, percent, name):
     saved, refusal = percent / 100, None
     try:

@@ -124,7 +124,7 @@ class Plain(Node):
     """The keys of a run beside what it names."""
 
     reference: Reference
-    saved: Annotated[float | None, Field(gt=0, lt=1), Aside()]
+    saved: Annotated[float | None, Field(ge=0, lt=1), Aside()]
     scale: str
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     epochs: Epochs

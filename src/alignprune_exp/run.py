@@ -150,7 +150,9 @@ class Run:
     ) -> Loop:
         setup = self.setup
         clean = None if setup.noisy is None else ~setup.noisy
-        pruning = make_pruning(setup.config, range(setup.n), clean, setup.device, (pruner, epochs), bank)
+        labels = None if setup.task.classes is None else setup.task.strata
+        phase = (pruner, epochs)
+        pruning = make_pruning(setup.config, range(setup.n), clean, labels, setup.device, phase, bank)
         return Loop(setup, pruning, Network(setup, purpose), self.reference, log, spent)
 
     def train(self, folder: RunFolder, command: str, group: str | None = None) -> dict[str, Any]:

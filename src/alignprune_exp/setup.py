@@ -164,6 +164,8 @@ def _check_task(config: Config, task: Task) -> None:
         raise UsageError("score=oracle needs clean labels, and this data set has none; use another score")
     if task.classes is not None:
         return
+    if config.score.name == "cleaning":
+        raise UsageError(f"score=cleaning needs class labels, and task={config.task.name} has none; use score=settled")
     name, lacks = config.task.name, "needs class labels, and task="
     if LEARNER.find(config.learner.name).by_class:
         raise UsageError(f"learner={config.learner.name} {lacks}{name} has none; use learner=ce")
@@ -179,6 +181,7 @@ def make_pruning(
     config: Config,
     dataset: Any,
     clean: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
     device: torch.device | str = "cpu",
     phase: tuple[Pruner, int] | None = None,
     bank: Trajectories | None = None,
@@ -205,6 +208,7 @@ def make_pruning(
             unseen=config.score.unseen,
             seed=config.seed,
             clean=clean,
+            labels=labels,
             device=device,
             bank_dtype=getattr(torch, config.score.bank),
             bank=bank,

@@ -15,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .commandline import check_size, checked, composing, config_dir, explained, refuse_clashes, with_path
 from .config import Config, identity, validate
@@ -174,7 +174,7 @@ def _axes(master: DictConfig, overrides: Sequence[str]) -> list[str]:
 
 
 def _less_excluded(jobs: Sequence[Sequence[str]], master: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
-    """Return the jobs of a grid without those that have all the values of an entry of ``suite.exclude``.
+    """Return the jobs of a grid without those that have, on all axes of an entry of ``suite.exclude``, one of its own.
 
     An entry has no say once the command line chooses all of its axes.
 
@@ -190,12 +190,19 @@ def _less_excluded(jobs: Sequence[Sequence[str]], master: DictConfig, overrides:
             raise UsageError(f"{name} excludes {entry}, which is no mapping of axes to values; write {{axis: value}}")
         if strange := {str(axis) for axis in entry} - axes:
             raise UsageError(f"{name} excludes by {min(strange)}, which is no axis of its grid")
-        cells = {f"{axis!s}={shown(value)}" for axis, value in entry.items()}
-        if unknown := {cell for cell in cells - there if cell.partition("=")[0] not in given}:
+        cells = {
+            str(axis): {f"{axis!s}={shown(value)}" for value in _several(values)} for axis, values in entry.items()
+        }
+        named = set().union(*cells.values())
+        if unknown := {cell for cell in named - there if cell.partition("=")[0] not in given}:
             raise UsageError(f"{name} excludes {min(unknown)}, which is nowhere in its grid")
-        if not given >= set(entry):
-            kept = [job for job in kept if not cells <= set(job)]
+        if not given >= set(cells):
+            kept = [job for job in kept if not all(excluded & set(job) for excluded in cells.values())]
     return kept
+
+
+def _several(values: Any) -> Iterable[Any]:
+    return values if isinstance(values, ListConfig) else (values,)
 
 
 def option_names(group: str, own: Path | None = None) -> list[str]:

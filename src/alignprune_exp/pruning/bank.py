@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 UNSEEN = ("carry", "mask", "refresh")
@@ -32,6 +33,7 @@ class History:
         clean_N: whether each label is clean, where that is known.
         epoch: the number of finished epochs.
         seed: the run's seed, for scores that draw.
+        labels: the class (N,) that each sample is given as, where there are any.
     """
 
     rows: list[Tensor]
@@ -42,6 +44,7 @@ class History:
     clean_N: Tensor | None
     epoch: int
     seed: int
+    labels: NDArray | None = None
 
     def map(self, score: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply ``score``, (W, B) float32 losses, oldest first, to (B,) scores, to all samples in blocks.
@@ -185,7 +188,7 @@ class Trajectories:
             raise ValueError("there is no reference loss to go on from; pass one to end_epoch() first")
         self.reference_W += loss - last
 
-    def history(self, clean_N: Tensor | None = None, seed: int = 0) -> History:
+    def history(self, clean_N: Tensor | None = None, seed: int = 0, labels: NDArray | None = None) -> History:
         """Return the finished epochs of the window. Raises RuntimeError once the next epoch has begun."""
         if self.recorded:
             raise RuntimeError("scores exist between end_epoch() and the next update(), not within an epoch")
@@ -199,6 +202,7 @@ class Trajectories:
             clean_N,
             self.epoch,
             seed,
+            labels,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .coresets import STATIC
 from .kmeans import cluster
+from .mixture import wrong_share
 from .selection import (
     MAX_RATIO,
     Floats,
@@ -139,6 +140,67 @@ class RS2(RandomSubset):
         size = self.size(n)
         begin = epoch % -(-n // size) * size
         return unweighted(ascending(rng.permutation(n).take(range(begin, begin + size), mode="wrap"), n))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sieve(RandomSubset):
+    """Leaves out what seems mislabelled, and draws each epoch's samples freshly from the rest; weight 1 throughout.
+
+    For ``warmup`` epochs it is `RS2`. From then on the ``exclude`` share of all samples that scores worst stays out,
+    and the epochs take slices of permutations of the rest as RS2 does, less ``explore`` of each epoch's samples, drawn
+    likewise from what is out: their scores stay up to date, and who was put out wrongly comes back. Where less than an
+    epoch's samples would be left, fewer stay out. With nothing to exclude it is RS2 to the end.
+
+    Meant for ``score=cleaning``: by the losses of all epochs, standardised within the class.
+
+    Attributes:
+        exclude: the share; ``auto`` for `wrong_share` of the scores when the warm-up ends.
+    """
+
+    exclude: float | Literal["auto"] = "auto"
+    explore: float = 0.05
+    warmup: int = 10
+    uses_scores: ClassVar[bool] = True
+    learns: ClassVar[tuple[str, ...]] = ("exclude",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exclude != "auto" and not (isinstance(self.exclude, (int, float)) and 0 <= self.exclude <= MAX_RATIO):
+            raise ValueError(f"Sieve: exclude={self.exclude} is out of range; use auto, or a number up to {MAX_RATIO}")
+        if not 0 <= self.explore < 1:
+            raise ValueError(f"Sieve: explore={self.explore} is out of range; use a number from 0, below 1")
+        if self.warmup < 1:
+            raise ValueError(f"Sieve: warmup={self.warmup} is out of range; use 1 or more")
+
+    def after(self, scores: Floats, epoch: int) -> Self:
+        if self.exclude == "auto" and epoch == self.warmup:
+            return replace(self, exclude=min(wrong_share(scores), MAX_RATIO))
+        return self
+
+    def sizes(self, epoch: int, n: int) -> tuple[int, int, int]:
+        """Return how many samples are out, and how many are drawn from the rest and from these."""
+        size = self.size(n)
+        share = 0.0 if epoch < self.warmup or self.exclude == "auto" else self.exclude
+        out = min(floor(share * n), n - size)
+        explored = min(floor(self.explore * size), out)
+        return out, size - explored, explored
+
+    def address(self, epoch: int, n: int) -> int:
+        """Return the number of the epoch's permutation."""
+        out, drawn, _ = self.sizes(epoch, n)
+        return epoch // -(-(n - out) // drawn)
+
+    def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
+        n = len(scores)
+        out, drawn, explored = self.sizes(epoch, n)
+        permutation = rng.permutation(n)
+        left = best(scores, n - out, rng)[permutation]
+        begin = epoch % -(-(n - out) // drawn) * drawn
+        chosen = [
+            permutation[left].take(range(begin, begin + drawn), mode="wrap"),
+            permutation[~left].take(range(epoch * explored, (epoch + 1) * explored), mode="wrap"),
+        ]
+        return replace(unweighted(ascending(np.concatenate(chosen), n), ranked=out > 0), low_fraction=out / n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,6 +460,7 @@ PRUNERS: dict[str, type[Plan]] = {
     "seta": SeTa,
     "topk": TopK,
     "rs2": RS2,
+    "sieve": Sieve,
     "epsilon_greedy": EpsilonGreedy,
     "ucb": UCB,
     **STATIC,

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import fast
 from .bank import History
+from .cleaning import within_class
 from .seeding import generator
 
 
@@ -197,6 +199,19 @@ class Settled(Score):
         return settled(history.sum_N, history.count_N)
 
 
+class Cleaning(Score):
+    """The cleaning score: `Settled`, standardised `within_class` of the given label, so no class is worst whole."""
+
+    name = "cleaning"
+
+    def __call__(self, history: History) -> Tensor:
+        if history.labels is None:
+            raise ValueError("score='cleaning' standardises within the class of the given label; pass labels=(n,)")
+        scores_N = settled(history.sum_N, history.count_N)
+        standardised = within_class(scores_N.cpu().numpy(), history.labels)
+        return torch.from_numpy(standardised.astype(np.float32)).to(scores_N.device)
+
+
 class Oracle(Score):
     """Control, the upper bound: 1 if the label is clean, else 0."""
 
@@ -209,5 +224,5 @@ class Oracle(Score):
 
 
 SCORES: dict[str, type[Score]] = {
-    score.name: score for score in (Loss, DAS, Spearman, Cosine, Random, SmallLoss, Settled, Oracle)
+    score.name: score for score in (Loss, DAS, Spearman, Cosine, Random, SmallLoss, Settled, Cleaning, Oracle)
 }

@@ -45,6 +45,7 @@ class Selecting(Indexed):
         saved: float | None = None,
         seed: int = 0,
         clean: Sequence[bool] | np.ndarray | Tensor | None = None,
+        labels: Sequence[Any] | np.ndarray | Tensor | None = None,
         device: torch.device | str = "cpu",
         bank_dtype: torch.dtype = torch.float32,
         bank: Trajectories | None = None,
@@ -76,6 +77,9 @@ class Selecting(Indexed):
             self.clean = torch.as_tensor(clean, dtype=torch.bool, device=device)
             if self.clean.shape != (self.n,):
                 raise ValueError(f"clean has shape {tuple(self.clean.shape)}; it must be ({self.n},), one a sample")
+        self.labels = None if labels is None else array(labels)
+        if self.labels is not None and self.labels.shape != (self.n,):
+            raise ValueError(f"labels has shape {self.labels.shape}; it must be ({self.n},), one a sample")
         self.times_selected = np.zeros(self.n, np.int32)  # and trained on, in finished epochs
         self.sizes: list[int] = []  # of the finished epochs' selections
         self._memory = np.full((self.pruner.memory, self.n), np.nan, np.float32)
@@ -216,7 +220,7 @@ class Selecting(Indexed):
 
     def several_scores(self, scores: Sequence[str | Score]) -> np.ndarray:
         """Return K scores (K, n) as `scores` does, in one copy from the device."""
-        history = self.trajectories.history(self.clean, self.seed)
+        history = self.trajectories.history(self.clean, self.seed, self.labels)
         found = []
         for score in map(make_score, scores):
             values = score(history)
