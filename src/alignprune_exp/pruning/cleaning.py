@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .mixture import LEAST, TwoGaussians
-
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+LEAST, MOST = 20, 200_000  # samples that a mixture is fitted to
 MOST_SURE = 10.0  # log odds
 SURE = 0.5  # from where on a label is flagged
 WRONG, MEMORISED, NEVER_SEEN = "wrong", "memorised", "never seen"  # flags
@@ -63,11 +62,37 @@ def wrong_probability(
     away = -within_class(-np.log(np.maximum(losses, least)), labels[seen])
     if not away.any():
         return found
-    log_odds = np.clip(TwoGaussians.fitted(away).log_odds_of_the_upper(away), -MOST_SURE, MOST_SURE)
+    log_odds = np.clip(_log_odds_of_the_upper(away), -MOST_SURE, MOST_SURE)
     if known is not None and not np.isnan(known[seen]).all():
         log_odds = _calibrated(log_odds, known[seen])
     found[seen] = _sigmoid(log_odds)
     return found
+
+
+def _log_odds_of_the_upper(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the log odds (n,), never falling in ``x`` (n,), that a sample is of the upper of two Gaussians."""
+    sample = np.sort(x)[:: 1 + len(x) // MOST]
+    mean, variance, weight = np.quantile(x, [0.25, 0.75]), np.full(2, x.var()), np.full(2, 0.5)
+
+    def log_joint(at: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(2, len(at)), up to a constant."""
+        spread = (at - mean[:, None]) ** 2 / variance[:, None]
+        return np.log(weight)[:, None] - (np.log(variance)[:, None] + spread) / 2
+
+    before = -np.inf
+    for _ in range(500):
+        joint = log_joint(sample)
+        total = np.logaddexp(joint[0], joint[1])
+        share = np.exp(joint - total)
+        size = share.sum(1) + 1e-9
+        weight, mean = size / size.sum(), share @ sample / size
+        variance = (share * (sample - mean[:, None]) ** 2).sum(1) / size + 1e-3 * x.var()
+        if total.mean() - before < 1e-7:
+            break
+        before = total.mean()
+    joint = log_joint(np.clip(x, mean.min(), mean.max()))  # between the means the odds are monotone
+    upper = int(mean.argmax())
+    return joint[upper] - joint[1 - upper]
 
 
 def _calibrated(log_odds: NDArray[np.float64], known: NDArray[np.floating]) -> NDArray[np.float64]:

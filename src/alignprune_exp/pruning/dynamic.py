@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -203,7 +202,6 @@ class DynamicPruning(Selecting):
         if self.score.aligned and self.epoch == self.trajectories.window:
             self._memory.fill(np.nan)
         self._scores = self.pruner.digest(self._rank(), seen, self._memory)
-        self.pruner = self.pruner.after(self._scores, self.epoch - self.first)
 
     def change_reference(self, reference_loss: ReferenceLoss) -> None:
         """Say, between two epochs, that the reference set is another one from now on.
@@ -253,7 +251,6 @@ class DynamicPruning(Selecting):
         self.times_selected = state["times_selected"].numpy().copy()
         self.sizes = list(state["sizes"])
         self._memory = state["memory"].numpy().copy()
-        self.pruner = replace(self.pruner, **state["learned"])
         self._begin()
         self.running.load_state_dict(state["running"])
 
@@ -266,7 +263,6 @@ class DynamicPruning(Selecting):
             "sizes": list(self.sizes),
             "running": self.running.state_dict(),
             "memory": torch.from_numpy(self._memory),
-            "learned": {name: getattr(self.pruner, name) for name in self.pruner.learns},
         }
 
     def _reference(self, given: ReferenceLoss, epoch: int) -> float | None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .coresets import STATIC
 from .kmeans import cluster
-from .mixture import wrong_share
 from .selection import (
     MAX_RATIO,
     Floats,
@@ -154,34 +153,27 @@ class Sieve(RandomSubset):
     Meant for ``score=cleaning``: by the losses of all epochs, standardised within the class.
 
     Attributes:
-        exclude: the share; ``auto`` for `wrong_share` of the scores when the warm-up ends.
+        exclude: the share; best what you take the noise for, or less where wrong labels are hard to tell.
     """
 
-    exclude: float | Literal["auto"] = "auto"
+    exclude: float = 0.3
     explore: float = 0.05
     warmup: int = 10
     uses_scores: ClassVar[bool] = True
-    learns: ClassVar[tuple[str, ...]] = ("exclude",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.exclude != "auto" and not (isinstance(self.exclude, (int, float)) and 0 <= self.exclude <= MAX_RATIO):
-            raise ValueError(f"Sieve: exclude={self.exclude} is out of range; use auto, or a number up to {MAX_RATIO}")
+        if not 0 <= self.exclude <= MAX_RATIO:
+            raise ValueError(f"Sieve: exclude={self.exclude} is out of range; use a number from 0 to {MAX_RATIO}")
         if not 0 <= self.explore < 1:
             raise ValueError(f"Sieve: explore={self.explore} is out of range; use a number from 0, below 1")
         if self.warmup < 1:
             raise ValueError(f"Sieve: warmup={self.warmup} is out of range; use 1 or more")
 
-    def after(self, scores: Floats, epoch: int) -> Self:
-        if self.exclude == "auto" and epoch == self.warmup:
-            return replace(self, exclude=min(wrong_share(scores), MAX_RATIO))
-        return self
-
     def sizes(self, epoch: int, n: int) -> tuple[int, int, int]:
         """Return how many samples are out, and how many are drawn from the rest and from these."""
         size = self.size(n)
-        share = 0.0 if epoch < self.warmup or self.exclude == "auto" else self.exclude
-        out = min(floor(share * n), n - size)
+        out = 0 if epoch < self.warmup else min(floor(self.exclude * n), n - size)
         explored = min(floor(self.explore * size), out)
         return out, size - explored, explored
 

@@ -137,7 +137,6 @@ class Pruner(Plan):
 
     uses_scores: ClassVar[bool] = True
     memory: ClassVar[int] = 0  # numbers a sample that it carries from epoch to epoch, for ``digest``
-    learns: ClassVar[tuple[str, ...]] = ()  # the settings that ``after`` may set
 
     def address(self, epoch: int, n: int) -> int:
         """Return the number that the generator of an epoch's selection is named by."""
@@ -156,10 +155,6 @@ class Pruner(Plan):
             memory: (``memory``, N), to be updated in place; NaN at first, and once the score that ranks changes.
         """
         return scores
-
-    def after(self, scores: Floats, epoch: int) -> Self:
-        """Return this pruner with what it has learned from the scores (N,) that there are after ``epoch`` epochs."""
-        return self
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         """Return the samples of ``epoch``.
