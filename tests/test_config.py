@@ -157,7 +157,9 @@ def test_an_optimizer_chosen_by_hand_comes_with_its_own_rate(scale):
 GOLDEN = {
     "": "17d5af224eeb",
     "dataset=cifar100 dataset.root=/d scale=paper noise=real pruner=seta score=spearman": "a0c80a13f87e",
-    "dataset=image_folder dataset.root=/d scale=cpu noise=clean pruner=full device=cuda reference=none": "8562ec15a941",
+    "dataset=image_folder dataset.root=/d scale=quick noise=clean pruner=full device=cuda reference=none": (
+        "8562ec15a941"
+    ),
 }
 
 
@@ -287,10 +289,18 @@ def test_keys_that_a_choice_leaves_without_effect_do_not_change_the_id(base, cha
         ("pruner=static_el2n saved=0.5 epochs=40", "pruner=static_el2n pruner.fraction=0.25 epochs=40"),
         ("pruner=topk saved=0.6 epochs=20", "pruner=topk pruner.ratio=0.8 epochs=20"),
         ("pruner=full saved=0.5", "pruner=full"),
+        ("pruner=full saved=0", "pruner=full"),
+        ("pruner=shorter saved=0.6 epochs=40", "pruner=shorter pruner.of=40 epochs=16"),
+        ("pruner=sieve score=cleaning saved=0.5", "pruner=sieve score=cleaning pruner.budget=0.5"),
     ],
 )
 def test_a_run_told_what_to_save_is_the_run_told_what_to_keep(saved, explicit):
     assert len(set(_ids(saved, explicit))) == 1
+
+
+def test_a_shorter_run_is_not_longer_than_what_it_is_shorter_than():
+    with pytest.raises(UsageError, match="epochs=20 is more than of=10"):
+        composed("pruner=shorter", "pruner.of=10", "epochs=20")
 
 
 def test_every_key_of_a_pseudo_reference_changes_the_id():

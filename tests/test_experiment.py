@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from alignprune_exp import run as run_module
 from alignprune_exp.errors import Failed
 from alignprune_exp.network import Network
+from alignprune_exp.records import read_record, read_samples
 from alignprune_exp.run import Run
 from harness import (
     EPOCHS,
@@ -122,6 +123,14 @@ def test_the_summary_follows_from_the_metrics(undisturbed, overrides):
         assert summary["detection_auroc_last"] == rows[-1][f"auroc_{summary['score']}"]
     assert samples["times_selected"].sum() == rows[-1]["samples_seen"]
     assert rows[-1]["samples_seen"] == round(sum(row["kept_fraction"] for row in rows) * n)
+
+
+def test_a_shorter_run_counts_what_it_saves_against_the_whole_one(undisturbed):
+    folder = undisturbed("pruner=shorter", "saved=0.75")
+    summary = summary_of(folder)
+    assert (summary["epochs"], summary["planned_epochs"], summary["saved"]) == (EPOCHS // 4, EPOCHS, 0.75)
+    assert read_record(folder).summary == summary
+    assert read_samples(folder)["times_selected"].eq(EPOCHS // 4).all()
 
 
 def test_each_epoch_says_what_ranked_it(undisturbed):

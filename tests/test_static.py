@@ -495,7 +495,7 @@ def test_a_criterion_in_a_pruners_place_is_told_where_its_own_is(pruner):
 
 
 def test_an_unknown_pruner_is_told_only_those_that_choose_every_epoch():
-    with pytest.raises(ValueError, match=r"is unknown; use one of full, random, .*, or a Pruner") as said:
+    with pytest.raises(ValueError, match=r"is unknown; use one of full, shorter, random, .*, or a Pruner") as said:
         DynamicPruning(range(N), epochs=3, pruner="el2n")
     assert "static_" not in str(said.value)
 

@@ -190,7 +190,10 @@ def validate(values: Mapping[str, Any]) -> Config:
         )
     if config.saved is not None:
         config = config.model_copy(update=_saving(config.pruner, config.saved, config.epochs))
-    if not PRUNER.make(config.pruner).uses_scores:
+    plan = PRUNER.make(config.pruner)
+    if (planned := plan.planned(config.epochs)) < config.epochs:
+        raise UsageError(f"pruner={config.pruner.name}: epochs={config.epochs} is more than of={planned}; use fewer")
+    if not plan.uses_scores:
         config = config.model_copy(update={"score": UNRANKED})
     learner = LEARNER.find(config.learner.name)
     if not getattr(learner, "smooths", False) or config.label_smoothing == 0:  # a scale may have set some
