@@ -36,14 +36,14 @@ def test_every_suite_of_the_paper_composes_at_smoke_scale(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", ["cpu", "paper"])
+@pytest.mark.parametrize("scale", ["quick", "cpu", "paper"])
 @pytest.mark.parametrize("name", option_names("suite"))
 def test_every_suite_of_the_paper_composes_at_every_scale(name, scale):
     assert {cell.config.scale for cell in load_suite(name, [f"scale={scale}", "seed=0"]).cells} == {scale}
 
 
 @pytest.mark.suites
-@pytest.mark.parametrize("name", ["static", "learners", "reference_free"])
+@pytest.mark.parametrize("name", ["static", "learners", "reference_free", "equal_cost"])
 def test_a_suite_runs_at_smoke_scale_and_fills_its_table(name, tmp_path):
     line = [f"suite={name}", "scale=smoke", "dataset=digits", "noise=sym0.5", "seed=0", "dataset.subset=600"]
     line += ["epochs=14", "eval_every=7", f"paths.results={tmp_path}"]
