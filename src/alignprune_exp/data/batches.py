@@ -167,7 +167,7 @@ class ImageBatches(Batches):
                 "one, or 0 for none"
             )
         self._held = None if split.images is None else self._augmentation.pad(split.images).to(self.device)
-        self._keys: list[tuple[Tensor, int | None, int]] = []
+        self._keys: list[tuple[np.ndarray, int | None, int]] = []
         # One entry per value of an image row, so that the inner loop runs over W·C values and not over C.
         scale = np.tile(1 / (255 * std), width)
         shift = np.tile(-mean / std, width)
@@ -194,7 +194,8 @@ class ImageBatches(Batches):
 
     def _decoded(self, parts: list[Tensor], epoch: int | None, views: int) -> Iterator[Tensor]:
         """Yield the same of images that are decoded each time, by the workers."""
-        self._keys[:] = [(part, epoch, views) for part in parts]
+        # Arrays go to a worker as bytes; a tensor would be fetched from a thread of this process, also while it ends.
+        self._keys[:] = [(part.numpy(), epoch, views) for part in parts]
         decoded = iter(self._loader)
         atexit.unregister(_end_workers)
         atexit.register(_end_workers)  # ahead of what torch, having started workers, waits for then
@@ -236,14 +237,15 @@ class _Decoded(Dataset[Any]):
     def __init__(self, split: Split, augmentation: Augmentation) -> None:
         self.source, self.rows, self.augmentation = split.source, split.rows, augmentation
 
-    def __getitem__(self, key: tuple[Tensor, int | None, int]) -> Tensor | str:
-        sample, epoch, views = key
+    def __getitem__(self, key: tuple[np.ndarray, int | None, int]) -> Tensor | str:
+        rows, epoch, views = key
+        sample = torch.from_numpy(rows)
         places = [each.flatten().tolist() for each in self.augmentation.places(sample, epoch, views)]
         draws = None
         if epoch is not None and self.augmentation.cuts:
             draws = np.concatenate([self.augmentation.uniforms(sample, epoch, view) for view in range(views)])
         try:
-            images = self.source.decoded(np.tile(self.rows[sample.numpy()], views), draws)
+            images = self.source.decoded(np.tile(self.rows[rows], views), draws)
         except UsageError as error:
             return str(error)
         cut = self.augmentation.cut
