@@ -135,7 +135,7 @@ class Loop:
         now.reference_loss = self.reference.loss(now.reference, pruning)
         now.reference_noise = self.reference.noise()
         clock.lap("reference")
-        pruning.end_epoch(now.reference_loss)
+        pruning.end_epoch(now.reference if self.reference.trusted else now.reference_loss)
         clock.lap("score")
         if self.log is not None:
             right = self.predicted.cpu().numpy() == setup.task.strata

@@ -171,6 +171,7 @@ def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequen
     planned = setup.plan.planned(config.epochs)
     seconds_steps = sum(row["seconds_train"] for row in rows)
     ranking = ranking_name(loop.pruning) if loop is not None else None
+    estimate = loop.pruning.noise_rate if loop is not None else math.nan
     return {
         "id": setup.id,
         "config_id": setup.config_id,
@@ -179,6 +180,7 @@ def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequen
         "dataset": config.dataset.name,
         "noise": config.noise.name,
         "noise_rate": None if setup.noisy is None else float(setup.noisy.mean()),
+        **({} if math.isnan(estimate) else {"noise_estimate": estimate}),
         **setup.task.facts,
         "learner": config.learner.name,
         "pruner": config.pruner.name,

@@ -20,11 +20,13 @@ class Reference:
 
     Attributes:
         samples: (R,) those of ``task.reference`` that are in the set.
+        trusted: whether their labels are, and there are any.
     """
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.samples = torch.arange(setup.task.held_out)
+        self.trusted = setup.task.held_out > 0
 
     def losses(self, network: Network) -> Tensor:
         """Return the samples' losses (R,), float64."""

@@ -191,12 +191,15 @@ def make_pruning(
     ``phase`` has pruner and epochs of a phase of the run, where these are not the config's own.
     """
     name, score, plan = config.pruner.name, config.score.name, PRUNER.make(config.pruner)
-    if isinstance(plan, Criterion):
-        trusted = isinstance(config.reference, Trusted) and config.reference.size > 0
-        if "reference" in plan.needs and not trusted:
-            raise UsageError(
-                f"pruner={name} chooses by trusted labels, and there are none held out; set reference=trusted"
-            )
+    trusted = isinstance(config.reference, Trusted) and config.reference.size > 0
+    if isinstance(plan, Criterion) and "reference" in plan.needs and not trusted:
+        raise UsageError(f"pruner={name} chooses by trusted labels, and there are none held out; set reference=trusted")
+    if isinstance(plan, Pruner) and plan.needs_noise_rate and not (trusted and config.recorded == "plain"):
+        lacks = "recorded=plain" if trusted else "reference=trusted"
+        raise UsageError(
+            f"pruner={name} estimates the noise by the plain losses of trusted labels; set {lacks}, or a number for "
+            "pruner.exclude"
+        )
     pruner, epochs = phase or (plan if isinstance(plan, Pruner) else Full(), config.epochs)
     try:
         pruning = DynamicPruning(

@@ -174,9 +174,10 @@ class DynamicPruning(Selecting):
         """Exchange the losses, close the epoch, and score every sample for the next one; all processes call it.
 
         Args:
-            reference_loss: mean loss of the trusted reference set after this epoch, in eval mode; scores that
-                compare with the reference need it. Several processes pass the same one, or rank 0 passes it and the
-                others None, or each one the sum and the number (sum, count) of the losses of its part of the set.
+            reference_loss: mean loss of the trusted reference set after this epoch, in eval mode, or better its losses
+                (R,), which `noise_rate` needs; scores that compare with the reference need either. Several processes
+                pass the same, or rank 0 passes it and the others None, or each one the sum and the number (sum, count)
+                of the losses of its part of the set.
 
         Raises:
             NonFiniteLossError: a loss of this epoch, or the reference loss, was NaN or infinite.
@@ -186,7 +187,7 @@ class DynamicPruning(Selecting):
         """
         selected = len(self.selection.indices)
         self.exchange()
-        reference = self._reference(reference_loss, self.epoch)
+        reference, trusted = self._reference(reference_loss, self.epoch)
         if reference is None and self.score.aligned and self.pruner.uses_scores:
             raise ValueError(
                 f"score={self.score.name!r} compares with the reference set: pass its mean loss to end_epoch()"
@@ -195,9 +196,17 @@ class DynamicPruning(Selecting):
         if self.trajectories.last_N.device.type != "cpu":
             self._check_selected(seen)
         self._check_divided_once(len(seen))
+        if math.isnan(trusted) and self.pruner.needs_noise_rate:
+            raise ValueError("the pruner needs the noise rate: pass the losses (R,) of a trusted set to end_epoch()")
         self.trajectories.end_epoch(reference)
         self.times_selected[seen] += 1
         self.sizes.append(selected)
+        self._noise.observe(
+            self.trajectories.last_N[torch.from_numpy(seen).to(self.trajectories.last_N.device)],
+            trusted,
+            sum(self.sizes) / self.n,
+            self.selection.ranked,
+        )
         self._begin()
         if self.score.aligned and self.epoch == self.trajectories.window:
             self._memory.fill(np.nan)
@@ -220,7 +229,7 @@ class DynamicPruning(Selecting):
             RuntimeError: an epoch is running.
             ValueError: the last epoch ended without a reference loss to go on from.
         """
-        reference = self._reference(reference_loss, self.epoch - 1)
+        reference, _ = self._reference(reference_loss, self.epoch - 1)
         if reference is None:
             raise ValueError("the new reference set has no loss; pass its mean loss to change_reference()")
         self.trajectories.link_reference(reference)
@@ -251,6 +260,7 @@ class DynamicPruning(Selecting):
         self.times_selected = state["times_selected"].numpy().copy()
         self.sizes = list(state["sizes"])
         self._memory = state["memory"].numpy().copy()
+        self._noise.load_state_dict(state["noise"])
         self._begin()
         self.running.load_state_dict(state["running"])
 
@@ -263,14 +273,15 @@ class DynamicPruning(Selecting):
             "sizes": list(self.sizes),
             "running": self.running.state_dict(),
             "memory": torch.from_numpy(self._memory),
+            "noise": self._noise.state_dict(),
         }
 
-    def _reference(self, given: ReferenceLoss, epoch: int) -> float | None:
+    def _reference(self, given: ReferenceLoss, epoch: int) -> tuple[float | None, float]:
         with self.processes.connected():
-            loss = shared_loss(given, self.processes)
+            loss, fit = shared_loss(given, self.processes)
         if loss is not None and not math.isfinite(loss):
             raise NonFiniteLossError(epoch, what="the reference loss")
-        return loss
+        return loss, fit
 
     def _weights_of(self, index: Tensor) -> Tensor:
         if self._weights is None:

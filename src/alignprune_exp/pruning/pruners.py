@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,9 @@ from .selection import (
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+AUTOMATIC = 0.6  # of the noise rate: the worst in that order that are more often wrong than worth having
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,27 +156,38 @@ class Sieve(RandomSubset):
     Meant for ``score=cleaning``: by the losses of all epochs, standardised within the class.
 
     Attributes:
-        exclude: the share; best what you take the noise for, or less where wrong labels are hard to tell.
+        exclude: the share; best somewhat less than you take the noise for, and little where wrong labels are hard to
+            tell. ``auto`` is `AUTOMATIC` of what the noise rate seems to be at the end of the warm-up, which takes
+            the losses of a trusted set; nothing where nothing seems wrong.
     """
 
-    exclude: float = 0.3
+    exclude: float | Literal["auto"] = 0.3
     explore: float = 0.05
     warmup: int = 10
     uses_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.exclude <= MAX_RATIO:
-            raise ValueError(f"Sieve: exclude={self.exclude} is out of range; use a number from 0 to {MAX_RATIO}")
+        if self.exclude != "auto" and not (isinstance(self.exclude, int | float) and 0 <= self.exclude <= MAX_RATIO):
+            raise ValueError(
+                f"Sieve: exclude={self.exclude} is out of range; use a number from 0 to {MAX_RATIO}, or auto"
+            )
         if not 0 <= self.explore < 1:
             raise ValueError(f"Sieve: explore={self.explore} is out of range; use a number from 0, below 1")
         if self.warmup < 1:
             raise ValueError(f"Sieve: warmup={self.warmup} is out of range; use 1 or more")
 
+    @property
+    def needs_noise_rate(self) -> bool:
+        return self.exclude == "auto"
+
+    def informed(self, noise_rate: float) -> Self:
+        return replace(self, exclude=0.0 if math.isnan(noise_rate) else min(AUTOMATIC * noise_rate, MAX_RATIO))
+
     def sizes(self, epoch: int, n: int) -> tuple[int, int, int]:
         """Return how many samples are out, and how many are drawn from the rest and from these."""
         size = self.size(n)
-        out = 0 if epoch < self.warmup else min(floor(self.exclude * n), n - size)
+        out = 0 if epoch < self.warmup else min(floor(float(self.exclude) * n), n - size)
         explored = min(floor(self.explore * size), out)
         return out, size - explored, explored
 

@@ -11,32 +11,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .noise_rate import probability
 from .processes import DisagreementError, Exchange
 from .selection import proportional
 
-ReferenceLoss = float | Tensor | tuple[float | Tensor, int] | None  # a mean, or a sum and a count
+ReferenceLoss = float | Tensor | tuple[float | Tensor, int] | None  # a mean, all losses (R,), or a sum and a count
 NO_LOSS, MEAN, PART = range(3)
 AGREEMENT = 1e-4  # of the means that processes pass, which some kinds of hardware do not compute alike
 
 
-def shared_loss(given: ReferenceLoss, processes: Exchange) -> float | None:
-    """Return the mean loss of a reference set, of which each process was given something, or None where none was.
+def shared_loss(given: ReferenceLoss, processes: Exchange) -> tuple[float | None, float]:
+    """Return the mean loss of a reference set and its labels' mean `probability`, of what each process was given.
 
-    That is the mean, in all of them or in rank 0 alone, or the sum and the number (sum, count) of each one's part.
+    That is the mean or all losses (R,), in all of them or in rank 0 alone, or the sum and the number (sum, count) of
+    each one's part. None where nothing was given; NaN for the probability where not all losses were.
     Raises DisagreementError, in all of them, for different means, a mixture, or parts without a sample.
     """
+    kind, value, count, fit = NO_LOSS, 0.0, 1.0, math.nan
     if isinstance(given, tuple):
-        said = (PART, *map(float, given))
-    else:
-        said = (NO_LOSS, 0.0, 1.0) if given is None else (MEAN, float(given), 1.0)
-    kinds, values, counts = processes.gather(torch.tensor([said], dtype=torch.float64)).T
+        kind, (value, count) = PART, map(float, given)
+    elif isinstance(given, Tensor) and given.dim():
+        kind, value, fit = MEAN, given.double().mean().item(), probability(given)
+    elif given is not None:
+        kind, value = MEAN, float(given)
+    said = torch.tensor([(kind, value, count, fit)], dtype=torch.float64)
+    kinds, values, counts, fits = processes.gather(said).T
     if (kinds == PART).all():
         if not (counts >= 0).all() or counts.sum() == 0:
             raise DisagreementError("the parts of the reference set have no sample; pass (sum, count), count above 0")
-        return (values.sum() / counts.sum()).item()
+        return (values.sum() / counts.sum()).item(), math.nan
     means = values[kinds == MEAN]
     if len(means) == 0 and (kinds == NO_LOSS).all():
-        return None
+        return None, math.nan
     if (kinds == PART).any() or kinds[0] != MEAN or 1 < len(means) < len(values):
         raise DisagreementError(
             "some processes were given a reference loss and others were not; pass the mean in all of them, or in rank "
@@ -48,7 +54,7 @@ def shared_loss(given: ReferenceLoss, processes: Exchange) -> float | None:
             "in rank 0 alone and None in the others, or (sum, count) of its part of the set in each, or exchange() "
             "before population_mean()"
         )
-    return means[0].item() if means.isfinite().all() else math.nan
+    return means[0].item() if means.isfinite().all() else math.nan, fits[0].item()
 
 
 def class_shares(labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from .bank import Trajectories
 from .cleaning import array, first, table, within_class
 from .named import make_pruner, make_score
+from .noise_rate import NoiseRate
 from .processes import Exchange
 from .running import Running
 from .sampler import EpochSampler, Indexed
@@ -80,8 +82,14 @@ class Selecting(Indexed):
         self.labels = None if labels is None else array(labels)
         if self.labels is not None and self.labels.shape != (self.n,):
             raise ValueError(f"labels has shape {self.labels.shape}; it must be ({self.n},), one a sample")
+        self._classes = 0 if self.labels is None else len(np.unique(self.labels))
+        if self.pruner.needs_noise_rate and self._classes < 2:
+            raise ValueError(
+                "the pruner needs the noise rate, which is one of labels; pass labels=(n,) of two classes or more"
+            )
         self.times_selected = np.zeros(self.n, np.int32)  # and trained on, in finished epochs
         self.sizes: list[int] = []  # of the finished epochs' selections
+        self._noise = NoiseRate()
         self._memory = np.full((self.pruner.memory, self.n), np.nan, np.float32)
         self.sampler = EpochSampler(self)
         self._begin()
@@ -115,9 +123,18 @@ class Selecting(Indexed):
                 raise ValueError(f"all {self.epochs} epochs are done; make a new DynamicPruning to train on")
             scores = np.nan_to_num(self._scores, nan=NEVER_SEEN)
             epoch, epochs = self.epoch - self.first, self.epochs - self.first
-            rng = generator(self.seed, "select", self.first + self.pruner.address(epoch, self.n))
-            self._selection = self.pruner.select(scores, epoch, epochs, rng)
+            pruner = self.pruner.informed(self.noise_rate) if self.pruner.needs_noise_rate else self.pruner
+            rng = generator(self.seed, "select", self.first + pruner.address(epoch, self.n))
+            self._selection = pruner.select(scores, epoch, epochs, rng)
         return self._selection
+
+    @property
+    def noise_rate(self) -> float:
+        """Share of wrong labels, as far as losses tell it: `wrong_share` of the first epochs that no score has chosen.
+
+        NaN before there are any, and where ``labels`` or the losses (R,) of a trusted set are not known.
+        """
+        return self._noise.estimate(self._classes) if self._classes > 1 else math.nan
 
     def order(self) -> np.ndarray:
         """Return the running epoch's samples (M,), shuffled: those of all processes."""

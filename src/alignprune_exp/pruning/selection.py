@@ -138,6 +138,15 @@ class Pruner(Plan):
     uses_scores: ClassVar[bool] = True
     memory: ClassVar[int] = 0  # numbers a sample that it carries from epoch to epoch, for ``digest``
 
+    @property
+    def needs_noise_rate(self) -> bool:
+        """Whether it selects by an estimate of the share of wrong labels, and so only as ``informed``."""
+        return False
+
+    def informed(self, noise_rate: float) -> Self:
+        """Return this pruner as it selects at an estimated noise rate, in [0, 1]; NaN where that is not known yet."""
+        return self
+
     def address(self, epoch: int, n: int) -> int:
         """Return the number that the generator of an epoch's selection is named by."""
         return epoch
