@@ -624,6 +624,7 @@ def test_the_wheel_works_from_another_folder(tmp_path):
     assert {"alignprune_exp/py.typed", "alignprune_exp/conf/train.yaml", "alignprune_exp/conf/suite/main.yaml"} <= {
         *names
     }
+    assert {f"alignprune_exp/report/page.{form}" for form in ("html", "css", "js")} <= {*names}
     done = apart(tmp_path, "-m", "pip", "install", "--no-deps", "--quiet", "--target", unpacked, wheel)
     assert done.returncode == 0, done.stderr
     elsewhere.mkdir()

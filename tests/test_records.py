@@ -282,8 +282,8 @@ def test_damaged_dynamics_are_named_and_not_drawn(suite, whole, run, damage):
     records, table = of_the_table(suite, run.parents[1])
     assert (records.damaged, table.footnotes) == ([], table.notes)
     assert (markdown(table), long_csv(table)) == whole[1:]
-    figure = losses(table)
-    assert [axis.get_title() for axis in figure.axes] == ["full"]
+    drawing = losses(table)
+    assert [axis.get_title() for axis in drawing.figure.axes] == ["full"]
     assert table.footnotes[-1] == f"Not drawn, since their dynamics are damaged: {GOOD} ({table.undrawn[GOOD]})."
     assert table.undrawn[GOOD].startswith("dynamics.parquet: ")
 

@@ -23,7 +23,8 @@ import pytest
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.records import read_dynamics, read_record, read_samples
-from alignprune_exp.report.figures import draw, encode
+from alignprune_exp.report.figures import BLUE, RED, draw, inline_svg, save
+from alignprune_exp.report.findings import findings
 from alignprune_exp.report.html import page
 from alignprune_exp.report.publish import publish, scrubbed_command
 from alignprune_exp.report.tables import (
@@ -67,8 +68,15 @@ def results(tmp_path, suite):
         method, noise, seed = cell.axes["method"], cell.axes["noise"], int(cell.axes["seed"])
         values = ACCURACY[method, noise]
         if seed < len(values):
-            write_record(tmp_path, f"{number:012x}", cell.config_id, values[seed], seed)
+            rate = {"clean": 0.0, "sym0.5": 0.5}[noise]
+            write_record(tmp_path, f"{number:012x}", cell.config_id, values[seed], seed, noise_rate=rate)
     return tmp_path
+
+
+def _folders(results, suite, **axes):
+    """Return the folders of the runs at these axes, by seed."""
+    places = [number for number, cell in enumerate(suite.cells) if axes.items() <= cell.axes.items()]
+    return [folder for number in places if (folder := results / "runs" / f"{number:012x}").exists()]
 
 
 def _block(table, title):
@@ -254,18 +262,22 @@ def test_a_command_whose_quotes_do_not_end_loses_its_paths_too():
     assert scrubbed_command("python it's seed=1 paths.data=/home/x") == "python it's seed=1 paths.data=DIR"
 
 
-def _everything(table):
-    figures = draw_and_encode(table)
-    texts = [markdown(table), latex(table), wide_csv(table), long_csv(table), page([table], figures)]
-    return texts, figures, {name: encode(figure, "pdf") for name, figure in draw(table).items()}
+def _everything(table, folder):
+    folder.mkdir(exist_ok=True)
+    pictures, _ = save(table, folder)
+    texts = [markdown(table), latex(table), wide_csv(table), long_csv(table), page([table], pictures)]
+    return texts, pictures, {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_published_records_alone_give_the_same_bytes(results, suite):
+def test_published_records_alone_give_the_same_bytes(results, suite, tmp_path):
     publish(suite, results)
-    first = _everything(make_table(suite, "smoke", read_records([results, results / "records"])))
+    first = _everything(make_table(suite, "smoke", read_records([results, results / "records"])), tmp_path / "drawn")
     shutil.rmtree(results / "runs")
-    assert _everything(make_table(suite, "smoke", read_records([results, results / "records"]))) == first
-    assert set(first[1]) == {f"main_smoke_{name}" for name in ("losses", "scores", "kept", "accuracy")}
+    again = make_table(suite, "smoke", read_records([results, results / "records"]))
+    assert _everything(again, tmp_path / "drawn") == first
+    assert set(first[1]) == {"main_smoke_differences", "main_smoke_kept"}
+    drawn = {f"main_smoke_{name}" for name in ("differences", "kept", "accuracy", "losses", "scores")}
+    assert set(first[2]) == {f"{name}.{form}" for name in drawn for form in ("pdf", "png")}
     assert "2026" not in "".join(first[0])
 
 
@@ -273,7 +285,11 @@ class _Page(HTMLParser):
     def __init__(self):
         super().__init__()
         self.ids, self.links, self.resources, self.open = set(), set(), [], []
-        self.attributes, self.text = set(), []
+        self.attributes, self.text, self.popovers = set(), [], set()
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
 
     def handle_data(self, data):
         self.text.append(data)
@@ -281,7 +297,8 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
         self.attributes |= given.keys()
-        if tag not in ("meta", "link", "img", "br"):
+        self.popovers |= {given["popovertarget"]} if "popovertarget" in given else set()
+        if tag not in ("meta", "link", "img", "br", "input"):
             self.open.append(tag)
         self.ids |= {given["id"]} if "id" in given else set()
         if tag == "a":
@@ -292,18 +309,107 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_report_is_one_page_whose_numbers_lead_to_their_runs(results, suite):
-    (texts, _, _) = _everything(make_table(suite, "smoke", read_records([results])))
+def test_the_report_is_one_page_whose_numbers_lead_to_their_runs(results, suite, tmp_path):
+    (texts, _, _) = _everything(make_table(suite, "smoke", read_records([results])), tmp_path / "drawn")
     parser = _Page()
     parser.feed(texts[-1])
     assert parser.open == []
     assert {f"run-{path.name}" for path in results.glob("runs/*")} <= parser.ids
     assert all(link.removeprefix("#") in parser.ids for link in parser.links)
-    assert parser.resources
-    assert all(resource.startswith("data:") for resource in parser.resources)
+    assert len(parser.popovers) > 10
+    assert parser.popovers <= parser.ids
+    assert all(resource.startswith(("data:", "#")) for resource in parser.resources)
     assert not re.search(r"(https?:)?//\w+\.\w", texts[-1].replace("<!doctype html>", ""))
     assert SECRET not in texts[-1]
     assert "paths.data=DIR" in texts[-1]
+    assert texts[-1].index("What was found") < texts[-1].index("<svg") < texts[-1].index("<table")
+
+
+def test_a_pop_over_has_the_runs_of_its_number(results, suite):
+    text = page([make_table(suite, "smoke", read_records([results]))], {})
+    (popover,) = re.findall(r'popovertarget="(\w+)"><strong>60.5 ± 0.7', text)
+    listed = re.search(rf'id="{popover}"><ul>(.*?)</ul>', text, re.DOTALL)[1]
+    lines = [re.sub(r"<.*?>", "", line).strip() for line in listed.split("</li>") if line.strip()]
+    folders = _folders(results, suite, method="infobatch_das", noise="sym0.5")
+    assert lines == [f"infobatch_das, sym0.5, seed {seed}: 6{seed}.0 % {folders[seed].name}" for seed in (0, 1)]
+
+
+def _sentences(results, suite):
+    (found,) = findings([make_table(suite, "smoke", read_records([results]))])
+    return [sentence.text for sentence in found.sentences]
+
+
+def test_what_was_found_has_its_numbers_and_its_seeds(results, suite):
+    main, elsewhere, others, das = _sentences(results, suite)
+    assert main == (
+        "At 25 % saved and sym0.5, infobatch_das, the best of 2 beside full, ends at 60.5 ± 0.7 %, full at "
+        "50.5 ± 0.7 %, a difference of +10.0 [+10.0, +10.0], 2 seeds, and an interval without 0: better."
+    )
+    half = 4.302653 * statistics.stdev([1, 2, 0]) / 3**0.5
+    interval = f"[{1 - half:+.1f}, {1 + half:+.1f}]".replace("-", "−")
+    assert elsewhere == f"infobatch_das against full elsewhere: clean +1.0 {interval}, 3 seeds."
+    assert others == "The others there, against full: worse: infobatch −10.0."
+    assert das.startswith(
+        "DAS in the place of the loss, at sym0.5: infobatch +20.0 [+20.0, +20.0], 2 seeds (the paper: "
+    )
+
+
+def test_of_one_seed_nothing_is_claimed(results, suite):
+    for path in results.glob("runs/*"):
+        if summary_of(path)["seed"] != 1:
+            shutil.rmtree(path)
+    main, *others = _sentences(results, suite)
+    assert main.endswith("a difference of +10.0, one seed, which proves nothing.")
+    for sentence in (main, *others):
+        assert "one seed" in sentence
+        assert "[" not in sentence
+        assert "better" not in sentence
+        assert "worse" not in sentence
+
+
+def test_an_interval_that_contains_0_shows_nothing(results, suite):
+    (_, second) = _folders(results, suite, method="infobatch_das", noise="sym0.5")
+    edit_json(second / "summary.json", test_accuracy_final=45.0)
+    edit_rows(second, lambda rows: [row | {"test_accuracy": 45.0} for row in rows])
+    edit_json(second / "summary.json", test_accuracy_best=45.0)
+    main = _sentences(results, suite)[0]
+    half = 12.7062 * statistics.stdev([10, -6]) / 2**0.5
+    assert f"difference of +2.0 [−{half - 2:.1f}, +{half + 2:.1f}], 2 seeds, and an interval with 0 in it, so" in main
+    assert main.endswith("so that neither is shown to be better.")
+
+
+def test_a_choice_that_knows_the_answer_is_no_method(results, suite):
+    for folder in _folders(results, suite, method="infobatch_das"):
+        edit_json(folder / "summary.json", score="oracle")
+    sentences = _sentences(results, suite)
+    assert "infobatch, the best of 1 beside full and yet behind it, ends at" in sentences[0]
+    assert sentences[-1].startswith(
+        "A choice that knows the wrong labels (infobatch_das) is the upper bound there: +10.0"
+    )
+
+
+def test_the_main_claim_comes_first_at_the_scale_of_most_samples(results, suite):
+    records = read_records([results])
+    tables = [
+        make_table(replace(suite, name=name), scale, records)
+        for name, scale in (("main", "smoke"), ("other", "smoke"), ("equal_cost", "smoke"), ("equal_cost", "cpu"))
+    ]
+    tables[-1].long["samples"] = 10_000
+    found = [(one.table.suite.name, one.table.scale) for one in findings(tables)]
+    assert found == [("equal_cost", "cpu"), ("main", "smoke")]
+    text = page(tables, {})
+    assert text.index('id="table-equal_cost_cpu"') < text.index('id="table-main_smoke"')
+
+
+def test_where_no_two_rows_share_a_seed_the_page_says_so(results, suite):
+    records = read_records([results])
+    table = make_table(replace(suite, baseline=None), "smoke", {k: r for k, r in records.items() if _is_full(suite, k)})
+    assert findings([table]) == []
+    assert "nothing can be said" in page([table], {})
+
+
+def _is_full(suite, config_id):
+    return any(cell.config_id == config_id and cell.axes["method"] == "full" for cell in suite.cells)
 
 
 HOSTILE = '<script>alert(\'1\')</script>"><img src=x onerror="alert(2)">&amp;|\n[x](javascript:alert(3))'
@@ -336,8 +442,10 @@ def hostile(suite, tmp_path):
     return table
 
 
-def test_what_a_record_brings_is_text_on_the_page(hostile):
-    text = page([hostile], draw_and_encode(hostile), {hostile.name: Sheet(HOSTILE, HOSTILE, 3, b"x")})
+def test_what_a_record_brings_is_text_on_the_page(hostile, tmp_path):
+    pictures, _ = save(hostile, tmp_path)
+    assert pictures
+    text = page([hostile], pictures, {hostile.name: Sheet(HOSTILE, HOSTILE, 3, b"x")})
     parser = _Page()
     parser.feed(text)
     assert parser.open == []
@@ -384,10 +492,6 @@ def _is_number(text):
     return re.fullmatch(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", text) is not None
 
 
-def draw_and_encode(table):
-    return {name: encode(figure, "png") for name, figure in draw(table).items()}
-
-
 def _suite_records(results, name, overrides, values, epochs=2):
     """Write a record for every cell of a suite; ``values`` gives accuracy and saved share from its axes."""
     suite = load_suite(name, ["scale=smoke", "dataset=digits", *overrides])
@@ -397,11 +501,13 @@ def _suite_records(results, name, overrides, values, epochs=2):
     return make_table(suite, "smoke", read_records([results]))
 
 
-def _lines(figure):
-    (axis,) = figure.axes
+def _lines(drawing):
+    """Return the points of every line, by its name in the legend."""
+    (axis,) = drawing.figure.axes
+    names = [text.get_text() for legend in drawing.figure.legends for text in legend.get_texts()] or [""]
     return {
-        container.get_label(): [tuple(map(float, point)) for point in zip(*container.lines[0].get_data(), strict=True)]
-        for container in axis.containers
+        name: [tuple(map(float, point)) for point in zip(*line.get_data(), strict=True)]
+        for name, line in zip(names, axis.lines, strict=True)
     }
 
 
@@ -411,20 +517,20 @@ def test_accuracy_over_ratio_is_drawn_at_what_was_really_saved(tmp_path):
         return 50 + gain + 2 * int(axes["seed"]), ratio / 2 + gain / 100
 
     table = _suite_records(tmp_path, "ratio", ["pruner.ratio=0.3,0.5", "seed=0,1"], values)
-    figure = draw(table)["ratio_smoke_against"]
-    assert _lines(figure) == {
+    drawing = draw(table)["ratio_smoke_against"]
+    assert _lines(drawing) == {
         "loss": [(0.15, 51), (0.25, 51)],
         "das": [(pytest.approx(0.2), 56), (pytest.approx(0.3), 56)],
     }
-    (segments,) = [collection.get_segments() for collection in figure.axes[0].containers[0].lines[2]]
-    assert segments[0][:, 1] == pytest.approx([51 - 2**0.5, 51 + 2**0.5])  # the spread over seeds
+    band = drawing.figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (50, 52)  # from the lowest seed to the highest
 
 
 @pytest.mark.parametrize(
     ("name", "axis", "overrides", "line"),
     [
-        ("window", "score.window", ["score.window=3,5", "epochs=20"], "_nolegend_"),
-        ("reference_size", "reference.size", ["reference.size=0.02,0.05"], "_nolegend_"),
+        ("window", "score.window", ["score.window=3,5", "epochs=20"], ""),
+        ("reference_size", "reference.size", ["reference.size=0.02,0.05"], ""),
         ("budget", "pruner.budget", ["score=loss,das", "pruner.budget=0.5,0.7"], "das"),
     ],
 )
@@ -432,8 +538,63 @@ def test_accuracy_is_drawn_over_the_axis_that_is_a_number(tmp_path, name, axis, 
     table = _suite_records(tmp_path, name, [*overrides, "seed=0"], lambda axes: (40 + float(axes[axis]), 0.25))
     lines = _lines(draw(table)[f"{name}_smoke_against"])
     values = sorted({float(cell.axes[axis]) for cell in table.suite.cells})
-    (found,) = [points for label, points in lines.items() if label == line or label.startswith("_")][-1:]
-    assert found == [(value, pytest.approx(40 + value)) for value in values]
+    assert lines[line] == [(value, pytest.approx(40 + value)) for value in values]
+
+
+def test_a_difference_is_drawn_with_its_interval_and_its_side(results, suite):
+    table = make_table(suite, "smoke", read_records([results]))
+    drawing = draw(table)["main_smoke_differences"]
+    noisy = next(axis for axis in drawing.figure.axes if axis.get_title() == "sym0.5")
+    zero, *drawn = noisy.lines
+    assert set(zero.get_xdata()) == {0}
+    rows = [text.get_text() for text in drawing.figure.axes[0].get_yticklabels()]
+    points = {rows[int(line.get_ydata()[0])]: line for line in drawn if len(line.get_xdata()) == 1}
+    assert {row: (float(line.get_xdata()[0]), line.get_color()) for row, line in points.items()} == {
+        "infobatch": (-10.0, RED),
+        "infobatch_das": (10.0, BLUE),
+    }
+    assert "sym0.5: from -10.0 (infobatch) to +10.0 (infobatch_das)" in drawing.alt
+
+
+def test_seeds_are_a_band_and_no_panel_is_empty(results, suite):
+    for noise in ("clean", "sym0.5"):
+        for folder in _folders(results, suite, noise=noise):
+            kept = 0.0 if noise == "clean" else 0.4 + summary_of(folder)["seed"] / 10
+            edit_rows(folder, lambda rows, kept=kept: [row | {"kept_noise": kept} for row in rows])
+    table = make_table(suite, "smoke", read_records([results]))
+    noise, fraction = draw(table)["main_smoke_kept"].figure.axes
+    assert (noise.get_title(), noise.get_ylabel(), fraction.get_ylabel()) == ("sym0.5", "kept noise", "kept fraction")
+    band = noise.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.4, 0.6))
+    clean = replace(suite, cells=[cell for cell in suite.cells if cell.axes["noise"] == "clean"])
+    (only,) = draw(make_table(clean, "smoke", read_records([results])))["main_smoke_kept"].figure.axes
+    assert only.get_ylabel() == "kept fraction"
+    for drawing in draw(table).values():
+        assert all(axis.lines or axis.patches or axis.collections for axis in drawing.figure.axes)
+
+
+def test_half_noise_and_das_are_looked_at_first(results, suite):
+    for folder in [*_folders(results, suite, method="full"), *_folders(results, suite, method="infobatch")]:
+        edit_json(folder / "summary.json", score="loss", detection_auroc_last=0.1)
+    for rate in (0.0, 0.8):
+        for folder in _folders(results, suite, noise="clean"):
+            edit_json(folder / "summary.json", noise_rate=rate)
+        assert make_table(suite, "smoke", read_records([results])).focus == "sym0.5"
+    drawn = draw(make_table(suite, "smoke", read_records([results])))
+    assert "at sym0.5 under infobatch_das" in drawn["main_smoke_scores"].caption
+
+
+def test_a_figure_in_a_page_says_what_is_seen_and_shares_no_id(results, suite):
+    table = make_table(suite, "smoke", read_records([results]))
+    drawing = draw(table)["main_smoke_kept"]
+    one, other = (inline_svg(drawing.figure, name, '"quoted" & so on') for name in ("one", "other"))
+    assert inline_svg(drawing.figure, "one", '"quoted" & so on') == one
+    assert 'role="img" aria-label="&quot;quoted&quot; &amp; so on"' in one
+    ids = [set(re.findall(r' id="(.*?)"', text)) for text in (one, other)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    for text, own in zip((one, other), ids, strict=True):
+        assert set(re.findall(r'(?:url\(|xlink:href=")#([^")]*)', text)) <= own
 
 
 def test_purity_names_the_size_of_the_reference_set(tmp_path):

@@ -3,9 +3,9 @@
 python -m alignprune_exp.tables [RESULTS ...] [--best] [--into FILE ...]        (default: results and results/records)
 
 For each suite and scale that has finished runs: <out>/tables/<suite>_<scale>.md, .csv (a line a cell), _long.csv (a
-line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html with all of them. A
-Markdown file gets the accuracies alone wherever it says <!-- table <suite>_<scale> --> … <!-- end -->. The same records
-give the same bytes.
+line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html, which opens with what
+was found. A Markdown file gets the accuracies alone wherever it says <!-- table <suite>_<scale> --> … <!-- end -->.
+The same records give the same bytes.
 """
 
 from __future__ import annotations

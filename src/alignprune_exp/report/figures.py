@@ -1,15 +1,17 @@
-"""Run records to figures. The same records give the same bytes."""
+"""Run records to figures, in colours that the colour-blind tell apart. The same records give the same bytes."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from itertools import repeat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import matplotlib
 import numpy as np
@@ -24,23 +26,56 @@ from PIL import Image
 
 from ..files import write_atomically
 from ..records import DYNAMICS, Damaged, Record, read_dynamics
-from .tables import Table, label, mean_and_std
+from .tables import Table, label
 
 matplotlib.rcParams["axes.titley"] = 1.02  # left to itself, every drawing measures all ticks to place the titles
 matplotlib.rcParams["text.parse_math"] = False
 
-COLOURS = {"clean": "tab:blue", "all": "tab:blue", "noisy": "tab:red", "reference": "tab:green"}
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+    "#777777",
+)
+CYCLE = (BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK)  # of Okabe and Ito, without the yellow that white swallows
+DASHES = ("-", "--", ":")
+COLOURS = {"clean": BLUE, "all": BLUE, "noisy": RED, "reference": GREEN}
 AGAINST = {  # axes of a suite that are numbers, with what to write below them
     "score.window": "window N",
     "reference.size": "size of the reference set",
     "reference.noise": "noise in the reference set",
     "pruner.budget": "kept fraction of the pruning epochs",
     "pruner.ratio": "saved, as realised",
+    "saved": "saved, as realised",
 }
+REALISED = ("pruner.ratio", "saved")  # of these, drawn at the share of the training that was really saved
 WIDE = 4  # panels beside each other at most
+ON_PAGE = ("differences", "against", "kept")
+BAND = "mean over seeds, the band from the lowest to the highest seed"
 
 
-def draw(table: Table) -> dict[str, Figure]:
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, what it shows, and what is seen in it, for those who do not see it."""
+
+    figure: Figure
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as an ``svg`` element for a page, and its caption."""
+
+    svg: str
+    caption: str
+
+
+def draw(table: Table) -> dict[str, Drawing]:
     """Return the table's figures by name; those for which there are no numbers are left out.
 
     A table with runs in one row alone, which compares nothing, has none. A run whose dynamics are damaged is not drawn
@@ -48,22 +83,16 @@ def draw(table: Table) -> dict[str, Figure]:
     """
     if table.long["row"].nunique() < 2:
         return {}
-    made: dict[str, Callable[[Table], Figure | None]] = {
-        "losses": losses,
-        "scores": scores,
-        "kept": kept,
-        "accuracy": accuracy,
-        "against": against,
-    }
-    figures = {f"{table.name}_{name}": make(table) for name, make in made.items()}
-    return {name: figure for name, figure in figures.items() if figure is not None}
+    made: tuple[Callable[[Table], Drawing | None], ...] = (differences, against, kept, accuracy, losses, scores)
+    drawings = {f"{table.name}_{make.__name__}": make(table) for make in made}
+    return {name: drawing for name, drawing in drawings.items() if drawing is not None}
 
 
-def encode(figure: Figure, form: str) -> bytes:
+def encode(figure: Figure, form: str, title: str | None = None) -> bytes:
     """Return the figure as ``pdf`` or ``png``, without dates; a PNG has 256 colours, a quarter of the bytes."""
     buffer = io.BytesIO()
     if form == "pdf":
-        figure.savefig(buffer, format=form, metadata={"CreationDate": None})
+        figure.savefig(buffer, format=form, metadata={"CreationDate": None, "Title": title})
     else:
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -72,24 +101,46 @@ def encode(figure: Figure, form: str) -> bytes:
     return buffer.getvalue()
 
 
-def save(table: Table, folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Write the table's figures as ``<name>.pdf`` and ``<name>.png``; return the PNGs by name, and what is undrawn."""
-    images = {}
-    for name, figure in draw(table).items():
+def inline_svg(figure: Figure, name: str, alt: str) -> str:
+    """Return the figure as an ``svg`` element of a page, with ids that no figure of another name has.
+
+    What a page does not need goes, which is half of the bytes: namespaces, the ids of groups, hundredths of a point,
+    and the list of fonts.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    head, text = re.split(r"(?<=>)", buffer.getvalue().partition("<svg")[2], maxsplit=1)
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 sans-serif", text)
+    text = re.sub(r"(?<=[\d])(\.\d)\d+", r"\1", text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    _, _, width, height = (float(number) for number in re.findall(r'viewBox="([^"]*)"', head)[0].split())
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{1.4 * width:.0f}"'
+    return f'<svg {size} role="img" aria-label="{escape(alt)}">{text}'
+
+
+def save(table: Table, folder: Path) -> tuple[dict[str, Picture], dict[str, str]]:
+    """Write the figures as ``<name>.pdf`` and ``<name>.png``; return those of a page by name, and what is undrawn."""
+    pictures = {}
+    for name, drawing in draw(table).items():
         for form in ("pdf", "png"):
-            images[name] = encode(figure, form)
-            write_atomically(folder / f"{name}.{form}", partial(_put, images[name]))
-    return images, table.undrawn
+            data = encode(drawing.figure, form, drawing.caption)
+            write_atomically(folder / f"{name}.{form}", partial(_put, data))
+        if name.endswith(ON_PAGE):
+            pictures[name] = Picture(inline_svg(drawing.figure, name, drawing.alt), drawing.caption)
+    return pictures, table.undrawn
 
 
-def save_all(tables: Sequence[Table], folder: Path) -> dict[str, bytes]:
-    """Write the figures of all tables, on all processors; return the PNGs by name."""
-    images: dict[str, bytes] = {}
+def save_all(tables: Sequence[Table], folder: Path) -> dict[str, Picture]:
+    """Write the figures of all tables, on all processors; return those of a page by name."""
+    pictures: dict[str, Picture] = {}
     with ProcessPoolExecutor() as pool:
         for table, (drawn, undrawn) in zip(tables, pool.map(save, tables, repeat(folder)), strict=True):
             table.undrawn.update(undrawn)
-            images |= drawn
-    return images
+            pictures |= drawn
+    return pictures
 
 
 def _put(data: bytes, file: IO[bytes]) -> None:
@@ -106,33 +157,26 @@ def _dynamics(table: Table, record: Record, kind: str) -> pd.DataFrame:
     return frame[frame["kind"] == kind]
 
 
-def _noisiest(table: Table) -> str:
-    """Return the column whose dynamics are shown: the one with most runs, then most noise, then the first."""
-
-    def worth(column: str) -> tuple[int, float]:
-        runs = table.long[table.long["column"] == column]
-        return len(runs), float(pd.to_numeric(runs["noise_rate"]).fillna(0).mean()) if len(runs) else 0.0
-
-    return max(table.columns, key=worth)
-
-
 def _records(table: Table, row: str, column: str) -> list[Record]:
     runs = table.runs(row, column)
     return [] if runs.empty else [table.records[id] for id in runs["id"]]
 
 
-def _panels(count: int, height: float = 2.0, legend: int = 0) -> tuple[Figure, list[Axes]]:
-    """Return ``count`` panels of ``height`` inches, with room for a legend of so many entries below them.
+def _panels(
+    count: int, height: float = 2.0, legend: int = 0, across: int = WIDE, left: float = 0.7
+) -> tuple[Figure, list[Axes]]:
+    """Return ``count`` panels of ``height`` inches, ``across`` at most beside each other, ``left`` inches for names.
 
-    The margins are set by hand: a layout engine draws every figure several times over.
+    Below them is room for a legend of so many entries. The margins are set by hand: a layout engine draws every figure
+    several times over.
     """
-    across = min(count, WIDE)
+    across = min(count, across)
     down = -(-count // across)
     below = 0.25 + 0.2 * -(-legend // 3) if legend else 0.0
-    wide, high = 3.3 * across + 0.2, (height + 0.8) * down + 0.4 + below
+    wide, high = 3.3 * across + left - 0.5, (height + 0.8) * down + 0.4 + below
     figure = Figure(figsize=(wide, high))
     figure.subplots_adjust(
-        left=0.7 / wide,
+        left=left / wide,
         right=1 - 0.15 / wide,
         bottom=(below + 0.5) / high,
         top=1 - 0.65 / high,
@@ -147,9 +191,202 @@ def _panels(count: int, height: float = 2.0, legend: int = 0) -> tuple[Figure, l
     return figure, axes
 
 
-def losses(table: Table) -> Figure | None:
-    """Quantile bands of the loss by epoch, one panel a row, of the first seed."""
-    column = _noisiest(table)
+def _style(number: int) -> dict[str, Any]:
+    return {"color": CYCLE[number % len(CYCLE)], "ls": DASHES[number // len(CYCLE) % len(DASHES)], "lw": 1.4}
+
+
+def _line(axis: Axes, number: int, values: pd.DataFrame, marker: str | None = None) -> None:
+    """Draw the mean over the seeds, which are columns, and the band between the lowest and the highest."""
+    style = _style(number)
+    axis.plot(values.index, values.mean(axis=1), marker=marker, ms=4, **style)
+    if values.shape[1] > 1:
+        low, high = values.min(axis=1), values.max(axis=1)
+        axis.fill_between(values.index, low, high, color=style["color"], alpha=0.18, lw=0)
+
+
+def _legend(figure: Figure, names: Mapping[str, int]) -> None:
+    """Write what the lines are, below the panels: the number of each line's style by its name."""
+    handles = [Line2D([], [], **_style(number)) for number in names.values()]
+    figure.legend(handles, list(names), loc="lower center", ncols=3, fontsize="small")
+
+
+def _title(table: Table, figure: Figure, what: str) -> None:
+    """Write what the figure shows above it, as large as it can be."""
+    text = f"{table.suite.name}, scale={table.scale}: {what}"
+    figure.suptitle(text, fontsize=min(12.0, 125 * figure.get_figwidth() / len(text)))
+
+
+def _from_to(values: Mapping[str, float], form: str) -> str:
+    """Return the least and the largest value, with their names."""
+    least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    return f"from {values[least]:{form}} ({least}) to {values[most]:{form}} ({most})"
+
+
+def differences(table: Table) -> Drawing | None:
+    """Paired differences to the baseline with their intervals, a panel a column."""
+    baseline = table.suite.baseline
+    if baseline is None:
+        return None
+    found = {column: table.differences(column) for column in table.columns}
+    found = {column: pairs for column, pairs in found.items() if pairs}
+    rows = [row for row in table.rows if any(row in pairs for pairs in found.values())]
+    if not rows:
+        return None
+    names = 0.4 + 0.075 * max(map(len, rows))
+    figure, axes = _panels(len(found), 0.21 * len(rows) + 0.2, across=2, left=names)
+    told = []
+    for place, (axis, (column, pairs)) in enumerate(zip(axes, found.items(), strict=True)):
+        axis.set_xlim(*_frame(list(pairs.values())))
+        axis.axvline(0, color=BLACK, lw=0.8)
+        for row, pair in pairs.items():
+            _interval(axis, rows.index(row), pair, table.metric.higher)
+        axis.set_yticks(range(len(rows)), rows if place % 2 == 0 else [""] * len(rows))
+        axis.set(title=table.headed(column), ylim=(len(rows) - 0.5, -0.5))
+        told.append(f"{table.headed(column)}: {_from_to({row: pair[0] for row, pair in pairs.items()}, '+.1f')}")
+    what = f"difference to {baseline} in {table.points}"
+    _title(table, figure, what)
+    caption = (
+        f"{what[0].upper()}{what[1:]}, paired by seed, with 95 % intervals; an arrow where one goes on. Blue: better, "
+        "orange: worse, grey: an interval that contains 0, hollow: one seed, and so no interval."
+    )
+    return Drawing(figure, caption, f"{caption} {'; '.join(told)}.")
+
+
+def _frame(pairs: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Return limits that hold 0, every mean, and of the intervals what lies no further out than these lie apart."""
+    means = [0.0, *(mean for mean, _, _ in pairs)]
+    ends = [*means, *(end for _, *interval in pairs for end in interval if not np.isnan(end))]
+    span = max(means) - min(means) or 1.0
+    low, high = max(min(ends), min(means) - span), min(max(ends), max(means) + span)
+    return low - 0.08 * (high - low) - 0.01, high + 0.08 * (high - low) + 0.01
+
+
+def _interval(axis: Axes, y: int, pair: tuple[float, float, float], higher: bool) -> None:
+    mean, low, high = pair
+    if np.isnan(low):
+        axis.plot(mean, y, "o", ms=5, mfc="white", mec=GREY)
+        return
+    colour = GREY if low <= 0 <= high else BLUE if (low > 0) == higher else RED
+    axis.plot([low, high], [y, y], color=colour, lw=1.6)
+    axis.plot(mean, y, "o", ms=5, color=colour)
+    left, right = axis.get_xlim()
+    for end, frame, marker in ((low, left, "<"), (high, right, ">")):
+        if not left <= end <= right:
+            axis.plot(frame, y, marker, ms=5, color=colour, clip_on=False)
+
+
+def against(table: Table) -> Drawing | None:
+    """The headline over the suite's axis that is a number, a line a method, a panel for what else columns stand for.
+
+    What is to be saved is shown as the share of the training that was really saved.
+    """
+    suite = table.suite
+    values = {name: {cell.axes[name] for cell in suite.cells} for name in (*suite.rows, *suite.columns)}
+    number = next((name for name in AGAINST if len(values.get(name, ())) > 1), None)
+    if number is None:
+        return None
+    lines: dict[str, dict[str, dict[float, pd.Series]]] = {}
+    for row, column, axes in table.places:
+        if (runs := table.runs(row, column)).empty:
+            continue
+        x = float(runs["saved"].mean()) if number in REALISED else float(axes[number])
+        panel = label(axes, [name for name in suite.columns if name != number])
+        line = label(axes, [name for name in suite.rows if name != number])
+        lines.setdefault(panel, {}).setdefault(line, {})[x] = runs[table.key]
+    lines = {panel: drawn for panel, drawn in lines.items() if any(len(points) > 1 for points in drawn.values())}
+    if not lines:
+        return None
+    names = list(dict.fromkeys(name for drawn in lines.values() for name in drawn))
+    several = len(names) > 1
+    figure, axes_of_figure = _panels(len(lines), 3.0 if several else 2.6, len(names) if several else 0, across=2)
+    told = []
+    for axis, (panel, drawn) in zip(axes_of_figure, lines.items(), strict=True):
+        for name, points in drawn.items():
+            _line(axis, names.index(name), pd.DataFrame(points).T.sort_index(), marker="o")
+        axis.set(title=panel, xlabel=AGAINST[number], ylabel=table.measured)
+        if number == "reference.size":
+            axis.set_xscale("log")
+        ends = {
+            f"{name} at {x:g}".strip(): float(values.mean()) for name, p in drawn.items() for x, values in p.items()
+        }
+        told.append(f"{panel}: {_from_to(ends, f'.{table.metric.digits}f')}".removeprefix(": "))
+    if several:
+        _legend(figure, {name: place for place, name in enumerate(names)})
+    what = f"{table.measured} against {AGAINST[number].removesuffix(', as realised')}"
+    _title(table, figure, what)
+    caption = f"{what[0].upper()}{what[1:]}: {BAND}."
+    return Drawing(figure, caption, f"{caption} {'; '.join(told)}.")
+
+
+def _by_epoch(table: Table, row: str, column: str, key: str) -> pd.DataFrame:
+    """Return one metric by epoch, counted from 1, a column a seed, without the epochs in which it is unknown."""
+    runs = _records(table, row, column)
+    values = {number: pd.Series([row[key] for row in record.rows], dtype=float) for number, record in enumerate(runs)}
+    return pd.DataFrame(values).rename(lambda epoch: epoch + 1).dropna(how="all")
+
+
+def _curves(
+    table: Table, wanted: Sequence[tuple[str, str, str]], height: float = 2.4
+) -> tuple[Figure, list[tuple[str, dict[str, pd.DataFrame]]]] | None:
+    """Draw metrics by epoch, a line a row: a panel for each (column, key, words) that has anything to show.
+
+    Returns the figure, and for each panel its words and the values of each row.
+    """
+    panels = []
+    for column, key, words in wanted:
+        curves = {row: _by_epoch(table, row, column, key) for row in table.rows}
+        curves = {row: values for row, values in curves.items() if len(values)}
+        if any(values.to_numpy().any() for values in curves.values()):
+            panels.append((column, words, curves))
+    if not panels:
+        return None
+    drawn = {row: place for place, row in enumerate(table.rows) if any(row in curves for _, _, curves in panels)}
+    figure, axes = _panels(len(panels), height, len(drawn))
+    for axis, (column, words, curves) in zip(axes, panels, strict=True):
+        for row, values in curves.items():
+            _line(axis, drawn[row], values)
+        axis.set(title=table.headed(column), xlabel="epoch", ylabel=words)
+    _legend(figure, drawn)
+    return figure, [(f"{words} at {table.headed(column)}", curves) for column, words, curves in panels]
+
+
+def kept(table: Table) -> Drawing | None:
+    """Kept noise and kept fraction by epoch at the column of the focus, a line a row."""
+    column = table.focus
+    made = _curves(table, [(column, "kept_noise", "kept noise"), (column, "kept_fraction", "kept fraction")])
+    if made is None:
+        return None
+    figure, panels = made
+    _title(table, figure, "what was kept")
+    what = "how much of it is mislabelled, and its share of the samples"
+    caption = f"What was kept by epoch at {table.headed(column)}: {what}; {BAND}."
+    return Drawing(figure, caption, f"{caption} Mean over the epochs: {_told(panels, '.2f', last=False)}.")
+
+
+def accuracy(table: Table) -> Drawing | None:
+    """The headline by epoch, a panel a column, a line a row."""
+    made = _curves(table, [(column, f"test_{table.metric.name}", table.measured) for column in table.columns])
+    if made is None:
+        return None
+    figure, panels = made
+    _title(table, figure, f"{table.measured} by epoch")
+    caption = f"{table.measured[0].upper()}{table.measured[1:]} by epoch: {BAND}."
+    return Drawing(figure, caption, f"{caption} At the end: {_told(panels, f'.{table.metric.digits}f', last=True)}.")
+
+
+def _told(panels: Sequence[tuple[str, Mapping[str, pd.DataFrame]]], form: str, last: bool) -> str:
+    """Return what is lowest and what is highest in each panel: in the last epoch, or in the mean over the epochs."""
+    told = []
+    for what, curves in panels:
+        means = {row: values.mean(axis=1) for row, values in curves.items()}
+        of_rows = {row: float(mean.iloc[-1] if last else mean.mean()) for row, mean in means.items()}
+        told.append(f"{what} {_from_to(of_rows, form)}")
+    return "; ".join(told)
+
+
+def losses(table: Table) -> Drawing | None:
+    """Quantile bands of the loss by epoch at the column of the focus, one panel a row, of the first seed."""
+    column = table.focus
     rows = {row: records[0] for row in table.rows if (records := _records(table, row, column))}
     frames = {row: _dynamics(table, record, "loss_quantile") for row, record in rows.items()}
     drawn = {row: frame for row, frame in frames.items() if len(frame)}
@@ -167,18 +404,21 @@ def losses(table: Table) -> Figure | None:
                 axis.fill_between(wide.index + 1, wide[low], wide[high], color=colour, alpha=0.12, lw=0)
         axis.set(title=row, xlabel="epoch", ylabel="loss")
     axes[0].legend(fontsize="small")
-    figure.suptitle(f"{table.suite.name}, {column}: loss, median with 50 % and 90 % of the samples")
-    return figure
+    caption = f"Loss by epoch at {table.headed(column)} in the first seed: median with 50 % and 90 % of the samples."
+    _title(table, figure, f"{table.headed(column)}, loss: median with 50 % and 90 % of the samples")
+    return Drawing(figure, caption, caption)
 
 
-def scores(table: Table) -> Figure | None:
-    """Histograms of DAS and of the loss, clean against noisy, at a few epochs, of the baseline's first seed."""
-    column = _noisiest(table)
-    baseline = table.suite.baseline
-    rows = [row for row in ([baseline] if baseline else []) + table.rows if row and _records(table, row, column)]
-    if not rows:
-        return None
-    frame = _dynamics(table, _records(table, rows[0], column)[0], "histogram")
+def scores(table: Table) -> Drawing | None:
+    """Histograms of DAS and of the loss, clean against noisy, at a few epochs, in the first seed of one row.
+
+    That is the first row that DAS ranks, else the baseline, else the first.
+    """
+    column = table.focus
+    there = [row for row in table.rows if not table.runs(row, column).empty]
+    by_das = [row for row in there if set(table.runs(row, column)["score"]) == {"das"}]
+    row = [*by_das, *(row for row in there if row == table.suite.baseline), *there][0]
+    frame = _dynamics(table, _records(table, row, column)[0], "histogram")
     panels = []
     for name in ("das", "loss"):
         epochs = sorted(frame.loc[frame["name"] == name, "epoch"].unique())
@@ -200,109 +440,9 @@ def scores(table: Table) -> Figure | None:
             axis.stairs(share, edges, fill=True, color=COLOURS[group], alpha=0.5, label=group)
         axis.set(title=f"epoch {epoch + 1}", xlabel=name, ylabel="share of samples")
     axes[0].legend(fontsize="small")
-    figure.suptitle(f"{table.suite.name}, {column}: scores of clean and noisy samples under {rows[0]}")
-    return figure
-
-
-def _by_epoch(table: Table, row: str, column: str, key: str) -> pd.Series:
-    """Return the mean over seeds of one metric by epoch, without the epochs in which it is unknown."""
-    runs = [record.rows for record in _records(table, row, column)]
-    if not runs:
-        return pd.Series(dtype=float)
-    parts = [pd.Series([row[key] for row in rows], dtype=float) for rows in runs]
-    return pd.concat(parts, axis=1).mean(axis=1).dropna()
-
-
-def _lines(table: Table, axis: Axes, column: str, key: str) -> None:
-    for number, row in enumerate(table.rows):
-        line = _by_epoch(table, row, column, key)
-        if len(line):
-            axis.plot(line.index + 1, line, lw=1.2, color=f"C{number % 10}", ls=("-", "--", ":")[number // 10 % 3])
-    keys = [name for name in table.suite.columns if "." in name]  # whose values alone say little
-    axis.set(title=" ".join([*keys, column]), xlabel="epoch")
-
-
-def _legend(table: Table, figure: Figure) -> None:
-    rows = [row for row in table.rows if (table.long["row"] == row).any()]
-    handles = [
-        Line2D([], [], color=f"C{table.rows.index(row) % 10}", ls=("-", "--", ":")[table.rows.index(row) // 10 % 3])
-        for row in rows
-    ]
-    figure.suptitle(table.suite.name)
-    figure.legend(handles, rows, loc="lower center", ncols=3, fontsize="small")
-
-
-def _entries(table: Table) -> int:
-    return int(table.long["row"].nunique())
-
-
-def _shown(table: Table) -> list[str]:
-    return [column for column in table.columns if (table.long["column"] == column).any()]
-
-
-def kept(table: Table) -> Figure | None:
-    """Kept noise and kept fraction by epoch, mean over seeds, a line a row."""
-    columns = _shown(table)
-    figure, axes = _panels(2 * len(columns), legend=_entries(table))
-    keys = {"kept_noise": "kept noise", "kept_fraction": "kept fraction"}
-    pairs = [(column, key) for column in columns for key in keys]
-    for axis, (column, key) in zip(axes, pairs, strict=True):
-        _lines(table, axis, column, key)
-        axis.set(ylabel=keys[key])
-    if not any(axis.lines for axis in axes):
-        return None
-    _legend(table, figure)
-    return figure
-
-
-def accuracy(table: Table) -> Figure | None:
-    """The headline by epoch, mean over seeds, a line a row."""
-    columns = _shown(table)
-    figure, axes = _panels(len(columns), 2.6, _entries(table))
-    for axis, column in zip(axes, columns, strict=True):
-        _lines(table, axis, column, f"test_{table.metric.name}")
-        axis.set(ylabel=_measured(table))
-    if not any(axis.lines for axis in axes):
-        return None
-    _legend(table, figure)
-    return figure
-
-
-def _measured(table: Table) -> str:
-    return ", ".join(filter(None, (table.metric.words, table.metric.unit)))
-
-
-def against(table: Table) -> Figure | None:
-    """Accuracy over the suite's axis that is a number, mean and standard deviation over seeds, a line a method.
-
-    The ratio is shown as the share of the training that it really saved.
-    """
-    names = [*table.suite.rows, *table.suite.columns]
-    values = {name: {cell.axes[name] for cell in table.suite.cells} for name in names}
-    number = next((name for name in AGAINST if len(values.get(name, ())) > 1), None)
-    if number is None:
-        return None
-    others = [name for name in names if name != number and len(values[name]) > 1]
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    places = [(label(cell.axes, table.suite.rows), label(cell.axes, table.suite.columns)) for cell in table.suite.cells]
-    for place, axes in dict(zip(places, (cell.axes for cell in table.suite.cells), strict=True)).items():
-        if not (runs := table.runs(*place)).empty:
-            x = float(runs["saved"].mean()) if number == "pruner.ratio" else float(axes[number])
-            lines.setdefault(label(axes, others), []).append((x, *mean_and_std(runs[table.key].tolist())))
-    if not any(len(points) > 1 for points in lines.values()):
-        return None
-    figure, (axis,) = _panels(1, 2.6)
-    for name, points in lines.items():
-        x, means, spreads = np.array(sorted(points)).T
-        axis.errorbar(x, means, np.nan_to_num(spreads), marker="o", ms=4, lw=1.2, capsize=3, label=name or None)
-    axis.set(xlabel=AGAINST[number], ylabel=_measured(table))
-    if number == "reference.size":
-        axis.set_xscale("log")
-    if others:
-        axis.legend(fontsize="small")
-    fixed = [name for name in names if name != number and name not in others]
-    figure.suptitle(", ".join([table.suite.name, *(next(iter(values[name])) for name in fixed)]))
-    return figure
+    caption = f"Scores of clean and noisy samples at {table.headed(column)} under {row}, in the first seed."
+    _title(table, figure, f"{table.headed(column)}, scores of clean and noisy samples under {row}")
+    return Drawing(figure, caption, caption)
 
 
 @dataclass(frozen=True)

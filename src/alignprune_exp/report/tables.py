@@ -46,7 +46,10 @@ class Records(dict[str, Record]):
 
 @dataclass(frozen=True)
 class Entry:
-    """What stands at one place of a block: its text, whether it is bold, and the ids of the runs it came from."""
+    """What stands at one place of a block: its text, whether it is bold, and the ids of the runs it came from.
+
+    Where all numbers of a line come from the same runs, its name alone has them.
+    """
 
     text: str
     bold: bool = False
@@ -112,17 +115,46 @@ class Table:
             return self.notes
         return [*self.notes, f"Not drawn, since their dynamics are damaged: {_with_reasons(self.undrawn)}."]
 
+    @property
+    def points(self) -> str:
+        """What a difference is in, such as "points of accuracy"."""
+        return ("points of " if self.metric.unit == "%" else "") + self.metric.name
+
+    @cached_property
+    def places(self) -> list[tuple[str, str, dict[str, str]]]:
+        """The row, the column and the axes of every cell, seeds aside."""
+        found = {
+            (label(cell.axes, self.suite.rows), label(cell.axes, self.suite.columns)): cell.axes
+            for cell in self.suite.cells
+        }
+        return [(row, column, axes) for (row, column), axes in found.items()]
+
     @cached_property
     def rows(self) -> list[str]:
-        return list(dict.fromkeys(label(cell.axes, self.suite.rows) for cell in self.suite.cells))
+        return list(dict.fromkeys(row for row, _, _ in self.places))
 
     @cached_property
     def columns(self) -> list[str]:
-        return list(dict.fromkeys(label(cell.axes, self.suite.columns) for cell in self.suite.cells))
+        return list(dict.fromkeys(column for _, column, _ in self.places))
+
+    @cached_property
+    def focus(self) -> str:
+        """The column that is looked at first: of those that compare rows the one whose noise is nearest to one half."""
+
+        def worth(column: str) -> tuple[bool, float, int]:
+            runs = self.long[self.long["column"] == column]
+            rate = float(pd.to_numeric(runs["noise_rate"]).fillna(0).mean()) if len(runs) else -1.0
+            return runs["row"].nunique() > 1, -round(abs(rate - 0.5), 2), len(runs)
+
+        return max(self.columns, key=worth)
 
     @cached_property
     def seeds(self) -> int:
         return len({cell.axes.get("seed", "0") for cell in self.suite.cells})
+
+    def headed(self, column: str) -> str:
+        """Return a column with the name of its axis, where its value alone says little."""
+        return " ".join([*(name for name in self.suite.columns if "." in name), column])
 
     def runs(self, row: str, column: str) -> pd.DataFrame:
         """Return the finished runs of one cell, by seed."""
@@ -139,6 +171,12 @@ class Table:
         if ours.empty or base.empty:
             return None
         return paired_difference(ours[self.key], base[self.key])
+
+    def differences(self, column: str) -> dict[str, tuple[float, float, float]]:
+        """Return the difference of every row to the baseline in one column, where they have seeds in common."""
+        baseline = self.suite.baseline
+        pairs = {row: self.difference(row, baseline, column) for row in self.rows if baseline not in (None, row)}
+        return {row: pair for row, pair in pairs.items() if pair is not None}
 
 
 def read_records(folders: Iterable[Path]) -> Records:
@@ -232,7 +270,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def _spread(mean: float, std: float, digits: int) -> str:
+def plus_minus(mean: float, std: float, digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(std) else f" ± {std:.{digits}f}")
 
 
@@ -348,7 +386,7 @@ def _headline(table: Table, word: str) -> Block:
             if runs.empty:
                 cells.append(Entry(MISSING))
                 continue
-            spread = _spread(*mean_and_std(runs[table.key].tolist()), table.metric.digits)
+            spread = plus_minus(*mean_and_std(runs[table.key].tolist()), table.metric.digits)
             short = f" (n={len(runs)})" if len(runs) < table.seeds else ""
             text = f"{spread}{short}, {100 * runs['saved'].mean():.0f} % saved"
             cells.append(Entry(text, row in bold[column], tuple(runs["id"])))
@@ -381,7 +419,6 @@ def _mean_difference(table: Table, row: str) -> Entry:
 def _differences(table: Table) -> Block:
     baseline = table.suite.baseline
     assert baseline is not None
-    points = "points of " if table.metric.unit == "%" else ""
     body = []
     for row in table.rows:
         if row == baseline:
@@ -400,7 +437,7 @@ def _differences(table: Table) -> Block:
         body.append([*cells, _mean_difference(table, row)])
     return Block(
         f"Difference to {baseline}",
-        f"In {points}{table.metric.name}, paired by seed, with a 95 % interval where there are two pairs or more "
+        f"In {table.points}, paired by seed, with a 95 % interval where there are two pairs or more "
         "(Student's t; a bootstrap from ten pairs).",
         [_corner(table), *table.columns, "mean Δ"],
         body,
@@ -460,10 +497,10 @@ def _by_cell(table: Table, title: str, words: str, columns: Mapping[str, tuple[s
             runs = table.runs(row, column)
             if runs.empty:
                 continue
-            cells = [Entry(row), Entry(column)]
+            cells = [Entry(row, runs=_ids(runs)), Entry(column)]
             for key, form in columns.values():
                 values = pd.to_numeric(runs[key]).dropna() if key in runs else pd.Series(dtype=float)
-                cells.append(Entry(format(values.mean(), form), runs=_ids(runs)) if len(values) else Entry(MISSING))
+                cells.append(Entry(format(values.mean(), form) if len(values) else MISSING))
             body.append(cells)
     return Block(title, words, [*_axes(table), *columns], body)
 
@@ -576,7 +613,7 @@ def digest(table: Table) -> str:
         cells = (table.runs(row, column)[table.key].tolist() for column in table.columns)
         spreads = [mean_and_std(values) if values else None for values in cells]
         lines.append(
-            [row, *(MISSING if spread is None else _spread(*spread, table.metric.digits) for spread in spreads)]
+            [row, *(MISSING if spread is None else plus_minus(*spread, table.metric.digits) for spread in spreads)]
         )
     return _markdown_table(lines)
 
