@@ -1,7 +1,9 @@
 """Damaged records: whatever is wrong with one is named, it is left out, and no number moves."""
 
+import io
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -16,7 +18,8 @@ from alignprune_exp.records import Damaged, read_dynamics, read_record, read_sam
 from alignprune_exp.report.figures import losses
 from alignprune_exp.report.tables import long_csv, make_table, markdown, read_records
 from alignprune_exp.status import main as status
-from alignprune_exp.status import overview, state
+from alignprune_exp.status import overview as print_overview
+from alignprune_exp.status import state
 from alignprune_exp.suites import load_suite
 from alignprune_exp.suspects import main as suspects
 from recorded import edit_json, edit_rows, write_record, write_samples
@@ -252,6 +255,18 @@ HARMLESS = {  # with the reason why
 }
 
 
+def overview(suite, results, terminal=False):
+    """Return what is printed into a file, or on a terminal."""
+    file = Terminal() if terminal else io.StringIO()
+    print_overview(suite, results, file)
+    return file.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def of_the_table(suite, results):
     records = read_records([results])
     return records, make_table(suite, "smoke", records)
@@ -372,6 +387,31 @@ def test_a_failed_run_shows_its_error_on_one_line(run):
     key("summary.json", status="failed", error="no\x1b[31m\nloss", seconds_total=3.0)(run)
     assert (state(run).name, state(run).detail) == ("failed", "no [31m loss")
     assert read_records([run.parents[1]]).damaged == []
+
+
+def test_status_is_a_grid_with_a_mark_a_seed_and_their_mean(suite, whole, run):
+    first, *lines = overview(suite, run.parents[1]).splitlines()
+    assert first.split() == ["method", "/", "noise", "sym0.5"]
+    accuracy = json.loads((run / "summary.json").read_text())["test_accuracy_final"]
+    assert f"infobatch ● {accuracy:.1f} %".split() in [line.split() for line in lines]
+    key("summary.json", status="failed", error="no [bold]loss[/bold] [/]", seconds_total=3.0)(run)
+    lines = overview(suite, run.parents[1]).splitlines()
+    assert ["infobatch", "✗"] in [line.split() for line in lines]
+    assert "● done  ✗ failed" in [line.rstrip() for line in lines]
+    assert any(line.startswith("infobatch  sym0.5  seed 0  failed       no [bold]loss[/bold] [/]") for line in lines)
+
+
+def test_colours_go_to_a_terminal_alone_and_lines_of_a_file_are_never_cut(suite, whole, run, monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    long = "long " * 60
+    key("summary.json", status="failed", error=f"a {long}end", seconds_total=3.0)(run)
+    in_file, on_terminal = (overview(suite, run.parents[1], terminal) for terminal in (False, True))
+    assert "\x1b" not in in_file
+    assert f"{long}end" in in_file
+    assert "\x1b[" in on_terminal
+    assert re.sub(r"\x1b\[[\d;]*m", "", on_terminal).split() == in_file.split()
 
 
 def test_folders_in_which_nothing_has_begun_are_passed_over(suite, run):
