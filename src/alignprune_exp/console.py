@@ -128,7 +128,7 @@ def closing(summary: Mapping[str, Any], judged: Metric, record: str, commands: S
         judged.words: judged.said(summary[f"test_{judged.name}_final"], judged.digits + 1),
         "saved": _number(summary["saved"], ".1%"),
         "kept noise": _number(summary["kept_noise_mean"], ".3f", f" of {_number(summary['noise_rate'], '.3f')}"),
-        "detection AUROC": _number(summary["detection_auroc_last"], ".3f"),
+        "detection AUROC": _number(summary["detection_auroc_last"], ".3f", " (½ is chance)"),
         "seconds": _number(summary["seconds_total"], ".1f"),
     }
     widths = [max(len(name), len(value)) for name, value in columns.items()]
