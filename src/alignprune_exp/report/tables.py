@@ -529,6 +529,7 @@ def _purity(table: Table) -> Block:
     scores = sorted(key for key in table.long.columns if key.startswith("auroc_"))
     columns = {
         "noise rate": ("noise_rate", ".3f"),
+        **({"estimated": ("noise_estimate", ".3f")} if "noise_estimate" in table.long.columns else {}),
         "kept noise": ("kept_noise_mean", ".3f"),
         "weighted": ("kept_noise_weighted_mean", ".3f"),
         "saved": ("saved", ".1%"),
@@ -542,7 +543,8 @@ def _purity(table: Table) -> Block:
         "kept noise: noisy share of what the pruning epochs trained on; weighted: the same by gradient weight; AUROC: "
         "how well each score, at the end, ranks noisy samples below clean ones (½ is chance); reference: the size of "
         "the reference set, a share of the samples below 1, else their number"
-        + ("; reference noise: its noisy share, mean over the epochs." if "reference_noise" in table.long else "."),
+        + ("; reference noise: its noisy share, mean over the epochs" if "reference_noise" in table.long else "")
+        + ("; estimated: the noise rate, by the trusted losses." if "noise_estimate" in table.long else "."),
         columns,
     )
 
