@@ -26,7 +26,7 @@ Width = Annotated[int, Field(ge=1, le=1024)]  # channels of the first layer or s
 
 def small_cnn(channels: int, classes: int, *, width: Width, norm: Kind) -> nn.Module:
     """Two convolutions and a linear layer."""
-    normed = _norm(norm)
+    normed = normalisation(norm)
     network = nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False),
         normed(width),
@@ -39,12 +39,12 @@ def small_cnn(channels: int, classes: int, *, width: Width, norm: Kind) -> nn.Mo
         nn.Flatten(),
         nn.Linear(8 * width, classes),
     )
-    return _synchronised(network, norm)
+    return synchronised(network, norm)
 
 
 def resnet8(channels: int, classes: int, *, width: Width, norm: Kind) -> nn.Module:
     """See `NarrowResNet`."""
-    return _synchronised(NarrowResNet(channels, classes, width, _norm(norm)), norm)
+    return synchronised(NarrowResNet(channels, classes, width, normalisation(norm)), norm)
 
 
 def _torchvisions(name: str) -> Callable[..., nn.Module]:
@@ -57,25 +57,27 @@ def _torchvisions(name: str) -> Callable[..., nn.Module]:
         norm: Kind,
     ) -> nn.Module:
         """torchvision's, with a stem for small images, or its weights. Raises UsageError where these cannot be had."""
-        return _synchronised(_resnet(name, channels, classes, stem, weights, norm), norm)
+        return synchronised(_resnet(name, channels, classes, stem, weights, norm), norm)
 
     return resnet
 
 
-# Each makes a network for images (B, channels, H, W) and logits (B, classes), freshly initialised but for its weights.
-MODELS: dict[str, Callable[..., nn.Module]] = {
+# Each makes a network for images (B, channels, H, W) and logits (B, classes), freshly initialised but for its weights;
+# what is for one task alone stands in the task's file.
+MODELS: dict[str, Callable[..., nn.Module] | str] = {
     "small_cnn": small_cnn,
     "resnet8": resnet8,
     "resnet18": _torchvisions("resnet18"),
     "resnet50": _torchvisions("resnet50"),
+    "gpt": "tasks.language.gpt",
 }
 
 
-def _norm(kind: str) -> Norm:
+def normalisation(kind: str) -> Norm:
     return _group_norm if kind == "group" else nn.BatchNorm2d
 
 
-def _synchronised(network: nn.Module, norm: str) -> nn.Module:
+def synchronised(network: nn.Module, norm: str) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if norm == "sync" and dist.is_initialized() else network
 
 
@@ -135,7 +137,7 @@ class NarrowResNet(nn.Module):
 def _resnet(name: str, channels: int, classes: int, stem: str, weights: str, norm: str) -> nn.Module:
     import torchvision.models
 
-    network = getattr(torchvision.models, name)(num_classes=classes, norm_layer=_norm(norm))
+    network = getattr(torchvision.models, name)(num_classes=classes, norm_layer=normalisation(norm))
     if weights == "imagenet":
         if stem == "small" or channels != 3 or norm == "group":
             raise UsageError(

@@ -34,7 +34,12 @@ def lars(
     return Lars(list(parameters), lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "lars": lars}
+def adamw(parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW with torch's own betas; weight decay on all parameters."""
+    return torch.optim.AdamW(list(parameters), lr=lr, weight_decay=weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "lars": lars, "adamw": adamw}
 
 
 def one_cycle(progress: float, config: OptimizerKeys) -> tuple[float, float]:

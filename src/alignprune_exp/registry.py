@@ -35,7 +35,8 @@ class Registry(Generic[Thing]):
     Args:
         kind: the node of the config, such as ``pruner``.
         base: import path of the class of what is made, ``package.module.Class``.
-        builtin: import path of the dictionary of what is built in, by name. It is not imported before it is needed.
+        builtin: import path of the dictionary of what is built in, by name: each the thing itself, or its import path
+            within this package. Neither is imported before it is needed.
         common: the keys that the node has whatever it names. What is named may take some of them as its settings.
         most: the most that settings of built-ins may be, where these know none themselves.
     """
@@ -52,7 +53,7 @@ class Registry(Generic[Thing]):
         return _imported(self._base)
 
     @property
-    def builtin(self) -> Mapping[str, Callable[..., Thing]]:
+    def builtin(self) -> Mapping[str, Callable[..., Thing] | str]:
         return _imported(self._builtin)
 
     def glance(self, values: Any) -> None:
@@ -98,7 +99,8 @@ class Registry(Generic[Thing]):
                 raise UsageError(
                     f"{self.kind}.name={name} is unknown{suggest(name, self.builtin)}; use {self._known()}"
                 )
-            return self.builtin[name]
+            found = self.builtin[name]
+            return _imported(f"{__package__}.{found}") if isinstance(found, str) else found
         try:
             found = _imported(name)
         except Exception as error:  # a module of one's own may raise any

@@ -74,7 +74,7 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
         if here:
             with _named(overrides):
                 check_load(config)
-                if (data := (config.dataset, config.noise.name)) not in opened:
+                if (data := (config.task, config.dataset, config.noise.name)) not in opened:
                     opened.add(data)
                     open_task(config)
         seen.setdefault(id, Job(len(seen) + 1, tuple(overrides), config, group_of(composed)))

@@ -32,7 +32,7 @@ class Batches:
     """Turns samples into batches. A subclass says how to get the inputs of some samples, in `inputs`.
 
     Args:
-        targets: of all samples, (n, …).
+        targets: of all samples, (n, …), on any device.
         batch_size: samples a batch; the last one of an epoch may hold fewer, or one more.
         device: where batches lie.
     """
@@ -50,6 +50,10 @@ class Batches:
         ``epoch`` is None for evaluation, without augmentation. ``strongly`` asks for more of it than usual.
         """
         raise NotImplementedError
+
+    def targets(self, part: Tensor, epoch: int | None) -> Tensor:
+        """Return the targets (B, …) of samples, int64 (B,) on the CPU, as augmented as their inputs are."""
+        return self._targets.index_select(0, part.to(self.device, non_blocking=True))
 
     def epoch(
         self, order: Tensor | np.ndarray, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1, views: int = 1
@@ -88,7 +92,7 @@ class Batches:
         if parts := [share for share in shares if len(share)]:
             inputs = self.inputs(parts, epoch, views, strongly)
             for part in parts:  # no name for what is yielded: its memory is free for the next
-                yield part, next(inputs), self._targets.index_select(0, part.to(self.device, non_blocking=True))
+                yield part, next(inputs), self.targets(part, epoch)
 
     def sizes(self, n: int) -> list[int]:
         """Return the sizes of the batches that ``n`` samples make.

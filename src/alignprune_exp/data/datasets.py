@@ -8,7 +8,8 @@ from alignprune_exp.data.sources.digits import Digits
 from alignprune_exp.data.sources.files import Clothing1M, ImageFolder, ImageNet, TinyImageNet, WebVision
 from alignprune_exp.data.sources.parquet import Parquet
 
-DATASETS: dict[str, type[DataSet]] = {
+# What is for one task alone stands in the task's file.
+DATASETS: dict[str, type[DataSet] | str] = {
     "digits": Digits,
     "cifar10": Cifar10,
     "cifar100": Cifar100,
@@ -18,4 +19,6 @@ DATASETS: dict[str, type[DataSet]] = {
     "imagenet": ImageNet,
     "tiny_imagenet": TinyImageNet,
     "parquet": Parquet,
+    "python_docs": "tasks.language.PythonDocs",
+    "text": "tasks.language.TextFiles",
 }

@@ -190,6 +190,13 @@ class Noise:
         """Return ``labels``, int64 (n,), of which some are wrong."""
         raise NotImplementedError
 
+    def chosen(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """Return which of ``n`` samples without class labels to corrupt, bool (n,); their task knows how.
+
+        Raises ValueError where the noise is of class labels.
+        """
+        raise ValueError("it is of class labels, and there are none here; use noise=sym0.5, any other rate, or clean")
+
     def taken(self, dataset: str) -> tuple[str, ...]:
         """Return the settings that matter on a data set."""
         return tuple(field.name for field in fields(self))
@@ -199,13 +206,16 @@ class Noise:
 class Clean(Noise):
     """The labels as they come."""
 
+    def chosen(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        return np.zeros(n, bool)
+
     def corrupted(self, labels: np.ndarray, source: Source, rng: np.random.Generator) -> np.ndarray:
         return labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Symmetric(Noise):
-    """See `symmetric`."""
+    """See `symmetric`. Without class labels exactly round(rate·n) uniformly chosen samples are corrupted."""
 
     rate: float
 
@@ -216,6 +226,11 @@ class Symmetric(Noise):
     def corrupted(self, labels: np.ndarray, source: Source, rng: np.random.Generator) -> np.ndarray:
         return symmetric(labels, len(source.classes), self.rate, rng)
 
+    def chosen(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        chosen = np.zeros(n, bool)
+        chosen[rng.choice(n, round(self.rate * n), replace=False)] = True
+        return chosen
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asymmetric(Symmetric):
@@ -224,6 +239,9 @@ class Asymmetric(Symmetric):
     def corrupted(self, labels: np.ndarray, source: Source, rng: np.random.Generator) -> np.ndarray:
         target = asymmetric_map(len(source.classes), source.superclass, source.asymmetric)
         return asymmetric(labels, target, self.rate, rng)
+
+    def chosen(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        return Noise.chosen(self, n, rng)
 
 
 @dataclass(frozen=True, kw_only=True)

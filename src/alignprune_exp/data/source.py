@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -20,10 +20,19 @@ from alignprune_exp.schema import Aside
 
 
 class DataSet:
-    """What ``dataset=`` names. Its keyword arguments are its settings."""
+    """What ``dataset=`` names. Its keyword arguments are its settings.
 
-    def open(self) -> Source:
-        """Return the data set; raise UsageError for missing, incomplete or malformed files."""
+    Attributes:
+        task: the built-in task that it is for.
+    """
+
+    task: ClassVar[str] = "classification"
+
+    def open(self) -> Any:
+        """Return the data set, a `Source` or what else its task reads.
+
+        Raises UsageError for missing, incomplete or malformed files.
+        """
         raise NotImplementedError
 
 

@@ -166,7 +166,7 @@ def _parted(
     source: Source, seed: int, subset: int | None, size: float, per_class: bool
 ) -> tuple[Images, np.ndarray, np.ndarray]:
     """Return where the reference set is from, and the rows to train on and of the reference set there, ascending."""
-    rows = _some("subset", source.train.labels, subset, len(source.classes), generator(seed, "subset"))
+    rows = some("subset", source.train.labels, subset, len(source.classes), generator(seed, "subset"))
     pool = source.train if source.reference is None else source.reference
     candidates = rows if source.reference is None else np.arange(len(pool))
     rng = generator(0 if pool is source.test else seed, "reference")
@@ -175,7 +175,7 @@ def _parted(
 
 
 def _evaluated(images: Images, rows: np.ndarray, subset: int | None) -> Split:
-    rows = rows[_some("test_subset", images.labels[rows], subset, 1, generator(0, "test subset"))]
+    rows = rows[some("test_subset", images.labels[rows], subset, 1, generator(0, "test subset"))]
     return Split(images, rows, images.labels[rows], images.labels[rows])
 
 
@@ -198,13 +198,13 @@ def _check_fraction(key: str, value: float) -> None:
         raise UsageError(f"{key}={value:g} is not a fraction: type a number from 0 to 1")
 
 
-def _some(key: str, labels: np.ndarray, size: int | None, least: int, rng: np.random.Generator) -> np.ndarray:
+def some(key: str, labels: np.ndarray, size: int | None, least: int, rng: np.random.Generator) -> np.ndarray:
     """Return ``size`` positions, stratified, ascending, or all."""
     if size is None:
         return np.arange(len(labels))
     if not least <= size <= len(labels):
         raise UsageError(
-            f"dataset.{key}={size} does not fit {len(labels)} images, {least} of which are needed: type a number from "
+            f"dataset.{key}={size} does not fit {len(labels)} samples, {least} of which are needed: type a number from "
             f"{least} to {len(labels)}, or null for all"
         )
     return stratified(labels, size, rng)

@@ -8,4 +8,8 @@ from .classification import Classification
 
 __all__ = ["TASKS", "Metric", "Task"]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+# Each is imported once it is named, so that none needs what another one needs.
+TASKS: dict[str, type[Task] | str] = {
+    "classification": Classification,
+    "language": "tasks.language.Language",
+}

@@ -5,6 +5,7 @@ Shape legend: n training samples, B samples of a batch, C classes.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import DATASET, TASK
 from ..errors import UsageError
 from ..records import Metric
 
@@ -20,6 +22,15 @@ if TYPE_CHECKING:
     from ..data.batches import Batch, Batches
     from ..distributed import Processes
     from ..network import Network
+
+
+def needed(module: str, task: str) -> Any:
+    """Import what one task alone needs. Raises UsageError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UsageError(f"task={task} needs {package}; type pip install 'alignprune-exp[tasks]'") from None
 
 
 class Task:
@@ -65,9 +76,38 @@ class Task:
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.config, self.device, self.dtype = config, torch.device(device), dtype
 
+    def opened(self) -> Any:
+        """Open the data set of the config. Raises UsageError for one that is for another task, and as that does."""
+        dataset, task = DATASET.make(self.config.dataset), self.config.task.name
+        if dataset.task != task and task in TASK.builtin:
+            fitting = [name for name in DATASET.builtin if DATASET.find(name).task == task]
+            raise UsageError(
+                f"dataset={self.config.dataset.name} is for task={dataset.task}; with task={task} use dataset="
+                + " or ".join(fitting)
+            )
+        return dataset.open()
+
     def network(self) -> nn.Module:
         """Return a freshly initialised network: from inputs (B, …) to outputs (B, …)."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def fitted(self, network: nn.Module) -> nn.Module:
+        """Return a network that one can train; it is tried on two samples. Raises UsageError where it does not fit."""
+        _, inputs, targets = next(self.train.evaluation(torch.arange(min(2, self.n))))
+        inputs, targets = inputs.cpu(), targets.cpu()
+        network.eval()
+        try:
+            outputs = network(inputs.float() if inputs.is_floating_point() else inputs)
+            fits = self.losses(outputs.float(), targets)[0].shape == targets.shape[:1]
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+            fits = False
+        if not fits:
+            raise UsageError(
+                f"model={self.config.model.name} does not fit task={self.config.task.name} with "
+                f"dataset={self.config.dataset.name}; leave the model out, or choose another one"
+            )
+        return network.train()
 
     def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return for each sample (B,): its loss, the same smoothed where that makes sense, and its class, if any.

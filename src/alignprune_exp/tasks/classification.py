@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import models
-from ..config import DATASET, MODEL, NOISE, NOTHING_HELD_OUT, Config, Trusted
+from ..config import MODEL, NOISE, NOTHING_HELD_OUT, Config, Trusted
 from ..data.batches import Batch, Batches, ImageBatches
 from ..data.split import Split, prepare
 from ..pruning.reference import confident_thresholds, label_quality
@@ -40,7 +40,7 @@ class Classification(Task):
         reference = config.reference if isinstance(config.reference, Trusted) else NOTHING_HELD_OUT
         place = getattr(dataset, "root", None)
         self.data = data = prepare(
-            DATASET.make(dataset).open(),
+            self.opened(),
             seed=config.seed,
             subset=dataset.subset,
             test_subset=dataset.test_subset,
@@ -91,7 +91,8 @@ class Classification(Task):
 
     def network(self) -> nn.Module:
         """Return a freshly initialised network, with logits (B, C)."""
-        return MODEL.make(self.config.model, len(self.data.mean), len(self.data.classes))
+        made = MODEL.make(self.config.model, len(self.data.mean), len(self.data.classes))
+        return made if self.data.train.images is None else self.fitted(made)  # decoding may need workers
 
     def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
         log_p = F.log_softmax(outputs, dim=1)

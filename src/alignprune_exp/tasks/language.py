@@ -1,0 +1,449 @@
+"""Language: a sample is a document, its loss the mean over its tokens; the headline is held-out bits per byte.
+
+Shape legend: B samples of a batch, T tokens, V entries of the vocabulary, D dimensions, H heads.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+import platform
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import MODEL, Config
+from ..console import Progress
+from ..data.batches import Batch, Batches, TensorBatches
+from ..data.parts import Parts
+from ..data.source import DataSet, Root, brief
+from ..errors import UsageError
+from ..files import cache_folder, printable, write_atomically
+from ..pruning.seeding import generator
+from ..records import Metric
+from .base import Task, needed
+
+if TYPE_CHECKING:
+    from ..distributed import Processes
+    from ..network import Network
+
+SHORTEST = 32  # characters that a document has at least
+NOTHING = -1  # the target behind the end of a document
+BOILERPLATE = (
+    "All rights reserved. No part of this page may be reproduced without permission. ",
+    "This site uses cookies. By continuing to browse you agree to our use of cookies. ",
+    "Click here to subscribe to our newsletter. You can unsubscribe at any time. ",
+    "Skip to main content. Home. About us. Contact. Privacy policy. Terms of use. ",
+)
+Text = tuple[str, str]  # where it is from, and what it says
+
+
+class Language(Task):
+    """Documents, each cut off after ``length`` tokens, of a vocabulary that is learnt from those that are trained on.
+
+    Args:
+        length: tokens T of a document that are read and predicted, from a token that begins it.
+        vocabulary: V, by byte-level BPE (Hugging Face's tokenizers); fewer where the documents have no more to merge.
+
+    Attributes:
+        texts: the training documents as given, wrong ones among them.
+        tokenizer: maps documents to tokens; every text has some, since there is one for every byte.
+    """
+
+    metrics = (Metric("bits_per_byte", "held-out bits per byte", higher=False, digits=3),)
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        length: Annotated[int, Field(ge=2, le=65_536)],
+        vocabulary: Annotated[int, Field(ge=257, le=1_000_000)],
+    ) -> None:
+        super().__init__(config, device, dtype)
+        needed("tokenizers", config.task.name)
+        self.length = length
+        documents: Documents = self.opened()
+        self.parts = parts = Parts.of(config, len(documents.train), len(documents.test), documents.clean)
+        self.n, self.held_out = len(parts.train), len(parts.reference)
+        self.fingerprint, self.skipped = documents.fingerprint, documents.skipped
+        self.corrupted = parts.corrupted
+        self.places = [documents.train[row][0] for row in parts.train]
+        self.texts = self._given(documents.train, parts.train, parts.wrong)
+        self.tokenizer = learnt(self.texts, vocabulary)
+        self.chance_loss = math.log(self.tokenizer.get_vocab_size())
+        self.bytes_V = torch.tensor([0, *map(self._length, range(1, self.tokenizer.get_vocab_size()))])
+        self._trusted = self._given(documents.train, parts.reference, parts.doubted)
+        self._held = [documents.test[row][1] for row in parts.test]
+
+    def _given(self, found: list[Text], rows: np.ndarray, wrong: np.ndarray) -> list[str]:
+        """Return the documents of some rows, those that are ``wrong`` corrupted by (seed, row)."""
+        texts = [found[row][1] for row in rows]
+        for place in np.flatnonzero(wrong):
+            texts[place] = corrupt(texts[place], generator(self.config.seed, "corruption", int(rows[place])))
+        return texts
+
+    def _length(self, token: int) -> int:
+        """Return the bytes of a token: byte-level BPE writes one character for each."""
+        return len(self.tokenizer.id_to_token(token))
+
+    @cached_property
+    def train(self) -> Batches:  # type: ignore[override]
+        return self._batches(self.texts)
+
+    @cached_property
+    def reference(self) -> Batches:  # type: ignore[override]
+        return self._batches(self._trusted) if self._trusted else self.train
+
+    @cached_property
+    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
+        return {"": self._batches(self._held)}
+
+    def _batches(self, texts: list[str]) -> Batches:
+        """Return batches of inputs, int32 (B, T), the first token being 0, and targets, the next tokens, likewise."""
+        inputs = np.zeros((len(texts), self.length), np.int32)
+        targets = np.full_like(inputs, NOTHING)
+        for row, encoded in enumerate(self.tokenizer.encode_batch(texts)):
+            ids = encoded.ids[: self.length]
+            targets[row, : len(ids)] = ids
+            inputs[row, 1 : len(ids)] = ids[:-1]
+        arrays = torch.from_numpy(inputs), torch.from_numpy(targets)
+        return TensorBatches(*arrays, batch_size=self.config.batch_size, device=self.device)
+
+    def network(self) -> nn.Module:
+        """Return a freshly initialised network: from tokens (B, T) to logits of the next one (B, T, V)."""
+        return self.fitted(MODEL.make(self.config.model, self.length, len(self.bytes_V)))
+
+    def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        there = targets != NOTHING
+        tokens = there.sum(1)
+        log_p = F.log_softmax(outputs, dim=-1)
+        plain = self._nats(log_p, targets).sum(1) / tokens
+        if not smoothing:
+            return plain, plain, None
+        uniform = -(log_p.mean(-1) * there).sum(1) / tokens
+        return plain, (1 - smoothing) * plain + smoothing * uniform, None
+
+    def _nats(self, log_p_BTV: Tensor, targets: Tensor) -> Tensor:
+        """Return how unlikely each token is (B, T), 0 behind the end."""
+        flat = F.nll_loss(log_p_BTV.flatten(0, 1), targets.flatten().long(), ignore_index=NOTHING, reduction="none")
+        return flat.view(targets.shape)
+
+    @torch.no_grad()
+    def evaluate(self, network: Network, batches: Iterable[Batch], n: int, processes: Processes) -> dict[str, float]:
+        """Return the bits of all tokens over their bytes, and the mean loss of the documents."""
+        sums = torch.zeros(3, dtype=torch.float64, device=network.device)  # nats, bytes, losses
+        lengths = self.bytes_V.to(network.device)
+        for _, tokens, targets in batches:
+            nats = self._nats(network.logits(tokens).log_softmax(-1), targets).double()
+            there = targets != NOTHING
+            sums += torch.stack([nats.sum(), lengths[targets.clamp(min=0)].sum(), (nats.sum(1) / there.sum(1)).sum()])
+        nats, size, loss = processes.sum(sums).tolist()
+        return {"bits_per_byte": nats / math.log(2) / size, "loss": loss / n}
+
+    def columns(self) -> dict[str, Any]:
+        import pandas as pd
+
+        paths = pd.array([printable(place) for place in self.places], dtype="string")
+        return {"index": self.parts.train, "path": paths, "corrupted": self.corrupted}
+
+    def reference_noise(self) -> float | None:
+        return self.parts.reference_noise
+
+
+def learnt(texts: list[str], vocabulary: int) -> Any:
+    """Return a tokenizer of byte-level BPE, trained on texts. Token 0 begins a document; 256 more are the bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|begin|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True  # a document that has such words has these words
+    return tokenizer
+
+
+# --- what can be wrong with a document
+
+
+def corrupt(text: str, rng: np.random.Generator) -> str:
+    """Return a text with its words shuffled, or in mojibake, or boilerplate in its place: another text in any case."""
+    kinds = (shuffled, mojibake, boilerplate)
+    changed = (kinds[kind](text, rng) for kind in rng.permutation(len(kinds)))
+    return next(other for other in changed if other != text)
+
+
+def shuffled(text: str, rng: np.random.Generator) -> str:
+    """Return a text with its words in another order."""
+    return " ".join(rng.permutation(np.array(text.split(), dtype=object)).tolist())
+
+
+def mojibake(text: str, rng: np.random.Generator) -> str:
+    """Return what a program makes of a text's UTF-8 that takes it for UTF-16, as Notepad's "Bush hid the facts"."""
+    return text.encode().decode("utf-16-le", "replace")
+
+
+def boilerplate(text: str, rng: np.random.Generator) -> str:
+    """Return one of some sentences of web pages, again and again, as long as a text."""
+    sentence = BOILERPLATE[rng.integers(len(BOILERPLATE))]
+    return (sentence * (len(text) // len(sentence) + 1))[: max(len(text), SHORTEST)]
+
+
+# --- data sets
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What is trained on and what is held out, of no text both.
+
+    Attributes:
+        train: some of it, in order.
+        test: likewise.
+        clean: whether these count as clean where no noise is injected.
+        fingerprint: sha256, as hex, of all of it.
+        skipped: what was too short.
+    """
+
+    train: list[Text]
+    test: list[Text]
+    clean: bool
+    fingerprint: str
+    skipped: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts(DataSet):
+    """Texts, cut into documents of about ``characters`` or less; a share ``held_out`` of the whole texts is not
+    trained on, the same in every run."""
+
+    name: str
+    characters: Annotated[int, Field(ge=2 * SHORTEST, le=10**7)]
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+
+    task: ClassVar[str] = "language"
+    clean: ClassVar[bool] = False
+
+    def texts(self) -> list[Text]:
+        """Return all texts. Raises UsageError for missing, incomplete or malformed files."""
+        raise NotImplementedError
+
+    def open(self) -> Documents:
+        found, skipped = [], []
+        for place, text in self.texts():
+            if len(text := text.strip()) < SHORTEST:
+                skipped.append(f"{printable(place)} has {len(text)} characters of the {SHORTEST} that a document needs")
+            else:
+                found.append((place, text))
+        held = round(self.held_out * len(found))
+        if not 1 <= held < len(found):
+            raise UsageError(
+                f"dataset={self.name} has {len(found)} texts of {SHORTEST} characters or more, {held} of which "
+                f"dataset.held_out={self.held_out:g} holds out: give it more texts, or type another share"
+            )
+        order = generator(0, "held-out texts").permutation(len(found))
+        train, test = (
+            [(found[row][0], part) for row in np.sort(rows) for part in passages(found[row][1], self.characters)]
+            for rows in (order[held:], order[:held])
+        )
+        content = hashlib.sha256(json.dumps([train, test]).encode()).hexdigest()
+        return Documents(train, test, self.clean, content, skipped)
+
+
+def passages(text: str, most: int) -> list[str]:
+    """Cut a text behind white space into parts of at most ``most`` characters, or of so many within a longer word.
+
+    A rest of fewer than `SHORTEST` stays with the part before it. The parts together are the text.
+    """
+    parts, start = [], 0
+    while len(text) - start > most + SHORTEST:
+        window = text[start : start + most]
+        end = start + next((at + 1 for at in range(most - 1, SHORTEST, -1) if window[at].isspace()), most)
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonDocs(Texts):
+    """The documentation of the Python that runs this: its language's topics, and its library's docstrings."""
+
+    clean: ClassVar[bool] = True
+
+    def texts(self) -> list[Text]:
+        library = Path(sysconfig.get_paths()["stdlib"])
+        files = sorted(library.glob("*.py")) + sorted(library.glob("pydoc_data/topics.py"))
+        if len(files) < 2:
+            raise UsageError(f"this Python has no source of its library in {library}; use dataset=text")
+        stamps = [platform.python_version(), *((file.name, file.stat().st_size) for file in files)]
+        digest = hashlib.sha256(json.dumps(stamps).encode() + Path(__file__).read_bytes()).hexdigest()
+        place = cache_folder("texts") / f"{digest[:32]}.json"
+        try:
+            return [(where, text) for where, text in json.loads(place.read_text())]
+        except (OSError, ValueError, TypeError):
+            pass
+        found = list(_docstrings(files))
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(place, lambda file: file.write(json.dumps(found).encode()))
+        except OSError:
+            pass  # a home that cannot be written costs seconds, no more
+        return found
+
+
+def _docstrings(files: list[Path]) -> Iterator[Text]:
+    """Yield what documents the modules, classes and functions of some files, each text once; of topics their texts."""
+    seen, progress = set(), Progress()
+    for number, file in enumerate(files):
+        progress.show(f"reading this Python's documentation: {number}/{len(files)}")
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            texts: list[str | None] = []
+            if file.stem == "topics" and isinstance(node, ast.Dict):
+                texts = [value.value for value in node.values if isinstance(value, ast.Constant)]  # type: ignore[misc]
+            elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                texts = [ast.get_docstring(node)]
+            for text in texts:
+                if text and text not in seen and len(text.strip()) >= SHORTEST:
+                    seen.add(text)
+                    yield file.name, text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles(Texts):
+    """Texts of one's own: a column of Parquet or JSONL files, or one in each ``.txt`` file, wherever below ``root``."""
+
+    root: Root
+    column: Annotated[str, Field(min_length=1)]
+
+    def texts(self) -> list[Text]:
+        kinds = {".parquet": self._parquet, ".jsonl": self._jsonl, ".txt": self._txt}
+        holds = "*.parquet, *.jsonl or *.txt"
+        if self.root is None:
+            raise UsageError(f"dataset={self.name} needs its files: type dataset.root=PATH, a folder of {holds}")
+        root = Path(self.root).expanduser()
+        if not root.exists():
+            raise UsageError(f"dataset.root={root} is not there: type a folder of {holds}, or one such file")
+        there = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+        files = [file for file in there if file.suffix in kinds]
+        if not files:
+            raise UsageError(f"dataset.root={root} has no {holds}: type the folder that has them")
+        if len(found := sorted({file.suffix for file in files})) > 1:
+            raise UsageError(f"dataset.root={root} has {' and '.join(found)}: type a folder, or a file, of one kind")
+        base = root.parent if root.is_file() else root
+        try:
+            return [text for file in files for text in kinds[file.suffix](file, file.relative_to(base).as_posix())]
+        except OSError as error:
+            raise UsageError(f"{error.filename or root} cannot be read ({error.strerror}): mend that") from None
+
+    def _txt(self, file: Path, name: str) -> Iterator[Text]:
+        try:
+            yield name, file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file} is not UTF-8 ({brief(error)}): convert it, or move it elsewhere") from None
+
+    def _jsonl(self, file: Path, name: str) -> Iterator[Text]:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    values = json.loads(line)
+                    json.dumps(values, ensure_ascii=False).encode()
+                except ValueError as error:
+                    raise UsageError(f"{file}, line {number}, is no JSON ({brief(error)}): mend or delete it") from None
+                text = values.get(self.column) if isinstance(values, dict) else None
+                if not isinstance(text, str):
+                    has = ", ".join(values) if isinstance(values, dict) else type(values).__name__
+                    raise UsageError(f"{file}, line {number}, has no text {self.column}, but {has}: {self._other}")
+                yield f"{name}#{number}", text
+
+    def _parquet(self, file: Path, name: str) -> Iterator[Text]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            schema = pq.read_schema(file)
+            if self.column not in schema.names:
+                raise UsageError(f"{file} has no column {self.column}, but {', '.join(schema.names)}: {self._other}")
+            kind = schema.field(self.column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise UsageError(f"the column {self.column} of {file} holds {kind}, no texts: {self._other}")
+            texts = pq.read_table(file, columns=[self.column]).column(0).to_pylist()
+        except pa.ArrowException as error:
+            raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from None
+        for row, text in enumerate(texts):
+            yield f"{name}#{row}", text or ""
+
+    @property
+    def _other(self) -> str:
+        return "type dataset.column=NAME of the one that has the texts"
+
+
+# --- a network
+
+
+def gpt(
+    length: int,
+    vocabulary: int,
+    *,
+    width: Annotated[int, Field(ge=8, le=16_384)],
+    layers: Annotated[int, Field(ge=1, le=256)],
+    heads: Annotated[int, Field(ge=1, le=256)],
+) -> nn.Module:
+    """See `GPT`. Raises ValueError where ``width`` cannot be divided by ``heads``."""
+    if width % heads:
+        raise ValueError(f"width={width} cannot be divided among heads={heads}; use a multiple")
+    return GPT(length, vocabulary, width, layers, heads)
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al., 2019) without dropout: from tokens (B, T) to logits of the next one (B, T, V)."""
+
+    def __init__(self, length: int, vocabulary: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        for name, values in self.named_parameters():
+            if values.dim() == 2:
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(values, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD = self.tokens(tokens_BT) + self.places.weight[: tokens_BT.shape[1]]
+        return F.linear(self.norm(self.blocks(x_BTD)), self.tokens.weight)
+
+
+class Block(nn.Module):
+    """Causal attention, then two layers for each token by itself."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_layers = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        qkv = self.qkv(self.before_attention(x_BTD)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BTD = x_BTD + self.out(mixed.transpose(1, 2).flatten(2))
+        return x_BTD + self.down(F.gelu(self.up(self.before_layers(x_BTD))))

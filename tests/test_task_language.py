@@ -1,0 +1,242 @@
+"""The task language: documents, what can be wrong with them, bits per byte, and whole runs on one's own texts."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from alignprune_exp.distributed import Processes
+from alignprune_exp.setup import open_task
+from alignprune_exp.tasks.language import NOTHING, SHORTEST, boilerplate, corrupt, mojibake, passages, shuffled
+from harness import Stop, assert_same_results, composed, config_of, launch, only_run, rows_of, samples_of, summary_of
+
+WORDS = ("time", "is", "an", "illusion", "lunchtime", "doubly", "so", "said", "the", "guide", "to", "galaxies")
+TINY = ("task=language", "dataset=text", "threads=1", "task.length=24", "task.vocabulary=300", "model.width=16")
+TINY += ("model.layers=1", "model.heads=2", "batch_size=16", "epochs=5", "score.window=3", "dataset.characters=80")
+TINY += ("dataset.held_out=0.2", "reference.size=8")
+
+
+def sentences(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, 12)) + f" {row}" for row in range(n)]
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory):
+    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(120)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def task(jsonl):
+    return open_task(composed(*TINY, f"dataset.root={jsonl}", "noise=sym", "noise.rate=0.25"))
+
+
+class Uniform(nn.Module):
+    """Takes every token for as likely as any other."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary = vocabulary
+
+    def logits(self, tokens):
+        return torch.zeros(*tokens.shape, self.vocabulary)
+
+
+def test_the_share_asked_for_is_corrupted_and_known(task):
+    documents = task.opened()
+    assert task.corrupted.sum() == round(0.25 * task.n)
+    changed = [given != documents.train[row][1] for given, row in zip(task.texts, task.parts.train, strict=True)]
+    assert changed == task.corrupted.tolist()
+    assert set(task.columns()["corrupted"]) == {True, False}
+    assert not set(task.parts.train) & set(task.parts.reference)
+    assert task._trusted == [documents.train[row][1] for row in task.parts.reference]
+    assert {place for place, _ in documents.train}.isdisjoint(place for place, _ in documents.test)
+    assert task.reference_noise() == 0
+
+
+@given(st.text(min_size=SHORTEST), st.integers(0, 99))
+def test_a_corrupted_text_is_another_one(text, seed):
+    assert corrupt(text, np.random.default_rng(seed)) != text
+
+
+def test_what_can_be_wrong_is_what_its_name_says():
+    text, rng = sentences(1)[0], np.random.default_rng(0)
+    assert sorted(shuffled(text, rng).split()) == sorted(text.split())
+    assert mojibake(text, rng).encode("utf-16-le")[: len(text) // 2 * 2] == text.encode()[: len(text) // 2 * 2]
+    repeated = boilerplate(text * 4, rng)
+    period = next(p for p in range(1, len(repeated)) if repeated[p:] == repeated[:-p])
+    assert len(repeated) == len(text * 4)
+    assert period < 100
+
+
+@given(st.text(alphabet="ab \n", max_size=300), st.integers(2 * SHORTEST, 100))
+def test_passages_together_are_the_text_and_are_cut_behind_white_space(text, most):
+    parts = passages(text, most)
+    assert "".join(parts) == text
+    assert all(SHORTEST <= len(part) <= most + SHORTEST for part in parts) or len(parts) == 1
+    for part in parts[:-1]:
+        assert part[-1].isspace() or not any(map(str.isspace, part[SHORTEST + 1 :]))
+
+
+def test_a_document_is_the_bytes_of_its_tokens(task):
+    for text, encoded in zip(task.texts, task.tokenizer.encode_batch(task.texts), strict=True):
+        assert task.bytes_V[encoded.ids].sum() == len(text.encode())
+        assert task.tokenizer.decode(encoded.ids) == text
+    for _, inputs, targets in task.train.evaluation():
+        assert (inputs[:, 0] == 0).all()
+        follows = targets[:, 1:] != NOTHING
+        assert torch.equal(inputs[:, 1:][follows], targets[:, :-1][follows])
+
+
+def test_the_losses_of_a_batch_are_those_of_its_samples_one_by_one(task):
+    torch.manual_seed(0)
+    network = task.network()
+    _, inputs, targets = next(task.train.evaluation())
+    together = task.losses(network(inputs), targets, 0.1)[:2]
+    for row in range(len(inputs)):
+        log_p = network(inputs[[row]])[0].log_softmax(-1)
+        own = [(t, int(token)) for t, token in enumerate(targets[row]) if token != NOTHING]
+        plain = -sum(log_p[t, token] for t, token in own) / len(own)
+        uniform = -sum(log_p[t].mean() for t, _ in own) / len(own)
+        torch.testing.assert_close(together[0][row], plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[1][row], 0.9 * plain + 0.1 * uniform, rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_is_not_predicted_from_itself_or_what_follows(task):
+    torch.manual_seed(0)
+    network = task.network()
+    tokens = torch.randint(1, 256, (1, 24))
+    changed = tokens.clone()
+    changed[0, 10:] = torch.randint(1, 256, (14,))
+    before, after = network(tokens), network(changed)
+    torch.testing.assert_close(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_the_bits_per_byte_of_a_uniform_model_are_what_theory_says(task):
+    tests = task.tests[""]
+    vocabulary = task.tokenizer.get_vocab_size()
+    found = task.evaluate(Uniform(vocabulary), tests.evaluation(), len(tests), Processes())
+    lengths = [encoded.ids[: task.length] for encoded in task.tokenizer.encode_batch(task._held)]
+    tokens, size = sum(map(len, lengths)), sum(int(task.bytes_V[ids].sum()) for ids in lengths)
+    assert math.isclose(found["bits_per_byte"], tokens * math.log2(vocabulary) / size, rel_tol=1e-6)
+    assert math.isclose(found["loss"], math.log(vocabulary), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("pruner=sieve", "score=settled", "pruner.warmup=2")]
+)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, jsonl, line):
+    line = (*line, f"dataset.root={jsonl}")
+    assert launch(tmp_path / "whole", *line, base=TINY) == 0
+    stop, config = Stop(), config_of(tmp_path / "parts", *line, base=TINY)
+    while stop.run(config, 5):
+        pass
+    assert_same_results(only_run(tmp_path / "parts"), only_run(tmp_path / "whole"))
+    folder = only_run(tmp_path / "whole")
+    summary, rows = summary_of(folder), rows_of(folder)
+    assert summary["headline_name"] == "bits_per_byte"
+    assert summary["test_bits_per_byte_best"] == min(row["test_bits_per_byte"] for row in rows)
+    assert 0 < summary["kept_noise_mean"] < 1
+    assert all(0 <= row["auroc_settled"] <= 1 for row in rows)
+    samples = samples_of(folder)
+    assert samples["corrupted"].mean() == summary["noise_rate"] == pytest.approx(0.5, abs=0.01)
+    assert samples["path"].str.startswith("texts.jsonl#").all()
+
+
+def test_parquet_and_files_give_the_same_documents(tmp_path, task):
+    texts = sentences(120)
+    pq.write_table(pa.table({"body": texts}), tmp_path / "a.parquet")
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    for row, text in enumerate(texts):
+        (tmp_path / "folder" / "below" / f"{row:03}.txt").write_text(text)
+    for more in (
+        (f"dataset.root={tmp_path / 'a.parquet'}", "dataset.column=body"),
+        (f"dataset.root={tmp_path / 'folder'}",),
+    ):
+        found = open_task(composed(*TINY, *more)).opened()
+        assert [text for _, text in found.train] == [text for _, text in task.opened().train]
+
+
+def test_the_documentation_of_this_python_is_the_default(tmp_path):
+    task = open_task(composed("task=language"))
+    assert "pprint.py" in " ".join(place for place, _ in task.opened().train)
+    texts = [text for part in (task.opened().train, task.opened().test) for _, text in part]
+    assert any("The following sections describe" in text or "statement" in text for text in texts)
+    assert len(texts) > 3000
+    assert task.fingerprint == open_task(composed("task=language")).fingerprint
+
+
+def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, jsonl):
+    line = ["task=language", "dataset=text", f"paths.results={tmp_path / 'none'}"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert "dataset.root is missing" in refused(*line)
+    assert "is not there: type a folder of *.parquet" in refused(*line, f"dataset.root={tmp_path / 'gone'}")
+    assert "has no *.parquet" in refused(*line, f"dataset.root={folder}")
+    assert "line 1, has no text body, but text" in refused(*line, f"dataset.root={jsonl}", "dataset.column=body")
+    (folder / "a.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    assert "a.jsonl, line 2, is no JSON" in refused(*line, f"dataset.root={folder}")
+    (folder / "a.jsonl").write_text('{"text": "\\ud800 alone"}\n')
+    assert "a.jsonl, line 1, is no JSON" in refused(*line, f"dataset.root={folder}")
+    (folder / "b.txt").write_bytes(b"\xff\xfe")
+    assert ".jsonl and .txt" in refused(*line, f"dataset.root={folder}")
+    assert "b.txt is not UTF-8" in refused(*line, f"dataset.root={folder / 'b.txt'}")
+    (folder / "c.parquet").write_bytes(b"nothing")
+    assert "c.parquet cannot be read as Parquet" in refused(*line, f"dataset.root={folder / 'c.parquet'}")
+    pq.write_table(pa.table({"body": ["a"], "n": [1]}), folder / "d.parquet")
+    root = f"dataset.root={folder / 'd.parquet'}"
+    assert "has no column text, but body, n" in refused(*line, root)
+    assert "holds int64, no texts" in refused(*line, root, "dataset.column=n")
+    assert "has 0 texts of 32 characters or more" in refused(*line, root, "dataset.column=body")
+
+
+def test_what_does_not_go_with_the_task_is_one_sentence(tmp_path, refused, jsonl, monkeypatch):
+    line = ["task=language", "dataset=text", f"paths.results={tmp_path / 'none'}"]
+    ours = [*line, f"dataset.root={jsonl}"]
+    assert "learner=elr needs class labels" in refused(*ours, "learner=elr")
+    assert "use score=settled" in refused(*ours, "method=sieve")
+    assert "pruner=static_el2n needs class labels" in refused(*ours, "pruner=static_el2n")
+    assert "noise=asym: it is of class labels" in refused(*ours, "noise=asym0.2")
+    assert "reference.per_class=true needs class labels" in refused(*ours, "reference=per_class")
+    assert "model=small_cnn does not fit task=language" in refused(*ours, "model=small_cnn")
+    assert "cannot be divided among heads=5" in refused(*ours, "model.heads=5")
+    assert "dataset=digits is for task=classification; with task=language use dataset=python_docs or text" in refused(
+        "task=language", "dataset=digits", f"paths.results={tmp_path / 'none'}"
+    )
+    assert "dataset=text is for task=language" in refused("dataset=text", *ours[2:])
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert "needs tokenizers; type pip install 'alignprune-exp[tasks]'" in refused(*ours)
+
+
+def test_the_same_seed_draws_the_same_and_another_one_others(jsonl, task):
+    again = open_task(composed(*TINY, f"dataset.root={jsonl}", "noise=sym", "noise.rate=0.25"))
+    other = open_task(composed(*TINY, f"dataset.root={jsonl}", "noise=sym", "noise.rate=0.25", "seed=1"))
+    assert again.texts == task.texts
+    assert other.texts != task.texts
+    assert other._held == task._held
+
+
+def test_two_processes_compute_what_one_computes(tmp_path, nurse, jsonl):
+    line = (*TINY, f"dataset.root={jsonl}", "precision=fp32")
+    nurse.start(*[[*line, f"paths.results={tmp_path / 'two'}"]] * 2, together=True)
+    assert nurse.ended() == [0, 0], nurse.said
+    assert launch(tmp_path / "one", base=line) == 0
+    for ours, theirs in zip(
+        rows_of(only_run(tmp_path / "two"))[:3], rows_of(only_run(tmp_path / "one"))[:3], strict=True
+    ):
+        assert ours["kept_noise"] == theirs["kept_noise"]
+        for key in ("train_loss", "test_loss", "test_bits_per_byte", "reference_loss"):
+            assert math.isclose(ours[key], theirs[key], rel_tol=1e-4)
