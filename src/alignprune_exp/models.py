@@ -70,6 +70,9 @@ MODELS: dict[str, Callable[..., nn.Module] | str] = {
     "resnet18": _torchvisions("resnet18"),
     "resnet50": _torchvisions("resnet50"),
     "gpt": "tasks.language.gpt",
+    "unet": "tasks.segmentation.unet",
+    "lraspp": "tasks.segmentation.lraspp",
+    "deeplabv3": "tasks.segmentation.deeplabv3",
 }
 
 

@@ -21,4 +21,7 @@ DATASETS: dict[str, type[DataSet] | str] = {
     "parquet": Parquet,
     "python_docs": "tasks.language.PythonDocs",
     "text": "tasks.language.TextFiles",
+    "digit_scenes": "tasks.segmentation.DigitScenes",
+    "voc": "tasks.segmentation.Voc",
+    "pets": "tasks.segmentation.Pets",
 }

@@ -12,4 +12,5 @@ __all__ = ["TASKS", "Metric", "Task"]
 TASKS: dict[str, type[Task] | str] = {
     "classification": Classification,
     "language": "tasks.language.Language",
+    "segmentation": "tasks.segmentation.Segmentation",
 }

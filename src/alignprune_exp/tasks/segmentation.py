@@ -1,0 +1,520 @@
+"""Segmentation: a sample is an image, its loss the mean over its pixels; the headline is the mean IoU of the classes.
+
+Shape legend: n samples, B samples of a batch, C classes, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import MODEL, Config
+from ..console import Progress
+from ..data.augment import Augmentation
+from ..data.batches import Batch, Batches
+from ..data.images import IMAGE_FORMATS, rgb
+from ..data.parts import Parts
+from ..data.source import DataSet, Root, brief, existing
+from ..data.sources.digits import Digits
+from ..errors import UsageError
+from ..files import printable
+from ..models import Kind, Width, normalisation, synchronised
+from ..pruning.seeding import generator
+from ..records import Metric
+from ..schema import Side
+from .base import Task, needed
+
+if TYPE_CHECKING:
+    from ..distributed import Processes
+    from ..network import Network
+
+IGNORED = 255  # what a mask has where a pixel is of no class
+BACKGROUND = 0
+
+
+class Segmentation(Task):
+    """Images with a mask each, which has the class of every pixel.
+
+    Attributes:
+        masks: those trained on, wrong ones among them, uint8 (n, H, W).
+    """
+
+    metrics = (Metric("miou", "test mean IoU", "%"),)
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, device, dtype)
+        needed("torchmetrics", config.task.name)
+        self.scenes: Scenes = self.opened()
+        train, test = self.scenes.train, self.scenes.test
+        self.parts = parts = Parts.of(config, len(train), len(test), self.scenes.clean)
+        self.n, self.held_out, self.fingerprint = len(parts.train), len(parts.reference), self.scenes.fingerprint
+        self.corrupted = parts.corrupted
+        self.chance_loss = math.log(len(self.scenes.classes))
+        self.masks = self._given(parts.train, parts.wrong)
+        pixels = train.images[parts.train].transpose(1, 0, 2, 3).reshape(3, -1)
+        self.mean, self.std = pixels.mean(1) / 255, np.maximum(pixels.std(1) / 255, 1e-3)
+
+    def _given(self, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+        """Return the masks of some rows, those that are ``wrong`` corrupted by (seed, row)."""
+        masks = self.scenes.train.masks[rows]
+        for place in np.flatnonzero(wrong):
+            rng = generator(self.config.seed, "corruption", int(rows[place]))
+            masks[place] = corrupt(masks[place], len(self.scenes.classes), rng)
+        return masks
+
+    @cached_property
+    def train(self) -> Batches:  # type: ignore[override]
+        return self._batches(self.scenes.train.images[self.parts.train], self.masks, self.config.dataset.flip)
+
+    @cached_property
+    def reference(self) -> Batches:  # type: ignore[override]
+        parts = self.parts
+        if not self.held_out:
+            return self.train
+        return self._batches(self.scenes.train.images[parts.reference], self._given(parts.reference, parts.doubted))
+
+    @cached_property
+    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
+        test, rows = self.scenes.test, self.parts.test
+        return {"": self._batches(test.images[rows], test.masks[rows])}
+
+    def _batches(self, images: np.ndarray, masks: np.ndarray, flip: bool = False) -> Batches:
+        return SceneBatches(self, torch.from_numpy(images), torch.from_numpy(masks), flip)
+
+    def network(self) -> nn.Module:
+        """Return a freshly initialised network: from images (B, 3, H, W) to logits (B, C, H, W)."""
+        return self.fitted(MODEL.make(self.config.model, 3, len(self.scenes.classes)))
+
+    def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        if outputs.shape[-2:] != targets.shape[-2:] or outputs.dim() != 4:
+            raise ValueError("the outputs are not of the masks' size")
+        log_p, labels = F.log_softmax(outputs.permute(0, 2, 3, 1).flatten(1, 2), dim=-1), targets.flatten(1).long()
+        there = labels != IGNORED
+        pixels = there.sum(1).clamp(min=1)
+        nats = F.nll_loss(log_p.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        plain = nats.view(labels.shape).sum(1) / pixels
+        if not smoothing:
+            return plain, plain, None
+        uniform = -(log_p.mean(-1) * there).sum(1) / pixels
+        return plain, (1 - smoothing) * plain + smoothing * uniform, None
+
+    @torch.no_grad()
+    def evaluate(self, network: Network, batches: Iterable[Batch], n: int, processes: Processes) -> dict[str, float]:
+        """Return the mean over classes of the IoU of all pixels of all images, in per cent, and the mean loss."""
+        from torchmetrics.classification import MulticlassJaccardIndex
+
+        classes = len(self.scenes.classes)
+        iou = MulticlassJaccardIndex(classes, ignore_index=IGNORED, sync_on_compute=False).to(network.device)
+        loss = torch.zeros((), dtype=torch.float64, device=network.device)
+        for _, images, masks in batches:
+            logits = network.logits(images)
+            loss += self.losses(logits, masks)[0].double().sum()
+            iou.update(logits.argmax(1), masks.long())
+        iou.confmat = processes.sum(iou.confmat)
+        return {"miou": 100 * iou.compute().item(), "loss": processes.sum(loss).item() / n}
+
+    def columns(self) -> dict[str, Any]:
+        import pandas as pd
+
+        names = [printable(self.scenes.train.names[row]) for row in self.parts.train]
+        return {"index": self.parts.train, "path": pd.array(names, dtype="string"), "corrupted": self.corrupted}
+
+    def reference_noise(self) -> float | None:
+        return self.parts.reference_noise
+
+
+class SceneBatches(Batches):
+    """Batches of normalised images (B, 3, H, W) and masks, uint8 (B, H, W), which are mirrored together.
+
+    Args:
+        task: whose they are.
+        images: uint8 (n, 3, H, W).
+        masks: uint8 (n, H, W).
+        flip: whether training mirrors each left to right with probability ½, by (seed, epoch, sample).
+    """
+
+    def __init__(self, task: Segmentation, images: Tensor, masks: Tensor, flip: bool) -> None:
+        super().__init__(masks, task.config.batch_size, task.device)
+        self._images, self._dtype = images.to(self.device), task.dtype
+        self._layout = torch.channels_last if task.config.channels_last else torch.contiguous_format
+        self._augmentation = Augmentation(task.config.seed, flip=flip, crop=0)
+        mean, std = (torch.from_numpy(each).float().view(3, 1, 1).to(self.device) for each in (task.mean, task.std))
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+
+    def inputs(self, parts: list[Tensor], epoch: int | None, views: int, strongly: bool) -> Iterator[Tensor]:
+        for part in parts:
+            images = self._images.index_select(0, part.to(self.device, non_blocking=True))
+            x = self._mirrored(images, part, epoch) * self._scale + self._shift
+            yield x.repeat(views, 1, 1, 1).to(self._dtype, memory_format=self._layout)
+
+    def targets(self, part: Tensor, epoch: int | None) -> Tensor:
+        return self._mirrored(super().targets(part, epoch), part, epoch)
+
+    def _mirrored(self, values: Tensor, part: Tensor, epoch: int | None) -> Tensor:
+        """Return images or masks (B, …, W), those mirrored that are to be."""
+        if epoch is None or not self._augmentation.flip:
+            return values
+        flips = self._augmentation.draw(part, epoch)[2].to(self.device, non_blocking=True)
+        return torch.where(flips.view(-1, *[1] * (values.dim() - 1)), values.flip(-1), values)
+
+
+# --- what can be wrong with a mask
+
+
+def corrupt(mask: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask (H, W) whose objects are eroded, dilated or shifted, or one class of which is another one.
+
+    It differs in any case, unless all of it is ignored; what is ignored stays so.
+    """
+    kinds = [(eroded, dilated, shifted, swapped)[kind] for kind in rng.permutation(4)]
+    for kind in (*kinds, swapped):
+        changed = np.where(mask == IGNORED, IGNORED, kind(mask, classes, rng)).astype(np.uint8)
+        if (changed != mask).any():
+            return changed
+    return mask
+
+
+def _objects(mask: np.ndarray) -> np.ndarray:
+    return (mask != BACKGROUND) & (mask != IGNORED)
+
+
+def _pixels(mask: np.ndarray, rng: np.random.Generator) -> int:
+    """Draw by how much to erode or dilate: up to a sixteenth of the side, and at least one pixel."""
+    return int(rng.integers(1, max(min(mask.shape) // 16, 1) + 1))
+
+
+def eroded(mask: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask without the outermost pixels of what is no background."""
+    from scipy.ndimage import binary_erosion
+
+    kept = binary_erosion(_objects(mask), iterations=_pixels(mask, rng), border_value=1)
+    return np.where(kept, mask, BACKGROUND)
+
+
+def dilated(mask: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask in which the nearest object has the background around it."""
+    from scipy.ndimage import distance_transform_edt
+
+    if not (objects := _objects(mask)).any():
+        return mask
+    far, (row, column) = distance_transform_edt(~objects, return_indices=True)
+    return np.where(far <= _pixels(mask, rng), mask[row, column], mask)
+
+
+def shifted(mask: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask that is shifted by up to a quarter of its sides, background moving in."""
+    from scipy.ndimage import shift
+
+    objects = np.where(_objects(mask), mask, BACKGROUND)
+    return shift(objects, [int(rng.integers(-(side // 4), side // 4 + 1)) for side in mask.shape], order=0)
+
+
+def swapped(mask: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask in which one of its classes, an object's where it has one, is another class."""
+    there = np.unique(mask[_objects(mask)])
+    before = rng.choice(there) if len(there) else BACKGROUND
+    return np.where(mask == before, (before + rng.integers(1, classes)) % classes, mask)
+
+
+# --- data sets
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Images and their masks.
+
+    Attributes:
+        images: uint8 (n, 3, H, W).
+        masks: the class of each pixel, or `IGNORED`, uint8 (n, H, W).
+        names: of each.
+    """
+
+    images: np.ndarray
+    masks: np.ndarray
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What is trained and evaluated on.
+
+    Attributes:
+        train, test: of one size.
+        classes: their names; number 0 is the background.
+        clean: whether the masks count as clean where no noise is injected.
+    """
+
+    train: Masked
+    test: Masked
+    classes: Sequence[str]
+    clean: bool
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, as hex, of every pixel."""
+        digest = hashlib.sha256(str([len(self.classes), len(self.train), len(self.test)]).encode())
+        for part in (self.train, self.test):
+            digest.update(str(part.images.shape).encode() + part.images.tobytes() + part.masks.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitScenes(DataSet):
+    """scikit-learn's digits on cuts of its two sample photographs: made of real images, but no photograph of anything.
+
+    Training and test scenes share neither a digit nor a pixel of a photograph.
+    """
+
+    name: str
+    side: Annotated[int, Field(ge=32, le=192)]
+    scenes: Annotated[int, Field(ge=10, le=10**6)]
+    most: Annotated[int, Field(ge=1, le=9)]
+
+    task: ClassVar[str] = "segmentation"
+
+    def open(self) -> Scenes:
+        digits = Digits(name=self.name).open()
+        (sklearn,) = find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
+        photographs = [np.asarray(Image.open(Path(sklearn) / "datasets" / "images" / f"{name}.jpg"))
+                       for name in ("china", "flower")]  # fmt: skip
+        border = [round(0.7 * photograph.shape[1]) for photograph in photographs]
+        left = [photograph[:, :at] for photograph, at in zip(photographs, border, strict=True)]
+        right = [photograph[:, at:] for photograph, at in zip(photographs, border, strict=True)]
+        train = self._made("train", self.scenes, digits.train, left)
+        test = self._made("test", max(self.scenes // 5, 1), digits.test, right)
+        return Scenes(train, test, ("background", *digits.classes), clean=True)
+
+    def _made(self, split: str, n: int, digits: Any, photographs: list[np.ndarray]) -> Masked:
+        images = np.empty((n, 3, self.side, self.side), np.uint8)
+        masks = np.empty((n, self.side, self.side), np.uint8)
+        rows = np.arange(len(digits))
+        grey, labels = digits.pixels(rows).numpy()[:, 0], digits.labels
+        for row in range(n):
+            rng = generator(0, f"{split} scene", row)
+            scene, masks[row] = self._scene(photographs[rng.integers(len(photographs))], grey, labels, rng)
+            images[row] = scene.transpose(2, 0, 1)
+        return Masked(images, masks, [f"{split} scene {row}" for row in range(n)])
+
+    def _scene(
+        self, photograph: np.ndarray, digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image, uint8 (side, side, 3), and its mask; the digits (8, 8) stand out against what is below."""
+        side = self.side
+        top, left = (int(rng.integers(0, size - side + 1)) for size in photograph.shape[:2])
+        image = photograph[top : top + side, left : left + side].astype(np.float32)
+        mask = np.full((side, side), BACKGROUND, np.uint8)
+        for _ in range(rng.integers(1, self.most + 1)):
+            which, size = int(rng.integers(len(digits))), int(rng.integers(side // 2, 3 * side // 4 + 1))
+            large = Image.fromarray(digits[which]).resize((size, size), Image.Resampling.BILINEAR)
+            ink = np.asarray(large, np.float32)[..., None] / 255
+            top, left = (int(rng.integers(0, side - size + 1)) for _ in range(2))
+            below = image[top : top + size, left : left + size]
+            colour = rng.uniform(0, 80, 3) + (175 if below.mean() < 128 else 0)
+            below += ink * (colour - below)
+            mask[top : top + size, left : left + size][ink[..., 0] > 0.5] = 1 + labels[which]
+        return np.rint(image).astype(np.uint8), mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskFiles(DataSet):
+    """Images and masks in files of their own, held in memory, each the largest square around its centre.
+
+    Attributes:
+        image_size: side of that, in pixels.
+    """
+
+    name: str
+    root: Root
+    image_size: Side
+
+    task: ClassVar[str] = "segmentation"
+    holds: ClassVar[str]
+    classes: ClassVar[tuple[str, ...]]
+    lists: ClassVar[tuple[str, str]]  # of what is trained and evaluated on, below the root
+    images: ClassVar[str]  # where an image lies below the root, by its name
+    masks: ClassVar[str]  # where its mask does
+
+    def numbers(self, mask: np.ndarray) -> np.ndarray:
+        """Return the classes of a mask's pixels as this module has them."""
+        return mask
+
+    @cached_property
+    def folder(self) -> Path:
+        return existing(self.name, self.root, self.holds)
+
+    def open(self) -> Scenes:
+        train, test = (self._listed(self.folder / name) for name in self.lists)
+        needed = 4 * self.image_size**2 * (len(train) + len(test))
+        if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+            raise UsageError(
+                f"{len(train) + len(test)} images of {self.image_size} pixels take {needed / 1e9:.0f} GB, more than "
+                "half of this machine's memory: type a smaller dataset.image_size"
+            )
+        return Scenes(self._read(train), self._read(test), self.classes, clean=False)
+
+    def _listed(self, file: Path) -> list[str]:
+        """Return the first word of each line of a list."""
+        try:
+            lines = file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise UsageError(f"{file} cannot be read ({reason}): {self.name} has {self.holds}") from None
+        names = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+        if not names:
+            raise UsageError(f"{file} names no image: fetch it again")
+        return names
+
+    def _read(self, names: list[str]) -> Masked:
+        side = (self.image_size, self.image_size)
+        images, masks = np.empty((len(names), 3, *side), np.uint8), np.empty((len(names), *side), np.uint8)
+        progress = Progress()
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for row, (image, mask) in enumerate(pool.map(self._pair, names)):
+                images[row], masks[row] = image.transpose(2, 0, 1), mask
+                progress.show(f"reading images and masks: {row}/{len(names)}")
+        return Masked(images, masks, names)
+
+    def _pair(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image, uint8 (S, S, 3), and its mask, uint8 (S, S). Raises UsageError for what cannot be either."""
+        files = [self.folder / place.format(name) for place in (self.images, self.masks)]
+        image, mask = (_opened(file) for file in files)
+        if image.size != mask.size:
+            sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
+            raise UsageError(f"{files[1]} is {sizes[0]} pixels where its image is {sizes[1]}: replace one of them")
+        if mask.mode not in ("P", "L"):
+            raise UsageError(f"{files[1]} has colours ({mask.mode}) where numbers of classes are wanted: replace it")
+        classes = Image.fromarray(self.numbers(np.asarray(mask)))
+        side = (self.image_size, self.image_size)
+        fitted = np.asarray(ImageOps.fit(classes, side, Image.Resampling.NEAREST))
+        if len(wrong := fitted[(fitted >= len(self.classes)) & (fitted != IGNORED)]):
+            raise UsageError(
+                f"{files[1]} has class {wrong[0]} where 0 to {len(self.classes) - 1}, or {IGNORED}, are wanted: mend it"
+            )
+        return np.asarray(ImageOps.fit(rgb(image), side, Image.Resampling.BILINEAR)), fitted
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as opened:
+            opened.load()
+            return opened
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else brief(error)
+        raise UsageError(f"{file} cannot be read as an image ({reason}): fetch it again, or delete its line") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Voc(MaskFiles):
+    """Pascal VOC 2012, as it ships; borders of objects are of no class."""
+
+    holds = "JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/train.txt and val.txt"
+    classes = (
+        *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+        *("dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "monitor"),
+    )
+    lists = ("ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt")
+    images, masks = "JPEGImages/{}.jpg", "SegmentationClass/{}.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pets(MaskFiles):
+    """Oxford-IIIT pets: the animal and the background; borders are of no class."""
+
+    holds = "images/, annotations/trimaps/ and annotations/trainval.txt and test.txt"
+    classes = ("background", "pet")
+    lists = ("annotations/trainval.txt", "annotations/test.txt")
+    images, masks = "images/{}.jpg", "annotations/trimaps/{}.png"
+
+    def numbers(self, mask: np.ndarray) -> np.ndarray:
+        trimap = np.full(256, IGNORED - 1, np.uint8)  # which is refused
+        trimap[[1, 2, 3]] = 1, BACKGROUND, IGNORED
+        return trimap[mask]
+
+
+# --- networks
+
+
+def unet(channels: int, classes: int, *, width: Width, norm: Kind) -> nn.Module:
+    """See `UNet`."""
+    return synchronised(UNet(channels, classes, width, norm), norm)
+
+
+class UNet(nn.Module):
+    """A small U-Net (Ronneberger et al., 2015): images (B, channels, H, W) of any size to logits (B, C, H, W)."""
+
+    def __init__(self, channels: int, classes: int, width: int, norm: str) -> None:
+        super().__init__()
+        normed = normalisation(norm)
+
+        def stage(before: int, after: int) -> nn.Module:
+            layers: list[nn.Module] = []
+            for inner in (before, after):
+                layers += [nn.Conv2d(inner, after, 3, padding=1, bias=False), normed(after), nn.ReLU(inplace=True)]
+            return nn.Sequential(*layers)
+
+        widths = (width, 2 * width, 4 * width)
+        self.down = nn.ModuleList(map(stage, (channels, *widths), (*widths, 8 * width)))
+        self.rise = nn.ModuleList(nn.ConvTranspose2d(2 * wide, wide, 2, stride=2) for wide in reversed(widths))
+        self.up = nn.ModuleList(stage(2 * wide, wide) for wide in reversed(widths))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[-2:]
+        x, across = F.pad(x_BCHW, (0, -width % 8, 0, -height % 8)), []
+        for stage in self.down[:-1]:
+            across.append(stage(x))
+            x = F.max_pool2d(across[-1], 2)
+        x = self.down[-1](x)
+        for rise, up in zip(self.rise, self.up, strict=True):
+            x = up(torch.cat([across.pop(), rise(x)], dim=1))
+        return self.head(x)[..., :height, :width]
+
+
+class Out(nn.Module):
+    """One of torchvision's networks, without dropout, whose draws no checkpoint would carry."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.network(x_BCHW)["out"]
+
+
+def lraspp(channels: int, classes: int) -> nn.Module:
+    """torchvision's LR-ASPP with MobileNetV3-Large, freshly initialised."""
+    return _torchvisions("lraspp_mobilenet_v3_large", classes)
+
+
+def deeplabv3(
+    channels: int, classes: int, *, backbone: Literal["mobilenet_v3_large", "resnet50", "resnet101"]
+) -> nn.Module:
+    """torchvision's DeepLabV3, freshly initialised."""
+    return _torchvisions(f"deeplabv3_{backbone}", classes)
+
+
+def _torchvisions(name: str, classes: int) -> nn.Module:
+    from torchvision.models import segmentation
+
+    return Out(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=classes))

@@ -1,0 +1,276 @@
+"""The task segmentation: wrong masks, the mean IoU, layouts of data sets, and whole runs on scenes of digits."""
+
+import itertools
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from alignprune_exp.config import MODEL
+from alignprune_exp.distributed import Processes
+from alignprune_exp.setup import open_task
+from alignprune_exp.tasks.segmentation import IGNORED, corrupt, dilated, eroded, shifted, swapped
+from harness import Stop, assert_same_results, composed, config_of, launch, only_run, rows_of, samples_of, summary_of
+
+TINY = ("task=segmentation", "threads=1", "dataset.scenes=70", "dataset.side=32", "model.width=2", "batch_size=16")
+TINY += ("epochs=5", "score.window=3", "dataset.test_subset=10", "reference.size=6")
+PHOTOGRAPHS = {"voc": ("JPEGImages/{}.jpg", "SegmentationClass/{}.png", "ImageSets/Segmentation/{}.txt")}
+PHOTOGRAPHS["pets"] = ("images/{}.jpg", "annotations/trimaps/{}.png", "annotations/{}.txt")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return open_task(composed(*TINY, "noise=sym", "noise.rate=0.25"))
+
+
+@pytest.fixture
+def ships(tmp_path):
+    """Write a data set as its owner ships it, of 12 images; return its folder."""
+
+    def written(kind):
+        image, mask, listed = PHOTOGRAPHS[kind]
+        lists = ("train", "val") if kind == "voc" else ("trainval", "test")
+        rng = np.random.default_rng(0)
+        for number in range(12):
+            values = rng.integers(1, 4, (30, 40)) if kind == "pets" else rng.choice([0, 1, 20, IGNORED], (30, 40))
+            for place, content in ((image, rng.integers(0, 256, (30, 40, 3))), (mask, values)):
+                file = tmp_path / kind / place.format(f"a_{number}")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                made = Image.fromarray(content.astype(np.uint8))
+                if kind == "voc" and place == mask:
+                    made = made.convert("P")
+                    made.putdata(values.flatten().tolist())
+                made.save(file)
+        for name, numbers in zip(lists, (range(8), range(8, 12)), strict=True):
+            file = tmp_path / kind / listed.format(name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(f"a_{number}{' 1 1 1' if kind == 'pets' else ''}\n" for number in numbers))
+        return tmp_path / kind
+
+    return written
+
+
+def test_the_share_asked_for_is_corrupted_and_known(task):
+    assert task.corrupted.sum() == round(0.25 * task.n)
+    clean = task.scenes.train.masks[task.parts.train]
+    assert ((task.masks != clean).any((1, 2)) == task.corrupted).all()
+    assert not set(task.parts.train) & set(task.parts.reference)
+    given = torch.cat([masks for _, _, masks in task.reference.evaluation()]).numpy()
+    assert (given == task.scenes.train.masks[task.parts.reference]).all()
+    assert task.reference_noise() == 0
+
+
+masks = st.integers(0, 2**32 - 1).map(
+    lambda seed: (
+        np.random.default_rng(seed).choice([0, 0, 1, 2, IGNORED], (6, 7)).repeat(3, 0).repeat(3, 1).astype(np.uint8)
+    )
+)
+
+
+@given(masks, st.integers(0, 99))
+def test_a_corrupted_mask_is_another_one_and_what_is_ignored_stays_so(mask, seed):
+    rng = np.random.default_rng(seed)
+    changed = corrupt(mask, 3, rng)
+    assert (changed != mask).any()
+    assert ((changed == IGNORED) == (mask == IGNORED)).all()
+    assert changed.dtype == np.uint8
+    assert changed[changed != IGNORED].max() < 3
+
+
+@given(masks, st.integers(0, 99))
+def test_what_can_be_wrong_is_what_its_name_says(mask, seed):
+    mask = np.where(mask == IGNORED, 0, mask)
+    less, more, moved, other = (
+        kind(mask, 3, np.random.default_rng(seed)) for kind in (eroded, dilated, shifted, swapped)
+    )
+    assert set(np.unique(less)) <= {0, *np.unique(mask)}
+    assert ((less == mask) | (less == 0)).all()
+    assert ((more == mask) | (mask == 0)).all()
+    assert ((more > 0).sum() > (mask > 0).sum()) or (mask > 0).all() or not (mask > 0).any()
+    for count in (1, 2):
+        assert (moved == count).sum() <= (mask == count).sum()
+    ((before, after),) = {(a, b) for a, b in zip(mask.flat, other.flat, strict=True) if a != b}
+    assert ((other == after) == ((mask == before) | (mask == after))).all()
+
+
+def test_the_losses_of_a_batch_are_those_of_its_samples_one_by_one(task):
+    torch.manual_seed(0)
+    network = task.network().eval()
+    _, images, given = next(task.train.evaluation())
+    given = given.clone()
+    given[:, :5] = IGNORED
+    together = task.losses(network(images), given, 0.1)[:2]
+    for row in range(len(images)):
+        log_p = network(images[[row]])[0].log_softmax(0)
+        there = [(int(c), y, x) for y, line in enumerate(given[row]) for x, c in enumerate(line) if c != IGNORED]
+        plain = -sum(log_p[place] for place in there) / len(there)
+        uniform = -sum(log_p[:, y, x].mean() for _, y, x in there) / len(there)
+        torch.testing.assert_close(together[0][row], plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[1][row], 0.9 * plain + 0.1 * uniform, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_iou_is_that_of_brute_force(task):
+    tests, classes = task.tests[""], len(task.scenes.classes)
+
+    class Guess:
+        device = torch.device("cpu")
+
+        def logits(self, images):
+            torch.manual_seed(int(images.abs().sum()))
+            return torch.randn(len(images), classes, *images.shape[-2:]) * (torch.arange(classes) < 5)[:, None, None]
+
+    guess = Guess()
+    found = task.evaluate(guess, tests.evaluation(), len(tests), Processes())
+    both = [(guess.logits(images).argmax(1).numpy(), given.numpy()) for _, images, given in tests.evaluation()]
+    said, true = (np.concatenate([each.ravel() for each in part]) for part in zip(*both, strict=True))
+    ious = []
+    for c in range(classes):
+        either = (said == c) | (true == c)
+        if either.any():
+            ious.append(((said == c) & (true == c)).sum() / either.sum())
+    assert len(set(ious)) > 2
+    assert math.isclose(found["miou"], 100 * np.mean(ious), rel_tol=1e-6)
+
+
+def test_images_and_masks_are_mirrored_together():
+    task = open_task(composed(*TINY, "dataset.flip=true"))
+    (_, plain, given), (_, mirrored, flipped) = (
+        next(b) for b in (task.train.evaluation(), task.train.epoch(range(16), 3))
+    )
+    again = next(task.train.epoch(range(16), 3))
+    assert torch.equal(again[1], mirrored)
+    kinds = set()
+    for row in range(16):
+        is_flipped = not torch.equal(plain[row], mirrored[row])
+        kinds.add(is_flipped)
+        assert torch.equal(plain[row].flip(-1) if is_flipped else plain[row], mirrored[row])
+        assert torch.equal(given[row].flip(-1) if is_flipped else given[row], flipped[row])
+    assert kinds == {True, False}
+
+
+def test_training_and_test_scenes_share_no_pixel_of_a_photograph_and_no_digit(task):
+    train, test = task.scenes.train, task.scenes.test
+    assert train.images.shape == (70, 3, 32, 32)
+    assert len(test) == 14
+    assert set(np.unique(train.masks)) == set(range(11))
+    seen = {image.tobytes() for image in train.images}
+    assert len(seen) == 70
+    assert not seen & {image.tobytes() for image in test.images}
+    assert task.fingerprint == open_task(composed(*TINY, "seed=1")).fingerprint
+
+
+@pytest.mark.parametrize(
+    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("pruner=sieve", "score=settled", "pruner.warmup=2")]
+)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
+    line = (*line, "dataset.flip=true")
+    assert launch(tmp_path / "whole", *line, base=TINY) == 0
+    stop, config = Stop(), config_of(tmp_path / "parts", *line, base=TINY)
+    while stop.run(config, 3):
+        pass
+    assert_same_results(only_run(tmp_path / "parts"), only_run(tmp_path / "whole"))
+    folder = only_run(tmp_path / "whole")
+    summary, rows = summary_of(folder), rows_of(folder)
+    assert summary["headline_name"] == "miou"
+    assert summary["test_miou_best"] == max(row["test_miou"] for row in rows)
+    assert 0 < summary["kept_noise_mean"] < 1
+    assert all(0 <= row["auroc_settled"] <= 1 for row in rows)
+    assert samples_of(folder)["corrupted"].mean() == summary["noise_rate"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_two_processes_compute_what_one_computes(tmp_path, nurse):
+    line = (*TINY, "model.norm=group", "precision=fp32")
+    nurse.start(*[[*line, f"paths.results={tmp_path / 'two'}"]] * 2, together=True)
+    assert nurse.ended() == [0, 0], nurse.said
+    assert launch(tmp_path / "one", base=line) == 0
+    two, one = (only_run(tmp_path / name) for name in ("two", "one"))
+    assert two.name == one.name
+    for ours, theirs in zip(rows_of(two)[:3], rows_of(one)[:3], strict=True):
+        assert ours["kept_noise"] == theirs["kept_noise"]
+        for key in ("train_loss", "test_loss", "reference_loss"):
+            assert math.isclose(ours[key], theirs[key], rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("kind", PHOTOGRAPHS)
+def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
+    root = ships(kind)
+    task = open_task(
+        composed(
+            "task=segmentation", f"dataset={kind}", f"dataset.root={root}", "dataset.image_size=30", "reference.size=2"
+        )
+    )
+    scenes = task.scenes
+    assert (len(scenes.train), len(scenes.test)) == (8, 4)
+    assert task.n == 6
+    assert scenes.train.names == [f"a_{number}" for number in range(8)]
+    written = np.asarray(Image.open(root / PHOTOGRAPHS[kind][1].format("a_3")))[:, 5:35]
+    expected = written if kind == "voc" else np.select([written == 1, written == 2], [1, 0], IGNORED)
+    assert (scenes.train.masks[3] == expected).all()
+    image = np.asarray(Image.open(root / PHOTOGRAPHS[kind][0].format("a_3")))[:, 5:35].transpose(2, 0, 1)
+    assert (scenes.train.images[3] == image).all()
+    assert task.corrupted.sum() == 3
+
+
+def test_a_clean_set_of_ones_own_is_not_known_to_be_clean(ships):
+    line = ("task=segmentation", "dataset=pets", f"dataset.root={ships('pets')}", "noise=clean", "reference.size=2")
+    assert open_task(composed(*line)).corrupted is None
+    assert open_task(composed(*TINY, "noise=clean")).corrupted.sum() == 0
+
+
+@pytest.mark.parametrize("backbone", ["lraspp", "mobilenet_v3_large"])
+def test_torchvisions_networks_are_called_by_name(task, backbone):
+    line = ("model=lraspp",) if backbone == "lraspp" else ("model=deeplabv3", f"model.backbone={backbone}")
+    config = composed(*TINY[:4], "threads=1", *TINY[5:], *line)
+    network = MODEL.make(config.model, 3, 11)
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 11, 32, 32)
+    x = torch.randn(2, 3, 32, 32)
+    network.train()
+    assert torch.equal(network(x), network(x))  # no dropout
+
+
+@pytest.mark.parametrize(("height", "width"), list(itertools.product((8, 21), (16, 27))))
+def test_a_unet_takes_images_of_any_size(height, width):
+    network = MODEL.make(composed(*TINY).model, 3, 5)
+    assert network(torch.zeros(2, 3, height, width)).shape == (2, 5, height, width)
+
+
+def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, ships):
+    none, root = f"paths.results={tmp_path / 'none'}", ships("voc")
+    line = ["task=segmentation", "dataset=voc", f"dataset.root={root}", none]
+    assert "is not a folder: type the folder that has JPEGImages/" in refused(*line[:2], "dataset.root=/nowhere", none)
+    (mask, image) = (root / PHOTOGRAPHS["voc"][place].format("a_3") for place in (1, 0))
+    kept = mask.read_bytes()
+    Image.fromarray(np.zeros((30, 41), np.uint8)).save(mask)
+    assert "a_3.png is 41x30 pixels where its image is 40x30" in refused(*line)
+    Image.fromarray(np.full((30, 40), 21, np.uint8)).save(mask)
+    assert "a_3.png has class 21 where 0 to 20, or 255, are wanted" in refused(*line)
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(mask)
+    assert "a_3.png has colours (RGB)" in refused(*line)
+    mask.write_bytes(kept)
+    image.write_bytes(b"nothing")
+    assert "a_3.jpg cannot be read as an image" in refused(*line)
+    image.unlink()
+    assert "a_3.jpg cannot be read as an image (No such file or directory)" in refused(*line)
+    listed = root / "ImageSets/Segmentation/val.txt"
+    listed.write_text("\n")
+    assert "val.txt names no image" in refused(*line)
+    listed.unlink()
+    assert "val.txt cannot be read (No such file or directory): voc has JPEGImages/" in refused(*line)
+
+
+def test_what_does_not_go_with_the_task_is_one_sentence(tmp_path, refused, monkeypatch):
+    line = [*TINY[:1], f"paths.results={tmp_path / 'none'}", "dataset.scenes=20", "reference.size=2"]
+    assert "learner=sop needs class labels" in refused(*line, "learner=sop")
+    assert "use score=settled" in refused(*line, "score=cleaning")
+    assert "noise=asym: it is of class labels" in refused(*line, "noise=asym0.2")
+    assert "model=small_cnn does not fit task=segmentation" in refused(*line, "model=small_cnn")
+    assert "dataset=python_docs is for task=language; with task=segmentation use dataset=digit_scenes" in refused(
+        *line[:2], "dataset=python_docs"
+    )
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    assert "needs torchmetrics; type pip install 'alignprune-exp[tasks]'" in refused(*line)
