@@ -73,6 +73,7 @@ MODELS: dict[str, Callable[..., nn.Module] | str] = {
     "unet": "tasks.segmentation.unet",
     "lraspp": "tasks.segmentation.lraspp",
     "deeplabv3": "tasks.segmentation.deeplabv3",
+    "mlp": "tasks.regression.mlp",
 }
 
 

@@ -24,4 +24,6 @@ DATASETS: dict[str, type[DataSet] | str] = {
     "digit_scenes": "tasks.segmentation.DigitScenes",
     "voc": "tasks.segmentation.Voc",
     "pets": "tasks.segmentation.Pets",
+    "diabetes": "tasks.regression.Diabetes",
+    "table": "tasks.regression.ParquetTable",
 }

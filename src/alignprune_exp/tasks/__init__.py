@@ -13,4 +13,5 @@ TASKS: dict[str, type[Task] | str] = {
     "classification": Classification,
     "language": "tasks.language.Language",
     "segmentation": "tasks.segmentation.Segmentation",
+    "regression": "tasks.regression.Regression",
 }

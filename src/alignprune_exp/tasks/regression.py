@@ -1,0 +1,326 @@
+"""Regression: a sample is a row of a table, its loss the squared error of its target; the headline is the RMSE.
+
+Shape legend: n samples, B samples of a batch, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..config import MODEL, Config
+from ..data.batches import Batch, Batches, TensorBatches
+from ..data.parts import Parts
+from ..data.source import DataSet, Root, brief
+from ..errors import UsageError
+from ..pruning.seeding import generator
+from ..records import Metric
+from .base import Task
+
+if TYPE_CHECKING:
+    from ..distributed import Processes
+    from ..network import Network
+
+MOST_TEXTS = 100  # different ones that a column may have to be features
+
+
+class Regression(Task):
+    """Rows of numbers with one target each, all standardised by what is trained on; losses are of standardised targets.
+
+    Attributes:
+        targets: those trained on, wrong ones among them, float64 (n,).
+        centre, spread: mean and standard deviation of these.
+    """
+
+    metrics = (
+        Metric("rmse", "test RMSE", higher=False, digits=3),
+        Metric("r2", "test R²", digits=3),
+    )
+    chance_loss = 1.0
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, device, dtype)
+        self.table: Table = self.opened()
+        train = self.table.train
+        self.parts = parts = Parts.of(config, len(train), len(self.table.test), self.table.clean)
+        self.n, self.held_out, self.fingerprint = len(parts.train), len(parts.reference), self.table.fingerprint
+        self.corrupted, self.skipped = parts.corrupted, self.table.skipped
+        self.targets = self._given("corruption", parts.train, parts.wrong)
+        self.centre, self.spread = self.targets.mean(), self.targets.std()
+        for which, targets in (("train", self.targets), ("evaluate", self.table.test.targets[parts.test])):
+            if targets.std() == 0:
+                raise UsageError(
+                    f"all {len(targets)} targets to {which} on are {targets[0]:g}: give it others, or more"
+                )
+        with np.errstate(all="ignore"):
+            rows = np.where(np.isnan(train.features[parts.train]).all(0), 0.0, train.features[parts.train])
+            self._mean, self._std = np.nanmean(rows, 0), np.nanstd(rows, 0)
+
+    def _given(self, purpose: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+        """Return the targets of some rows, the ``wrong`` ones of which have changed places among themselves."""
+        targets = self.table.train.targets[rows]
+        try:
+            targets[wrong] = permuted(targets[wrong], generator(self.config.seed, purpose))
+        except ValueError as error:
+            raise UsageError(f"noise={self.config.noise.name}: {error}") from None
+        return targets
+
+    @cached_property
+    def train(self) -> Batches:  # type: ignore[override]
+        return self._batches(self.table.train.features[self.parts.train], self.targets)
+
+    @cached_property
+    def reference(self) -> Batches:  # type: ignore[override]
+        parts = self.parts
+        if not self.held_out:
+            return self.train
+        trusted = self._given("reference corruption", parts.reference, parts.doubted)
+        return self._batches(self.table.train.features[parts.reference], trusted)
+
+    @cached_property
+    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
+        test, rows = self.table.test, self.parts.test
+        return {"": self._batches(test.features[rows], test.targets[rows])}
+
+    def _batches(self, features: np.ndarray, targets: np.ndarray) -> Batches:
+        """Return batches of inputs (B, F), in which a missing value is the mean, and of targets (B,)."""
+        inputs = np.nan_to_num((features - self._mean) / np.where(self._std > 0, self._std, 1))
+        arrays = (
+            torch.from_numpy(inputs).to(self.dtype),
+            torch.from_numpy((targets - self.centre) / self.spread).float(),
+        )
+        return TensorBatches(*arrays, batch_size=self.config.batch_size, device=self.device)
+
+    def network(self) -> nn.Module:
+        """Return a freshly initialised network: from features (B, F) to standardised targets (B, 1)."""
+        return self.fitted(MODEL.make(self.config.model, len(self.table.columns), 1))
+
+    def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        if outputs.shape[1:] != (1,):
+            raise ValueError("the outputs are not one number a sample")
+        squared = (outputs[:, 0] - targets).square()
+        return squared, squared, None
+
+    @torch.no_grad()
+    def evaluate(self, network: Network, batches: Iterable[Batch], n: int, processes: Processes) -> dict[str, float]:
+        """Return the RMSE in units of the target, the share of its variance that is explained, and the mean loss."""
+        sums = torch.zeros(3, dtype=torch.float64, device=network.device)
+        for _, features, targets in batches:
+            loss, true = self.losses(network.logits(features), targets)[0].double(), targets.double()
+            sums += torch.stack([loss.sum(), true.sum(), true.square().sum()])
+        loss, total, squares = (processes.sum(sums) / n).tolist()
+        return {"rmse": self.spread * math.sqrt(loss), "r2": 1 - loss / (squares - total**2), "loss": loss}
+
+    def columns(self) -> dict[str, Any]:
+        clean = self.table.train.targets[self.parts.train] if self.parts.known else None
+        return {
+            "index": self.table.train.rows[self.parts.train],
+            "target": self.targets,
+            "clean_target": clean,
+            "corrupted": self.corrupted,
+        }
+
+    def reference_noise(self) -> float | None:
+        return self.parts.reference_noise
+
+
+def permuted(targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return targets (k,) in another order, in which none keeps its value.
+
+    Raises ValueError where there is no such order, since more than half of them are alike.
+    """
+    values, counts = np.unique(targets, return_counts=True)
+    if len(targets) and 2 * counts.max() > len(targets):
+        most = counts.argmax()
+        raise ValueError(
+            f"of {len(targets)} targets to permute {counts[most]} are {values[most]:g}, so some would keep theirs; "
+            "use another rate"
+        )
+    given = rng.permutation(targets)
+    for place in np.flatnonzero(given == targets):
+        if (value := targets[place]) == given[place]:  # it may have changed places meanwhile
+            other = rng.choice(np.flatnonzero((given != value) & (targets != value)))
+            given[[place, other]] = given[[other, place]]
+    return given
+
+
+# --- data sets
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a table.
+
+    Attributes:
+        features: float64 (n, F), NaN where a value is missing.
+        targets: float64 (n,).
+        rows: their numbers in the table, int64 (n,).
+    """
+
+    features: np.ndarray
+    targets: np.ndarray
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def of(self, some: np.ndarray) -> Rows:
+        return replace(self, features=self.features[some], targets=self.targets[some], rows=self.rows[some])
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, of which some rows are trained and others evaluated on.
+
+    Attributes:
+        columns: the names of the features.
+        clean: whether the targets count as clean where no noise is injected.
+        skipped: rows without a target.
+    """
+
+    train: Rows
+    test: Rows
+    columns: list[str]
+    clean: bool
+    skipped: list[str]
+
+    @classmethod
+    def split(cls, rows: Rows, held_out: float, columns: list[str], clean: bool, skipped: list[str]) -> Table:
+        """Hold out a share of the rows, the same in every run. Raises UsageError where none are left on a side."""
+        count = round(held_out * len(rows))
+        if not 1 <= count <= len(rows) - 2:
+            raise UsageError(
+                f"dataset.held_out={held_out:g} takes {count} of {len(rows)} rows: type a share that leaves one to "
+                "evaluate and two to train on"
+            )
+        order = generator(0, "held-out rows").permutation(len(rows))
+        train, test = (rows.of(np.sort(some)) for some in (order[count:], order[:count]))
+        return cls(train, test, columns, clean, skipped)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, as hex, of every value."""
+        digest = hashlib.sha256(json.dumps(self.columns).encode())
+        for part in (self.train, self.test):
+            for values in (part.rows, part.features, part.targets):
+                digest.update(f"{values.shape}".encode() + np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diabetes(DataSet):
+    """scikit-learn's: 442 patients, ten measurements each, and their disease a year later (Efron et al., 2004)."""
+
+    name: str
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+
+    task: ClassVar[str] = "regression"
+
+    def open(self) -> Table:
+        # The files of sklearn.datasets.load_diabetes, without the seconds that importing scikit-learn takes.
+        (sklearn,) = find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
+        folder = Path(sklearn) / "datasets" / "data"
+        features, targets = (np.loadtxt(folder / f"diabetes_{part}.csv.gz") for part in ("data_raw", "target"))
+        columns = ["age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6"]
+        return Table.split(Rows(features, targets, np.arange(len(targets))), self.held_out, columns, True, [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetTable(DataSet):
+    """A table of one's own, in Parquet files. Numbers and truth values are features; texts are one feature each."""
+
+    name: str
+    root: Root
+    target: Annotated[str, Field(min_length=1)]
+    features: list[str] | None
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+
+    task: ClassVar[str] = "regression"
+
+    def open(self) -> Table:
+        table = self._read()
+        names = [name for name in table.column_names if name != self.target] if self.features is None else self.features
+        for name in (self.target, *names):
+            if name not in table.column_names:
+                key = "target" if name == self.target else "features"
+                there = ", ".join(table.column_names)
+                raise UsageError(f"{self.root} has no column {name}, but {there}: type dataset.{key}=… of these")
+        if self.target in names:
+            raise UsageError(f"dataset.features has {self.target}, which is the target: leave it out")
+        if not names:
+            raise UsageError(f"{self.root} has no column beside {self.target} to predict it by: add some")
+        columns = {name: column for each in names for name, column in self._numbers(each, table.column(each)).items()}
+        ((_, targets),) = self._numbers(self.target, table.column(self.target), texts=False).items()
+        missing = np.isnan(targets)
+        rows = Rows(np.column_stack(list(columns.values())), targets, np.arange(len(targets)))
+        skipped = [f"row {row} of {self.root} has no {self.target}" for row in np.flatnonzero(missing)]
+        return Table.split(rows.of(np.flatnonzero(~missing)), self.held_out, list(columns), False, skipped)
+
+    def _read(self) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self.root is None:
+            raise UsageError(f"dataset={self.name} needs its file: type dataset.root=FILE.parquet, or a folder of such")
+        root = Path(self.root).expanduser()
+        files = [root] if root.is_file() else sorted(root.glob("*.parquet"))
+        if not files:
+            raise UsageError(f"dataset.root={root} is no Parquet file, nor a folder of *.parquet: type where these are")
+        tables = []
+        for file in files:
+            try:
+                tables.append(pq.read_table(file))
+            except (pa.ArrowException, OSError) as error:
+                raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from None
+        try:
+            return pa.concat_tables(tables)
+        except pa.ArrowException:
+            raise UsageError(f"the files of {root} differ in their columns: type a file, or move the others") from None
+
+    def _numbers(self, name: str, column: Any, texts: bool = True) -> dict[str, np.ndarray]:
+        """Return a column as numbers, float64 (n,), NaN for what is missing; of texts one for each of them."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        leave = f"choose other columns with dataset.{'features=[…]' if texts else 'target=…'}"
+        if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            numbers = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
+            if np.isinf(numbers).any():
+                raise UsageError(f"the column {name} of {self.root} has infinite values: mend it, or {leave}")
+            return {name: numbers}
+        if not (texts and (pa.types.is_string(kind) or pa.types.is_large_string(kind))):
+            raise UsageError(f"the column {name} of {self.root} holds {kind} where numbers are wanted: {leave}")
+        values = np.array(column.to_pylist(), dtype=object)
+        if len(known := sorted(set(values) - {None})) > MOST_TEXTS:
+            raise UsageError(f"the column {name} of {self.root} has {len(known)} different texts, too many: {leave}")
+        return {f"{name}={text}": (values == text).astype(np.float64) for text in known}
+
+
+# --- a network
+
+
+def mlp(
+    features: int,
+    outputs: int,
+    *,
+    width: Annotated[int, Field(ge=1, le=65_536)],
+    layers: Annotated[int, Field(ge=1, le=100)],
+) -> nn.Module:
+    """Layers of ``width`` with ReLU between: from features (B, F) to (B, outputs)."""
+    sizes = [features, *[width] * layers]
+    hidden = [part for before, after in pairwise(sizes) for part in (nn.Linear(before, after), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(width, outputs))

@@ -1,0 +1,191 @@
+"""The task regression: permuted targets, the metrics, tables of one's own, and whole runs."""
+
+import datetime
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.datasets import load_diabetes
+from sklearn.metrics import r2_score, root_mean_squared_error
+
+from alignprune_exp.distributed import Processes
+from alignprune_exp.setup import open_task
+from alignprune_exp.tasks.regression import permuted
+from harness import Stop, assert_same_results, composed, config_of, launch, only_run, rows_of, samples_of, summary_of
+
+TINY = (
+    "task=regression",
+    "threads=1",
+    "epochs=5",
+    "score.window=3",
+    "batch_size=32",
+    "model.width=8",
+    "reference.size=9",
+)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return open_task(composed(*TINY, "noise=sym", "noise.rate=0.25"))
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Write a table of 60 rows with a column of each kind; return its file."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "area": pa.array([None if row % 7 == 0 else float(row) for row in range(60)]),
+        "rooms": pa.array(rng.integers(1, 6, 60)),
+        "new": pa.array(rng.random(60) < 0.5),
+        "town": pa.array(rng.choice(["Aarau", "Bern", "Chur"], 60).tolist()).dictionary_encode(),
+        "sold": pa.array([datetime.date(2020, 1, 1)] * 60),
+        "name": pa.array([f"number {row}" for row in range(60)]),
+        "price": pa.array([None if row == 5 else 10.0 + row for row in range(60)]),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "homes.parquet")
+    return tmp_path / "homes.parquet"
+
+
+def test_the_share_asked_for_is_corrupted_and_known(task):
+    clean = task.table.train.targets[task.parts.train]
+    assert task.corrupted.sum() == round(0.25 * task.n)
+    assert ((task.targets != clean) == task.corrupted).all()
+    assert sorted(task.targets) == sorted(clean)
+    columns = task.columns()
+    assert ((columns["target"] != columns["clean_target"]) == columns["corrupted"]).all()
+    assert not set(task.parts.train) & set(task.parts.reference)
+    held = torch.cat([targets for _, _, targets in task.reference.evaluation()]).double() * task.spread + task.centre
+    np.testing.assert_allclose(held, task.table.train.targets[task.parts.reference], rtol=1e-5)
+
+
+@given(st.lists(st.integers(0, 4), max_size=30), st.integers(0, 99))
+def test_permuted_targets_are_the_same_ones_and_none_keeps_its_value(targets, seed):
+    targets = np.array(targets, float)
+    if len(targets) and 2 * max(np.bincount(targets.astype(int))) > len(targets):
+        with pytest.raises(ValueError, match="so some would keep theirs"):
+            permuted(targets, np.random.default_rng(seed))
+        return
+    given = permuted(targets, np.random.default_rng(seed))
+    assert sorted(given) == sorted(targets)
+    assert (given != targets).all()
+
+
+def test_the_losses_of_a_batch_are_those_of_its_samples_one_by_one(task):
+    torch.manual_seed(0)
+    network = task.network()
+    _, features, targets = next(task.train.evaluation())
+    together = task.losses(network(features), targets)[0]
+    for row in range(len(features)):
+        torch.testing.assert_close(together[row], (network(features[row]) - targets[row]).square()[0])
+
+
+def test_the_metrics_are_scikit_learns(task):
+    class Guess:
+        device = torch.device("cpu")
+
+        def logits(self, features):
+            return features[:, [2]] * 0.7
+
+    tests = task.tests[""]
+    found = task.evaluate(Guess(), tests.evaluation(), len(tests), Processes())
+    true = task.table.test.targets[task.parts.test]
+    bmi = task.table.train.features[task.parts.train][:, 2]
+    said = (task.table.test.features[task.parts.test][:, 2] - bmi.mean()) / bmi.std() * 0.7 * task.spread + task.centre
+    assert math.isclose(found["rmse"], root_mean_squared_error(true, said), rel_tol=1e-5)
+    assert math.isclose(found["r2"], r2_score(true, said), rel_tol=1e-5)
+
+
+def test_the_diabetes_are_scikit_learns(task):
+    features, targets = load_diabetes(return_X_y=True, scaled=False)
+    for part in (task.table.train, task.table.test):
+        assert (part.features == features[part.rows]).all()
+        assert (part.targets == targets[part.rows]).all()
+    assert sorted([*task.table.train.rows, *task.table.test.rows]) == list(range(len(targets)))
+    assert task.table.columns == load_diabetes().feature_names
+
+
+@pytest.mark.parametrize(
+    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("pruner=sieve", "score=settled", "pruner.warmup=2")]
+)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
+    assert launch(tmp_path / "whole", *line, base=TINY) == 0
+    stop, config = Stop(), config_of(tmp_path / "parts", *line, base=TINY)
+    while stop.run(config, 7):
+        pass
+    assert_same_results(only_run(tmp_path / "parts"), only_run(tmp_path / "whole"))
+    folder = only_run(tmp_path / "whole")
+    summary, rows = summary_of(folder), rows_of(folder)
+    assert summary["test_rmse_best"] == min(row["test_rmse"] for row in rows)
+    assert summary["test_r2_best"] == max(row["test_r2"] for row in rows)
+    assert 0 < summary["kept_noise_mean"] < 1
+    assert all(0 <= row["auroc_settled"] <= 1 for row in rows)
+    assert samples_of(folder)["corrupted"].mean() == summary["noise_rate"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_clean_targets_are_learnt(tmp_path):
+    assert launch(tmp_path, "noise=clean", "pruner=full", "epochs=20", base=TINY) == 0
+    assert summary_of(only_run(tmp_path))["test_r2_best"] > 0.35
+
+
+def test_two_processes_compute_what_one_computes(tmp_path, nurse):
+    line = (*TINY, "precision=fp32")
+    nurse.start(*[[*line, f"paths.results={tmp_path / 'two'}"]] * 2, together=True)
+    assert nurse.ended() == [0, 0], nurse.said
+    assert launch(tmp_path / "one", base=line) == 0
+    for ours, theirs in zip(*(rows_of(only_run(tmp_path / name))[:3] for name in ("two", "one")), strict=True):
+        assert ours["kept_noise"] == theirs["kept_noise"]
+        for key in ("train_loss", "test_loss", "test_rmse", "test_r2", "reference_loss"):
+            assert math.isclose(ours[key], theirs[key], rel_tol=1e-4, abs_tol=1e-5)
+
+
+def test_a_table_of_ones_own_is_read(table):
+    line = (*TINY, "dataset=table", f"dataset.root={table}", "dataset.target=price", "reference.size=2")
+    task = open_task(composed(*line, "dataset.features=[area,rooms,new,town]", "noise=clean"))
+    assert task.table.columns == ["area", "rooms", "new", "town=Aarau", "town=Bern", "town=Chur"]
+    assert task.corrupted is None
+    assert [line.partition(" of ")[0] for line in task.skipped] == ["row 5"]
+    rows = np.concatenate([task.table.train.rows, task.table.test.rows])
+    assert sorted(rows) == [row for row in range(60) if row != 5]
+    assert len(task.table.test) == round(0.2 * 59)
+    given = torch.cat([features for _, features, _ in task.train.evaluation()])
+    missing = torch.from_numpy(task.parts.train)
+    missing = torch.from_numpy(task.table.train.rows)[missing] % 7 == 0
+    assert (given[missing, 0] == 0).all()
+    assert given.isfinite().all()
+    torch.testing.assert_close(given.float()[:, 1].mean(), torch.tensor(0.0), atol=0.01, rtol=0)
+    folder = open_task(composed(*line, f"dataset.root={table.parent}", "dataset.features=[rooms]"))
+    assert (folder.table.train.targets == task.table.train.targets).all()
+
+
+def test_a_mistake_in_the_table_is_one_sentence(tmp_path, refused, table):
+    line = ["task=regression", "dataset=table", f"dataset.root={table}", f"paths.results={tmp_path / 'none'}"]
+    assert "dataset.target is missing" in refused(*line)
+    assert "has no column cost, but area, rooms" in refused(*line, "dataset.target=cost")
+    price = [*line, "dataset.target=price"]
+    assert "has no column floor, but area, rooms" in refused(*price, "dataset.features=[floor]")
+    assert "dataset.features has price, which is the target" in refused(*price, "dataset.features=[price]")
+    assert "the column sold of" in refused(*price)
+    assert "holds string where numbers are wanted: choose other columns with dataset.target" in refused(
+        *line, "dataset.target=name", "dataset.features=[rooms]"
+    )
+    rooms = [*price, "dataset.features=[rooms]", "reference.size=2"]
+    assert "takes 58 of 59 rows" in refused(*rooms, "dataset.held_out=0.99")
+    assert "is no Parquet file, nor a folder" in refused(*rooms, f"dataset.root={tmp_path / 'gone'}")
+    assert "learner=elr needs class labels" in refused(*rooms, "learner=elr")
+    assert "use score=settled" in refused(*rooms, "method=sieve")
+    assert "model=unet does not fit task=regression" in refused(*rooms, "model=unet")
+    pq.write_table(pa.table({"rooms": list(range(60)), "price": [1.0] * 60}), table)
+    assert "all 46 targets to train on are 1" in refused(*rooms, "noise=clean")
+    pq.write_table(pa.table({"rooms": list(range(60)), "price": [1.0] * 55 + [2.0] * 5}), table)
+    assert "so some would keep theirs; use another rate" in refused(*rooms)
+    pq.write_table(pa.table({"rooms": [math.inf] * 60, "price": list(range(60))}), table)
+    assert "the column rooms of" in refused(*rooms)
+    pq.write_table(pa.table({"rooms": [1] * 60}), table.parent / "other.parquet")
+    assert "differ in their columns" in refused(*rooms, f"dataset.root={table.parent}")
+    table.write_bytes(b"nothing")
+    assert "homes.parquet cannot be read as Parquet" in refused(*rooms)
