@@ -244,7 +244,7 @@ def test_the_command_has_all_that_can_be_typed(capsys):
     out = capsys.readouterr().out
     for name, (module, _) in cli.COMMANDS.items():
         assert f"\n  {name} " in out
-        assert (PROJECT / "src/alignprune_exp" / f"{module}.py").is_file()
+        assert (PROJECT / "src/alignprune_exp" / f"{module.replace('.', '/')}.py").is_file()
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"alignprune {alignprune_exp.__version__}\n"
 

@@ -1,0 +1,166 @@
+"""What is wrong with the losses, in one sentence with the file and the row group; what was left out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import UsageError
+from . import formulas
+from .engine import Engine
+from .inspect import GOES_ON, File, Skipped, name, parquet
+from .layout import Question, literal
+from .scoring import Scored
+
+TO_MEND = {  # by what is wrong
+    "bad": f"mend it, or {GOES_ON} takes it for missing",
+    "again": f"mend it, or {GOES_ON} leaves the id out",
+    "unnamed": f"name it, or {GOES_ON} leaves it out",
+    "gaps": "add it, or --gaps scores ids by the checkpoints that they have",
+}
+
+
+def checkpoints(
+    engine: Engine, files: Sequence[File], columns: Sequence[str], reference: Sequence[Any], skip: bool
+) -> tuple[list[Any], list[Skipped]]:
+    """Return the checkpoints, in order, that files of id, checkpoint and loss share with the reference, if any.
+
+    Raises UsageError, unless ``skip``, for a checkpoint that one of them lacks.
+    """
+    there = _checkpoints_of(engine, files, name(columns[1]))
+    if not reference:
+        return sorted(there), []
+    skipped = []
+    for at in [at for at in reference if at not in there]:
+        what = f"checkpoint {at} of the reference is in none of {len(files)} files"
+        if not skip:
+            raise UsageError(f"{what}; add its losses, or {GOES_ON} does without it")
+        skipped.append(Skipped(what, ""))
+    for at in [at for at in there if at not in reference]:
+        file, group, _ = _first(engine, [there[at]], f"{name(columns[1])} = {literal(at)}")
+        what = f"checkpoint {at} is none of the reference's"
+        if not skip:
+            raise UsageError(f"{file.path}, row group {group}: {what}; add it there, or {GOES_ON} does without it")
+        skipped.append(Skipped(what, file.path, group))
+    shared = [at for at in reference if at in there]
+    if not shared:
+        raise UsageError("the losses and the reference have no checkpoint in common; write both with the same names")
+    return shared, skipped
+
+
+def _checkpoints_of(engine: Engine, files: Sequence[File], column: str) -> dict[Any, File]:
+    """Return a file that has it for each checkpoint: by the footers where every file has one, else by reading them."""
+    bounds = [file.checkpoints for file in files]
+    if all(each is not None and each[0] == each[1] for each in bounds):
+        return {each[0]: file for each, file in zip(bounds, files, strict=True) if each is not None}
+    table, by_path = parquet(file.path for file in files), {file.path: file for file in files}
+    found = engine.all(f"SELECT {column}, min(filename) FROM {table} WHERE {column} IS NOT NULL GROUP BY 1")
+    return {at: by_path[path] for at, path in found}
+
+
+def flaws(engine: Engine, scored: Sequence[Scored], question: Question, skip: bool, gaps: bool) -> list[Skipped]:
+    """Return what parts have that was left out or taken for missing, by kind, with the place of the first.
+
+    Missing losses are no flaw where there may be ``gaps``. Raises UsageError for the first flaw, unless ``skip``.
+    """
+    found = []
+    for kind, to_mend in TO_MEND.items():
+        having = [part for part in scored if getattr(part, kind)]
+        if not having or (kind == "gaps" and gaps):
+            continue
+        locate = _of_lists if question.lists else _of_rows
+        file, group, what = locate(kind, engine, having[0], question)
+        count = sum(getattr(part, kind) for part in having)
+        if not skip:
+            raise UsageError(f"{file.path}, row group {group}: {what}{_more(count)}; {to_mend}")
+        found.append(Skipped(what, file.path, group, count))
+    return found
+
+
+def _more(count: int) -> str:
+    return f" ({count - 1} more are like it)" if count > 1 else ""
+
+
+def _of_lists(kind: str, engine: Engine, scored: Scored, question: Question) -> tuple[File, int, str]:
+    """Return the first row with a flaw, and what it is: in a file of lists."""
+    id_, losses = map(name, question.columns)
+    width = len(question.checkpoints)
+    infinite = f"list_position(list_transform({losses}, lambda x: {_infinite('x')}), TRUE)"
+    missing = (
+        f"coalesce(list_position(list_transform({losses}[:{width}], lambda x: x IS NULL), TRUE), len({losses}) + 1, 1)"
+    )
+    where = {
+        "bad": f"{infinite} <= {width}",
+        "again": f"len({losses}) > {width}",
+        "unnamed": f"{id_} IS NULL",
+        "gaps": f"{missing} <= {width}",
+    }[kind]
+    file, group, (of, length, bad, gap) = _first(
+        engine, scored.part.files, where, id_, f"len({losses})", f"{losses}[{infinite}]", missing
+    )
+    what = {
+        "bad": f"a loss of id {of} is {bad}",
+        "again": f"id {of} has {length} losses where {width} are due",
+        "unnamed": "a row has no id",
+        "gaps": f"id {of} has no loss number {gap} of {width}",
+    }[kind]
+    return file, group, what
+
+
+def _of_rows(kind: str, engine: Engine, scored: Scored, question: Question) -> tuple[File, int, str]:
+    """Return the first row with a flaw, or of an id with one, and what it is: in files of id, checkpoint and loss."""
+    id_, checkpoint, loss = map(name, question.columns)
+    files = scored.part.files
+    if kind in ("bad", "unnamed"):
+        where = _infinite(loss) if kind == "bad" else f"{id_} IS NULL"
+        file, group, (of, at, value) = _first(engine, files, where, id_, checkpoint, loss)
+        what = f"the loss of id {of} at checkpoint {at} is {value}" if kind == "bad" else "a row has no id"
+        return file, group, what
+    table = parquet([str(scored.path)])
+    of = engine.one(f"SELECT id FROM {table} WHERE {kind} > 0 AND id IS NOT NULL ORDER BY id LIMIT 1")[0]
+    mine = f"{id_} = {literal(of)}"
+    rows = engine.all(
+        f"SELECT {checkpoint} FROM {parquet(file.path for file in files)} WHERE {mine} AND {loss} IS NOT NULL"
+    )
+    here = [at for (at,) in rows]
+    if kind == "again":
+        at = next(at for at in question.checkpoints if here.count(at) > 1)
+        file, group, _ = _first(engine, files, f"{mine} AND {checkpoint} = {literal(at)}")
+        return file, group, f"id {of} is there twice at checkpoint {at}"
+    at = next(at for at in question.checkpoints if at not in here)
+    file, group, _ = _first(engine, files, mine, last=f"{checkpoint} IS DISTINCT FROM {literal(at)}")
+    return file, group, f"id {of} has no loss at checkpoint {at}"
+
+
+def twice(engine: Engine, files: Sequence[File], question: Question, count: int, skip: bool) -> list[Skipped]:
+    """Return what was left out for the ``count`` ids in the table ``twice``. Raises UsageError unless ``skip``."""
+    if count == 0:
+        return []
+    (of,) = engine.one("SELECT min(id) FROM twice")
+    id_ = name(question.columns[0])
+    file, group, _ = _first(engine, files, f"{id_} = {literal(of)}")
+    what = f"id {of} is there twice"
+    if not skip:
+        raise UsageError(f"{file.path}, row group {group}: {what}{_more(count)}; {TO_MEND['again']}")
+    return [Skipped(what, file.path, group, count)]
+
+
+def _infinite(loss: str) -> str:
+    return f"({loss} IS NOT NULL AND NOT {formulas.finite(f'{loss}::DOUBLE')})"
+
+
+def _first(
+    engine: Engine, files: Sequence[File], where: str, *columns: str, last: str = ""
+) -> tuple[File, int, Sequence[Any]]:
+    """Return the file and the row group of the first row of which ``where`` is true, and its values of columns.
+
+    Rows of which ``last`` is true come after the others.
+    """
+    values = "".join(f", {column}" for column in columns)
+    table = parquet(file.path for file in files)
+    order = f"{last}, 1, 2" if last else "1, 2"
+    path, row, *found = engine.one(
+        f"SELECT filename, file_row_number{values} FROM {table} WHERE {where} ORDER BY {order} LIMIT 1"
+    )
+    file = next(file for file in files if file.path == path)
+    return file, file.group_of(row), found

@@ -1,0 +1,111 @@
+"""DuckDB on one machine, within a memory limit; what goes wrong in it, by name."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import duckdb
+
+from ..errors import UsageError
+from .inspect import File, first_line, parquet, text
+
+T = TypeVar("T")
+R = TypeVar("R")
+UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+class BrokenError(Exception):
+    """A row group of a file cannot be read."""
+
+    def __init__(self, file: File, group: int, reason: str) -> None:
+        super().__init__(f"{file.path}, row group {group}, cannot be read ({reason})")
+        self.file, self.group = file, group
+
+
+class Engine:
+    """DuckDB with so many threads and so much memory; what does not fit lies in the folder ``spill``.
+
+    Attributes:
+        threads: how many it uses.
+        memory: the bytes that it may use.
+
+    Raises UsageError for a limit that DuckDB does not know.
+    """
+
+    def __init__(self, spill: Path, memory: str | None = None, threads: int | None = None) -> None:
+        self.connection = duckdb.connect()
+        self._cursors: list[duckdb.DuckDBPyConnection] = []
+        for setting, value in (("temp_directory", spill), ("memory_limit", memory), ("threads", threads)):
+            try:
+                if value is not None:
+                    self.connection.execute(f"SET {setting} = {text(str(value))}")
+            except duckdb.Error as error:
+                option = setting.partition("_")[0]
+                raise UsageError(f"--{option} {value} is no such number ({first_line(error)}); use 8GB, say") from None
+        self.threads = int(self.one("SELECT current_setting('threads')")[0])
+        number, unit = str(self.one("SELECT current_setting('memory_limit')")[0]).split()
+        self.memory = int(float(number) * UNITS[unit])
+
+    def one(self, sql: str) -> tuple[Any, ...]:
+        """Return the first row that a query has."""
+        row = self.cursor().execute(sql).fetchone()
+        assert row is not None
+        return row
+
+    def all(self, sql: str) -> list[tuple[Any, ...]]:
+        """Return the rows that a query has."""
+        return self.cursor().execute(sql).fetchall()
+
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """Return another connection to the same tables, for whichever thread asks."""
+        self._cursors = [*self._cursors[-4 * 64 :], cursor := self.connection.cursor()]
+        return cursor
+
+    def each(self, work: Callable[[T], R], items: Sequence[T], at_a_time: int) -> Iterator[R]:
+        """Yield what ``work`` returns for each, in order; stop them all where one fails, or this is stopped."""
+        with ThreadPoolExecutor(at_a_time) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            try:
+                for future in futures:
+                    yield future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for cursor in self._cursors:
+                    cursor.interrupt()
+                raise
+
+    def write(self, sql: str, target: Path, files: Sequence[File], options: str = "") -> None:
+        """Write what a query has to a Parquet file, or with ``options`` to a folder of them.
+
+        Raises BrokenError for the one of ``files`` that cannot be read, UsageError where the memory does not suffice,
+        and OSError where the disk is full.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.cursor().execute(f"COPY ({sql}) TO {text(str(target))} (FORMAT parquet{options})")
+        except duckdb.InterruptException:
+            raise
+        except duckdb.OutOfMemoryException as error:
+            limit = self.one("SELECT current_setting('memory_limit')")[0]
+            raise UsageError(f"{limit} of memory do not suffice ({first_line(error)}); raise --memory") from None
+        except duckdb.Error as error:
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device", str(target)) from None
+            for file in files:
+                self._check(file)
+            raise UsageError(f"DuckDB cannot write {target}: {first_line(error)}") from None
+
+    def _check(self, file: File) -> None:
+        """Raise BrokenError for the first row group that cannot be read."""
+        start = 0
+        for group, rows in enumerate(file.rows):
+            here = f"file_row_number BETWEEN {start} AND {start + rows - 1}"
+            try:
+                self.all(f"SELECT count(COLUMNS(*)) FROM {parquet([file.path])} WHERE {here}")
+            except duckdb.Error as error:
+                raise BrokenError(file, group, first_line(error)) from None
+            start += rows

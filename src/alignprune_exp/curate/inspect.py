@@ -1,0 +1,225 @@
+"""What the input is: the files of logged losses, by their footers alone, and the reference's table."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+LISTS, LONG = ("id", "losses"), ("id", "checkpoint", "loss")  # the columns, unless others are named
+GOES_ON = "--on-error skip"
+INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
+NUMBERS = (*INTEGERS, "FLOAT", "DOUBLE")
+
+
+def text(value: str) -> str:
+    """Return a text as SQL has it."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def name(column: str) -> str:
+    """Return a column's name as SQL has it."""
+    return '"' + column.replace('"', '""') + '"'
+
+
+def parquet(paths: Iterable[str]) -> str:
+    """Return SQL that reads files as one table, columns by name."""
+    return f"read_parquet([{', '.join(map(text, paths))}], union_by_name = true)"
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of losses.
+
+    Attributes:
+        path: as DuckDB reads it.
+        size: its bytes.
+        stamp: its size and when it was last changed.
+        types: of the columns that are read.
+        rows: how many it has, by row group.
+        ids: the least and the largest, or bounds of them, where the footer says.
+        checkpoints: the same.
+    """
+
+    path: str
+    size: int
+    stamp: str
+    types: tuple[str, ...]
+    rows: tuple[int, ...]
+    ids: tuple[Any, Any] | None
+    checkpoints: tuple[Any, Any] | None
+
+    @property
+    def total(self) -> int:
+        return sum(self.rows)
+
+    def group_of(self, row: int) -> int:
+        """Return the row group that a row, counted from 0, is in."""
+        return bisect_right(list(accumulate(self.rows)), row)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was left out, or taken for missing: how often, in which file, and in which row group of it if in one."""
+
+    what: str
+    file: str
+    row_group: int | None = None
+    count: int = 1
+
+
+def list_files(engine: Engine, losses: str) -> dict[str, str]:
+    """Return the stamp of every Parquet file of a folder, a pattern, or a path in an object store, by path, sorted.
+
+    Raises UsageError where there is none.
+    """
+    itself = losses.endswith(".parquet") or "*" in losses
+    pattern = losses if itself else f"{losses.rstrip('/')}/**/*.parquet"
+    try:
+        found = engine.all(
+            f"SELECT filename, size, last_modified::VARCHAR FROM read_blob({text(pattern)}) ORDER BY filename"
+        )
+    except duckdb.Error as error:
+        found = []
+        if "://" in losses:
+            raise UsageError(f"{losses} cannot be read: {first_line(error)}") from None
+    if not found:
+        raise UsageError(f"there is no Parquet file in {losses}; give a folder, a pattern or a path that has some")
+    return {path: f"{size} {modified}" for path, size, modified in found}
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def read_file(engine: Engine, path: str, stamp: str, columns: Sequence[str] | None) -> File:
+    """Return what a file's footer says of the columns. Raises UsageError where it cannot be read, or lacks one."""
+    try:
+        there = {column: kind for column, kind, *_ in engine.all(f"DESCRIBE FROM {parquet([path])}")}
+        chunks = engine.all(
+            "SELECT row_group_id, row_group_num_rows, path_in_schema, stats_min_value, stats_max_value "
+            f"FROM parquet_metadata({text(path)}) ORDER BY ALL"
+        )
+    except duckdb.Error as error:
+        raise UsageError(
+            f"{path} cannot be read ({first_line(error)}); write it again, or {GOES_ON} leaves it out"
+        ) from None
+    columns = columns or (LISTS if LISTS[1] in there else LONG)
+    if lacking := [column for column in columns if column not in there]:
+        raise UsageError(
+            f"{path} has no column {lacking[0]}, it has {', '.join(there)}; name yours with --columns "
+            f"{','.join(LONG)} or {','.join(LISTS)}, or {GOES_ON} leaves the file out"
+        )
+    types = tuple(there[column] for column in columns)
+    _check_types(path, columns, types)
+    rows = {group: count for group, count, *_ in chunks}
+    by_column = {
+        column: [(least, most) for _, _, of, least, most in chunks if of == column]
+        for column in (columns[0], columns[1])
+    }
+    bounds = [_bounds(by_column[column], kind, len(rows)) for column, kind in zip(columns[:2], types[:2], strict=True)]
+    if len(columns) == len(LONG) and bounds[1] is None and rows:  # such as the checkpoint in the folder's name
+        bounds[1] = engine.one(f"SELECT min({name(columns[1])}), max({name(columns[1])}) FROM {parquet([path])}")
+    return File(path, int(stamp.split()[0]), stamp, types, tuple(rows.values()), bounds[0], bounds[1])
+
+
+def _check_types(path: str, columns: Sequence[str], types: Sequence[str]) -> None:
+    of_losses = types[-1]
+    item = of_losses.partition("[")[0]
+    nested = "[" in of_losses
+    wanted = "a list of numbers" if len(columns) == len(LISTS) else "a number"
+    if nested != (len(columns) == len(LISTS)) or of_losses.count("[") > 1:
+        raise UsageError(f"{path}: column {columns[-1]} is {of_losses}; {wanted} is due")
+    if item not in NUMBERS and not item.startswith("DECIMAL"):
+        raise UsageError(f"{path}: column {columns[-1]} is {of_losses}; {wanted} is due")
+
+
+def _bounds(found: Sequence[tuple[Any, Any]], kind: str, groups: int) -> tuple[Any, Any] | None:
+    """Return the least and the largest value that a footer has, where it has them of each row group."""
+    if len(found) < groups or not groups or any(value is None for pair in found for value in pair):
+        return None
+    if kind in INTEGERS:
+        return min(int(least) for least, _ in found), max(int(most) for _, most in found)
+    if kind == "VARCHAR":
+        return min(least for least, _ in found), max(most for _, most in found)
+    return None
+
+
+def read_files(
+    engine: Engine, stamps: dict[str, str], columns: Sequence[str] | None, skip: bool
+) -> tuple[list[File], tuple[str, ...], list[Skipped]]:
+    """Return the files, the columns that are read, and what was skipped.
+
+    Raises UsageError for a file that cannot be read or differs from the first in a column's type, unless ``skip``.
+    """
+    files: list[File] = []
+    skipped = []
+    for path, stamp in stamps.items():
+        try:
+            file = read_file(engine, path, stamp, columns)
+            if files and file.types != files[0].types:
+                raise UsageError(
+                    f"{path} has {', '.join(file.types)} where {files[0].path} has {', '.join(files[0].types)}; "
+                    f"write them alike, or {GOES_ON} leaves out what differs from the first"
+                )
+        except UsageError as error:
+            if not skip:
+                raise
+            skipped.append(Skipped(str(error).partition(";")[0], path))
+            continue
+        if not files:
+            columns = columns or (LISTS if "[" in file.types[-1] else LONG)
+        files.append(file)
+    if not files:
+        raise UsageError(f"none of {len(stamps)} files can be read; the first: {skipped[0].what}")
+    assert columns is not None
+    return [file for file in files if file.total], tuple(columns), skipped
+
+
+def read_reference(
+    engine: Engine, path: Path, columns: Sequence[str], skip: bool
+) -> tuple[dict[Any, float | None], list[Skipped]]:
+    """Return the loss of each checkpoint, in order, from a Parquet or CSV file; None for a loss that is not finite.
+
+    Raises UsageError for a file without those columns, a checkpoint twice, and, unless ``skip``, a loss not finite.
+    """
+    reader = "read_csv" if path.suffix == ".csv" else "read_parquet"
+    if not path.is_file():
+        raise UsageError(f"--reference {path} is not there; give a table (.parquet, .csv) of checkpoint and loss")
+    checkpoint, loss = columns
+    try:
+        rows = engine.all(
+            f"SELECT {name(checkpoint)}, {name(loss)}::DOUBLE FROM {reader}({text(str(path))}) ORDER BY 1"
+        )
+    except duckdb.Error as error:
+        raise UsageError(
+            f"--reference {path} holds no table with columns {checkpoint} and {loss} ({first_line(error)}); write one"
+        ) from None
+    found: dict[Any, float | None] = {}
+    skipped = []
+    for at, value in rows:
+        if at is None or at in found:
+            what = "a row without a checkpoint" if at is None else f"checkpoint {at} twice"
+            raise UsageError(f"--reference {path} has {what}; leave one row a checkpoint")
+        finite = value is not None and math.isfinite(value)
+        if not finite and not skip:
+            raise UsageError(
+                f"--reference {path} has the loss {value} at checkpoint {at}; mend it, or {GOES_ON} leaves it out"
+            )
+        if not finite:
+            skipped.append(Skipped(f"the reference loss at checkpoint {at} is {value}", str(path)))
+        found[at] = value if finite else None
+    if not found:
+        raise UsageError(f"--reference {path} is empty; write one row a checkpoint")
+    return found, skipped

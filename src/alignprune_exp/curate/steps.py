@@ -1,0 +1,181 @@
+"""From files to what is kept, step by step."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from .. import __version__
+from ..errors import UsageError
+from ..pruning.selection import floor
+from ..runs import write_json
+from . import check, layout, scoring
+from .engine import BrokenError, Engine
+from .inspect import GOES_ON, LONG, File, Skipped, list_files, name, parquet, read_files, read_reference
+from .layout import Part, Question
+from .scoring import ApartError, Scored
+
+MOST_RANKED = 100  # checkpoints of Spearman's ranks, whose SQL grows with their square
+WORK, SUMMARY, OUTPUTS = ".work", "summary.json", ("scores", "ids")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What somebody has typed; see ``alignprune curate --help``."""
+
+    losses: str
+    reference: Path | None
+    score: str
+    keep: float
+    out: Path
+    columns: tuple[str, ...] | None
+    gaps: bool
+    skip: bool
+    approximate: bool
+    ids: bool
+    memory: str | None
+    threads: int | None
+
+
+def curate(order: Order, show: Callable[[str], None]) -> dict[str, Any]:
+    """Score, cut and write into the folder ``order.out``; return the summary. Raises UsageError."""
+    began = time.perf_counter()
+    work = order.out / WORK
+    engine = Engine(work / "spill", order.memory, order.threads)
+    stamps = list_files(engine, order.losses)
+    files, columns, skipped = read_files(engine, stamps, order.columns, order.skip)
+    while True:
+        question, left_out = ask(engine, order, files, columns)
+        try:
+            laid, scored = score_all(engine, work, question, files, order, show)
+            break
+        except BrokenError as error:
+            if not order.skip:
+                raise UsageError(f"{error}; write the file again, or {GOES_ON} leaves it out") from None
+            skipped.append(Skipped(str(error), error.file.path, error.group))
+            files = [file for file in files if file is not error.file]
+    skipped += left_out
+    for group in [scored] if laid == "buckets" else [[each] for each in scored]:
+        skipped += check.flaws(engine, group, question, order.skip, order.gaps)
+    twice = scoring.find_twice(engine, scored)
+    skipped += check.twice(engine, files, question, twice, order.skip)
+    kept = keep(engine, order, work, scored, twice)
+    summary = {
+        "losses": order.losses,
+        "reference": None if order.reference is None else str(order.reference),
+        "score": order.score,
+        "keep": order.keep,
+        **kept,
+        "approximate": order.approximate,
+        "layout": laid,
+        "checkpoints": len(question.checkpoints),
+        "missing_losses": sum(each.gaps for each in scored),
+        "files": len(files),
+        "losses_rows": sum(file.total for file in files),
+        "bytes": sum(file.size for file in files),
+        "seconds": round(time.perf_counter() - began, 3),
+        "skipped": [asdict(each) for each in skipped],
+        "versions": {"alignprune_exp": __version__, "duckdb": duckdb.__version__},
+    }
+    put_in_place(order, work, summary)
+    return summary
+
+
+def ask(
+    engine: Engine, order: Order, files: Sequence[File], columns: tuple[str, ...]
+) -> tuple[Question, list[Skipped]]:
+    """Return what is asked of the files, and what of the reference or of them was skipped. Raises UsageError."""
+    if not files:
+        raise UsageError(f"{order.losses} has no rows; give files that have some")
+    lists = len(columns) < len(LONG)
+    reference: dict[Any, float | None] = {}
+    skipped: list[Skipped] = []
+    if order.reference is not None:
+        reference, skipped = read_reference(engine, order.reference, LONG[1:] if lists else columns[1:], order.skip)
+    checkpoints: list[Any] = list(range(len(reference)))
+    if lists and not reference:
+        (longest,) = engine.one(f"SELECT max(len({name(columns[1])})) FROM {parquet([files[0].path])}")
+        checkpoints = list(range(longest or 1))
+    elif not lists:
+        checkpoints, more = check.checkpoints(engine, files, columns, list(reference), order.skip)
+        skipped += more
+    if order.score == "spearman" and len(checkpoints) > MOST_RANKED:
+        raise UsageError(f"--score spearman ranks {MOST_RANKED} checkpoints at most, not {len(checkpoints)}; use das")
+    losses = list(reference.values()) if lists else [reference.get(at) for at in checkpoints]
+    return Question(order.score, columns, tuple(checkpoints), tuple(losses or [None] * len(checkpoints))), skipped
+
+
+def score_all(
+    engine: Engine, work: Path, question: Question, files: Sequence[File], order: Order, show: Callable[[str], None]
+) -> tuple[str, list[Scored]]:
+    """Score all files; return how they were laid out, and the parts in order. Raises BrokenError and UsageError."""
+    try:
+        laid, parts = plan(engine, work, question, files, in_order=True)
+        return laid, score_parts(engine, work, question, parts, order, show)
+    except ApartError:
+        show("the files of the checkpoints have their ids in different orders; they are divided by a hash of the id")
+        laid, parts = plan(engine, work, question, files, in_order=False)
+        return laid, score_parts(engine, work, question, parts, order, show)
+
+
+def plan(
+    engine: Engine, work: Path, question: Question, files: Sequence[File], in_order: bool
+) -> tuple[str, list[Part]]:
+    """Return the first layout that the files allow, of those that `layout` lists, and its parts."""
+    if question.lists:
+        return "rows", layout.by_rows(files, question)
+    if in_order and (parts := layout.by_checkpoints(files, question)) is not None:
+        return "checkpoints", parts
+    if (parts := layout.by_files(files, question)) is not None:
+        return "files", parts
+    count = layout.buckets(files, question, engine.memory)
+    return "buckets", scoring.divide(engine, work, question, files, count)
+
+
+def score_parts(
+    engine: Engine, work: Path, question: Question, parts: Sequence[Part], order: Order, show: Callable[[str], None]
+) -> list[Scored]:
+    """Score parts, several at a time where none has to be grouped in memory. Raises UsageError for the first flaw."""
+    found: dict[str, Scored] = {}
+    at_a_time = 1 if parts and parts[0].apart else engine.threads
+    for scored in engine.each(lambda part: scoring.score(engine, work, question, part), parts, at_a_time):
+        if not order.skip:
+            check.flaws(engine, [scored], question, order.skip, order.gaps)
+        found[scored.part.name] = scored
+        show(f"{len(found)} of {len(parts)} parts are scored")
+    return [found[part.name] for part in parts]
+
+
+def keep(engine: Engine, order: Order, work: Path, scored: Sequence[Scored], twice: int) -> dict[str, Any]:
+    """Find the threshold, write what is kept below ``work``, return the numbers. Raises UsageError where none is."""
+    table = scoring.counting([each.path for each in scored], twice)
+    samples, with_score = engine.one(f"SELECT count(*), count(score) FROM ({table})")
+    due = min(floor(order.keep * samples), with_score)
+    if due == 0:
+        raise UsageError(
+            f"--keep {order.keep:g} keeps none of {samples} ids, {with_score} with a score; use a larger one"
+        )
+    scoring.cut(engine, table, due, with_score, order.approximate)
+    folder = work / "written"
+    shutil.rmtree(folder, ignore_errors=True)
+    kept = sum(
+        engine.each(lambda each: scoring.write_kept(engine, each, folder, twice, order.ids), scored, engine.threads)
+    )
+    (threshold,) = engine.one("SELECT score::DOUBLE FROM cutoff")
+    return {"samples": samples, "unscored": samples - with_score, "kept": kept, "threshold": threshold}
+
+
+def put_in_place(order: Order, work: Path, summary: dict[str, Any]) -> None:
+    """Move what was written to where it belongs, then write the summary, whose presence means that all is there."""
+    (order.out / SUMMARY).unlink(missing_ok=True)
+    for old in OUTPUTS:
+        shutil.rmtree(order.out / old, ignore_errors=True)
+    (work / "written").replace(order.out / OUTPUTS[order.ids])
+    write_json(order.out / SUMMARY, summary)
+    shutil.rmtree(work)
