@@ -19,22 +19,26 @@ Reference = Sequence[float | None]  # a loss a checkpoint; None where there is n
 
 
 def whole(score: str, source: str, reference: Reference) -> str:
-    """Return SQL of id, score, whole, gaps, bad, again, apart for a source of id, l0 …, again, apart.
+    """Return SQL of id and score for a source of id, l0 …, again, apart.
 
-    Where ``whole`` is false, a loss is missing, infinite or huge, and the score is NULL.
+    The score is NULL where a loss is missing, infinite, huge or one too many, and NaN in rows that are apart.
     """
     known = _known(reference)
     first = next(iter(known), 0)
     source = _select(source, ["*", *(f"l{k} - l{first} AS d{k}" for k in range(len(reference)))])
     source = _select(source, ["*", f"{_plus(f'd{k} * d{k}' for k in range(len(reference)))} AS squares"])
     source = _select(
-        source, ["*", f"coalesce(abs(l{first}) <= 1e37 AND isfinite(squares) AND squares <= 1e74, FALSE) AS whole"]
+        source,
+        [
+            "*",
+            f"coalesce(abs(l{first}) <= 1e37 AND isfinite(squares) AND squares <= 1e74, FALSE) AND again = 0 AS whole",
+        ],
     )
     return _WHOLE[score](source, reference)
 
 
 def gappy(score: str, source: str, reference: Reference) -> str:
-    """Return SQL as `whole` does, of any trajectories; ``gaps`` counts missing losses, ``bad`` those not finite."""
+    """Return SQL of id, score, gaps, bad, again; ``gaps`` counts missing losses, ``bad`` those that are not finite."""
     every = range(len(reference))
     source = _select(source, ["*", *(f"CASE WHEN {finite(f'l{k}')} THEN l{k} END AS v{k}" for k in every)])
     gaps = _plus(f"(l{k} IS NULL)::INTEGER" for k in every)
@@ -69,8 +73,7 @@ def _known(reference: Reference) -> dict[int, float]:
 
 
 def _of_whole(source: str, score: str) -> str:
-    score = f"CASE WHEN whole THEN {score} END::FLOAT AS score"
-    return _select(source, ["id", score, "whole", "0 AS gaps", "0 AS bad", "again", "apart"])
+    return _select(source, ["id", f"CASE WHEN apart THEN 'NaN'::DOUBLE WHEN whole THEN {score} END::FLOAT AS score"])
 
 
 def _aligned(source: str, shares: dict[int, float], values: str, square: str) -> str:
@@ -139,7 +142,7 @@ def _settled_whole(source: str, reference: Reference) -> str:
 
 def _of_gappy(source: str, score: str) -> str:
     score = f"CASE WHEN seen > 0 THEN {score} END::FLOAT AS score"
-    return _select(source, ["id", score, "TRUE AS whole", "gaps", "bad", "again", "apart"])
+    return _select(source, ["id", score, "gaps", "bad", "again"])
 
 
 def _common(source: str, reference: Reference) -> tuple[str, list[int]]:

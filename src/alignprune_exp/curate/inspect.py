@@ -108,8 +108,8 @@ def read_file(engine: Engine, path: str, stamp: str, columns: Sequence[str] | No
     try:
         there = {column: kind for column, kind, *_ in engine.all(f"DESCRIBE FROM {parquet([path])}")}
         chunks = engine.all(
-            "SELECT row_group_id, row_group_num_rows, path_in_schema, stats_min_value, stats_max_value "
-            f"FROM parquet_metadata({text(path)}) ORDER BY ALL"
+            "SELECT row_group_id, row_group_num_rows, path_in_schema, stats_min_value, stats_max_value, "
+            f"stats_null_count FROM parquet_metadata({text(path)}) ORDER BY ALL"
         )
     except duckdb.Error as error:
         raise UsageError(
@@ -125,12 +125,14 @@ def read_file(engine: Engine, path: str, stamp: str, columns: Sequence[str] | No
     _check_types(path, columns, types)
     rows = {group: count for group, count, *_ in chunks}
     by_column = {
-        column: [(least, most) for _, _, of, least, most in chunks if of == column]
+        column: [(least, most) for _, _, of, least, most, nulls in chunks if of == column and nulls == 0]
         for column in (columns[0], columns[1])
     }
     bounds = [_bounds(by_column[column], kind, len(rows)) for column, kind in zip(columns[:2], types[:2], strict=True)]
     if len(columns) == len(LONG) and bounds[1] is None and rows:  # such as the checkpoint in the folder's name
-        bounds[1] = engine.one(f"SELECT min({name(columns[1])}), max({name(columns[1])}) FROM {parquet([path])}")
+        at = name(columns[1])
+        found = engine.one(f"SELECT min({at}), max({at}), count(*) - count({at}) FROM {parquet([path])}")
+        bounds[1] = None if found[2] else (found[0], found[1])
     return File(path, int(stamp.split()[0]), stamp, types, tuple(rows.values()), bounds[0], bounds[1])
 
 

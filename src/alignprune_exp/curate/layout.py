@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
-from .inspect import LISTS, File, name, parquet, text
+from .inspect import INTEGERS, LISTS, File, name, parquet, text
 
 RANGE = 1 << 20  # rows of a part, where a file is read in ranges
 SLACK = 3  # times the size of what is grouped that memory must hold
@@ -118,14 +118,18 @@ def _beside(row: Sequence[File], start: int, end: int, question: Question) -> st
     id_, checkpoint, loss = map(name, question.columns)
     cut = "" if (start, end) == (0, row[0].total) else f" WHERE file_row_number BETWEEN {start} AND {end - 1}"
     tables = [
-        f"(SELECT {id_} AS i{k}, {loss}::DOUBLE AS l{k}, {checkpoint} IS DISTINCT FROM {literal(at)} AS other{k} "
-        f"FROM {parquet([file.path])}{cut})"
+        f"(SELECT {id_} AS i{k}, {loss}::DOUBLE AS l{k}, {checkpoint} IS DISTINCT FROM {literal(at)} AS other{k} FROM "
+        f" {parquet([file.path])}{cut})"
         for k, (file, at) in enumerate(zip(row, question.checkpoints, strict=True))
     ]
-    differ = [f"i{k} IS DISTINCT FROM i0" for k in range(1, len(row))] + [f"other{k}" for k in range(len(row))]
+    differ = [f"i{k} IS DISTINCT FROM i0" for k in range(1, len(row))] + [
+        f"other{k}"
+        for k in range(len(row))
+        if row[k].types[1] not in INTEGERS  # of texts, a footer has a beginning
+    ]
     losses = ", ".join(f"l{k}" for k in range(len(row)))
     joined = "\nPOSITIONAL JOIN ".join(tables)
-    return f"SELECT i0 AS id, {losses}, 0 AS again, ({' OR '.join(differ)}) AS apart\nFROM {joined}"
+    return f"SELECT i0 AS id, {losses}, 0 AS again, ({' OR '.join([*differ, 'FALSE'])}) AS apart\nFROM {joined}"
 
 
 def by_files(files: Sequence[File], question: Question) -> list[Part] | None:

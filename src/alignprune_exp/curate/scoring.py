@@ -9,7 +9,7 @@ import os
 import shutil
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 from ..runs import run_id
 from . import formulas
 from .engine import Engine
-from .inspect import File, parquet
+from .inspect import File, parquet, text
 from .layout import Part, Question, batches, by_bucket, divided
 
-PIECES = 1 << 16  # that the range of scores is cut into at each look for the threshold
+PIECES = 1 << 12  # that the range of scores is cut into at each look for the threshold
+SORTED = 1 << 17  # scores among which it is found by sorting them
 
 
 class ApartError(Exception):
@@ -33,7 +34,7 @@ class Scored:
 
     Attributes:
         part: which.
-        path: of its table of id, score, gaps, bad, again.
+        path: of its table of id and score, and where it is ``gappy``, of gaps, bad and again.
         rows: how many ids it has.
         gaps, bad, again: how many losses are missing, not finite, and too many; ``unnamed`` how many ids are NULL.
         ids: its least and its largest id.
@@ -42,6 +43,7 @@ class Scored:
 
     part: Part
     path: Path
+    gappy: bool
     rows: int
     gaps: int
     bad: int
@@ -54,26 +56,38 @@ class Scored:
 def score(engine: Engine, work: Path, question: Question, part: Part) -> Scored:
     """Score a part, or take it from where it lies scored. Raises ApartError, and what `Engine.write` raises."""
     identity = {"asked": repr(question), "source": part.source, "stamps": [file.stamp for file in part.files]}
-    target = work / "parts" / f"{run_id(identity)}.parquet"
-    if not target.exists():
+    whole, gappy = (work / "parts" / f"{run_id(identity)}{ending}.parquet" for ending in ("", "-gappy"))
+    for formula, target in ((formulas.whole, whole), (formulas.gappy, gappy)):
+        if target is whole and gappy.exists():
+            continue
         new = target.with_name(f".{target.name}.{os.getpid()}")
-        for formula in (formulas.whole, formulas.gappy):
+        if not target.exists():
             sql = formula(question.score, part.source, question.reference)
             engine.write(f"{sql}{' ORDER BY id' if part.apart else ''}", new, part.files)
-            whole, apart = engine.one(f"SELECT bool_and(whole), bool_or(apart) FROM {parquet([str(new)])}")
-            if apart:
-                new.unlink()
-                raise ApartError
-            if whole is not False:
-                break
+        scored = _scored(engine, part, new if new.exists() else target, target is gappy)
+        if scored is not None:
+            break
+        new.unlink()
+    if new.exists():
         new.replace(target)
-    rising = "SELECT *, id > lag(id) OVER () AS rises"
-    counts = ", ".join(f"coalesce(sum({each}), 0)::BIGINT" for each in ("gaps", "bad", "again"))
-    rows, gaps, bad, again, unnamed, least, most, rises = engine.one(
+    assert scored is not None
+    return replace(scored, path=target)
+
+
+def _scored(engine: Engine, part: Part, path: Path, gappy: bool) -> Scored | None:
+    """Return what a part's table has, or None where it was scored as whole and is not. Raises ApartError."""
+    flaws = ["sum(gaps)", "sum(bad)", "sum(again)"] if gappy else ["0", "count(*) - count(score)", "0"]
+    counts = ", ".join(f"coalesce({each}, 0)::BIGINT" for each in [*flaws, "count(*) FILTER (isnan(score))"])
+    rows, gaps, bad, again, apart, unnamed, least, most, rising = engine.one(
         f"SELECT count(*), {counts}, count(*) - count(id), min(id), max(id), coalesce(bool_and(rises), TRUE)\n"
-        f"FROM ({rising} FROM {parquet([str(target)])})"
+        f"FROM (SELECT *, id > lag(id) OVER () AS rises FROM {parquet([str(path)])})"
     )
-    return Scored(part, target, rows, gaps, bad, again, unnamed, (least, most), rises)
+    if apart:
+        path.unlink()
+        raise ApartError
+    if bad and not gappy:
+        return None
+    return Scored(part, path, gappy, rows, gaps, bad, again, unnamed, (least, most), rising)
 
 
 def divide(engine: Engine, work: Path, question: Question, files: Sequence[File], buckets: int) -> list[Part]:
@@ -114,49 +128,67 @@ def find_twice(engine: Engine, scored: Sequence[Scored]) -> int:
     return int(engine.one("SELECT count(*) FROM twice")[0])
 
 
-def counting(files: Sequence[Path], twice: int) -> str:
+def counting(scored: Sequence[Scored], twice: int) -> str:
     """Return SQL of the ids that count, with their scores: not those without a name, or with losses too many."""
-    once = " AND id NOT IN (SELECT id FROM twice)" if twice else ""
-    return f"SELECT id, score FROM {parquet(map(str, files))} WHERE again = 0 AND id IS NOT NULL{once}"
+    where = ["id IS NOT NULL"]
+    if any(each.gappy for each in scored):
+        where.append("coalesce(again, 0) = 0")
+    if twice:
+        where.append("id NOT IN (SELECT id FROM twice)")
+    return f"SELECT id, score FROM {parquet(str(each.path) for each in scored)} WHERE {' AND '.join(where)}"
 
 
-def cut(engine: Engine, table: str, kept: int, scored: int, approximate: bool) -> None:
-    """Make the table ``cutoff`` of one row: the score of the last of ``kept`` ids, and its id where others tie with it.
+@dataclass(frozen=True)
+class Cut:
+    """Where what is kept ends: at a score, and where others tie with it, at an id."""
 
-    Approximately: a quantile of a t-digest, and all that tie with it. Exactly: the range of the scores is cut into
-    ``PIECES``, then the piece with the last one is, until all in it are equal; of these go the larger ids. Nothing else
-    is sorted, and no look holds more than the pieces' counts.
+    score: float
+    ties: str = "TRUE"  # SQL of which of those at the score are kept
+
+    @property
+    def kept(self) -> str:
+        """SQL of whether an id is kept."""
+        at = f"{self.score!r}::FLOAT"
+        return f"coalesce(score > {at} OR (score = {at} AND {self.ties}), FALSE)"
+
+
+def cut(engine: Engine, table: str, kept: int, scored: int, approximate: bool) -> Cut:
+    """Return where to cut to keep so many of the ids with a score; of those at the cut, the larger ids go.
+
+    Approximately: at a quantile of a t-digest, with all that tie. Exactly: the range of the scores is cut into
+    ``PIECES``, then the piece with the last one is, until it is small enough to be sorted, or all in it are equal.
     """
     if approximate:
-        quantile = f"approx_quantile(score, {1 - kept / scored!r})"
-        engine.all(f"CREATE TABLE cutoff AS SELECT {quantile} AS score, min(id) FILTER (FALSE) AS id FROM ({table})")
-        return
+        return Cut(engine.one(f"SELECT approx_quantile(score, {1 - kept / scored!r})::DOUBLE FROM ({table})")[0])
     least, most = engine.one(f"SELECT min(score)::DOUBLE, max(score)::DOUBLE FROM ({table})")
-    due = kept
-    while least < most:
-        piece = f"round((score::DOUBLE - {least!r}::DOUBLE) / {most - least!r}::DOUBLE * {PIECES})"
-        within = f"score::DOUBLE BETWEEN {least!r}::DOUBLE AND {most!r}::DOUBLE"
+    due, within = kept, scored
+    while least < most and within > SORTED:
+        piece = f"round((score::DOUBLE - {least!r}::DOUBLE) / {most - least!r}::DOUBLE * {PIECES})::INTEGER"
         pieces = engine.all(
             f"SELECT min(score)::DOUBLE AS least, max(score)::DOUBLE, count(*) FROM ({table}) "
-            f"WHERE {within} GROUP BY {piece} ORDER BY least DESC"
+            f"WHERE {_between(least, most)} GROUP BY {piece} ORDER BY least DESC"
         )
         reached = list(accumulate(count for _, _, count in pieces))
         place = bisect_left(reached, due)
-        least, most, count = pieces[place]
-        due -= reached[place] - count
-    last = f"ORDER BY id LIMIT 1 OFFSET {due - 1}"
-    engine.all(f"CREATE TABLE cutoff AS SELECT score, id FROM ({table}) WHERE score::DOUBLE = {least!r}::DOUBLE {last}")
+        least, most, within = pieces[place]
+        due -= reached[place] - within
+    score, id_, kind = engine.one(
+        f"SELECT score::DOUBLE, id::VARCHAR, typeof(id) FROM ({table}) WHERE {_between(least, most)} "
+        f"ORDER BY score DESC, id LIMIT 1 OFFSET {due - 1}"
+    )
+    return Cut(score, f"id <= {text(id_)}::{kind}")
 
 
-def write_kept(engine: Engine, scored: Scored, folder: Path, twice: int, ids_alone: bool) -> int:
+def _between(least: float, most: float) -> str:
+    return f"score::DOUBLE BETWEEN {least!r}::DOUBLE AND {most!r}::DOUBLE"
+
+
+def write_kept(engine: Engine, scored: Scored, folder: Path, twice: int, cut: Cut, ids_alone: bool) -> int:
     """Write a part's ids with their score and whether to keep them, or those to keep; return how many these are."""
-    cutoff, tie = "(SELECT score FROM cutoff)", "(SELECT id FROM cutoff)"
-    tied = f"score = {cutoff} AND ({tie} IS NULL OR id <= {tie})"
-    kept = f"coalesce(score > {cutoff} OR ({tied}), FALSE) AS keep"
-    sql = f"SELECT id, score, {kept} FROM ({counting([scored.path], twice)})"
+    table, target = counting([scored], twice), folder / scored.part.name
     if ids_alone:
-        sql = f"SELECT id FROM ({sql}) WHERE keep"
-    target = folder / scored.part.name
-    engine.write(sql, target, ())
+        engine.write(f"SELECT id FROM ({table}) WHERE {cut.kept}", target, ())
+    else:
+        engine.write(f"SELECT id, score, {cut.kept} AS keep FROM ({table})", target, ())
     number = "count(*)" if ids_alone else "count(*) FILTER (keep)"
     return int(engine.one(f"SELECT {number} FROM {parquet([str(target)])}")[0])

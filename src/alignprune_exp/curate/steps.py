@@ -154,21 +154,22 @@ def score_parts(
 
 def keep(engine: Engine, order: Order, work: Path, scored: Sequence[Scored], twice: int) -> dict[str, Any]:
     """Find the threshold, write what is kept below ``work``, return the numbers. Raises UsageError where none is."""
-    table = scoring.counting([each.path for each in scored], twice)
+    table = scoring.counting(scored, twice)
     samples, with_score = engine.one(f"SELECT count(*), count(score) FROM ({table})")
     due = min(floor(order.keep * samples), with_score)
     if due == 0:
         raise UsageError(
             f"--keep {order.keep:g} keeps none of {samples} ids, {with_score} with a score; use a larger one"
         )
-    scoring.cut(engine, table, due, with_score, order.approximate)
+    cut = scoring.cut(engine, table, due, with_score, order.approximate)
     folder = work / "written"
     shutil.rmtree(folder, ignore_errors=True)
     kept = sum(
-        engine.each(lambda each: scoring.write_kept(engine, each, folder, twice, order.ids), scored, engine.threads)
+        engine.each(
+            lambda each: scoring.write_kept(engine, each, folder, twice, cut, order.ids), scored, engine.threads
+        )
     )
-    (threshold,) = engine.one("SELECT score::DOUBLE FROM cutoff")
-    return {"samples": samples, "unscored": samples - with_score, "kept": kept, "threshold": threshold}
+    return {"samples": samples, "unscored": samples - with_score, "kept": kept, "threshold": cut.score}
 
 
 def put_in_place(order: Order, work: Path, summary: dict[str, Any]) -> None:
