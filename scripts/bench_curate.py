@@ -72,7 +72,7 @@ def measure(report: Report, layout: str, documents: int, memory: str) -> None:
         rows = documents * CHECKPOINTS
         print(
             f"{'':12} {rows / seconds:,.0f} losses/s, {size / seconds / 1e6:,.0f} MB/s of Parquet; plainly read "
-            f"{rows / scan:,.0f} losses/s, {size / scan / 1e6:,.0f} MB/s; found as {summary['layout']}"
+            f"{rows / scan:,.0f} losses/s, {size / scan / 1e6:,.0f} MB/s: {scan / seconds:.2f} of it"
         )
         follows(documents / seconds, size / documents)
         report.check(summary["layout"] == layout, f"{layout}: found as {summary['layout']}")
@@ -84,7 +84,7 @@ def follows(speed: float, size: float) -> None:
     seconds = AIM / NODES / speed
     print(
         f"{'':12} so {AIM:.0e} documents on {NODES} nodes of {THREADS} such threads take {seconds / 3600:.2f} h, if "
-        f"each has its share of the files, reads {size * speed / 1e6:,.0f} MB/s, and they add up their counts of scores"
+        f"each has its share of the files, reads {size * speed / 1e6:,.0f} MB/s, and cuts its share by itself"
     )
 
 

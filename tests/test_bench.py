@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import bench_curate
 import bench_data
 import bench_prune4rel
 import bench_selection
@@ -30,7 +31,7 @@ KEYS = ["step", "samples", "seconds", "baseline", "baseline_seconds", "ratio", "
 def small(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(benchmarking, "memory_bandwidth", lambda: 1e10)
-    for bench in (bench_selection, bench_data, bench_step, bench_prune4rel):
+    for bench in (bench_selection, bench_data, bench_step, bench_prune4rel, bench_curate):
         monkeypatch.setattr(bench, "THREADS", 1)
     for bench in (bench_selection, bench_data):
         monkeypatch.setattr(bench, "memory_bandwidth", lambda: 1e10)
@@ -117,6 +118,18 @@ def test_prune4rel_is_compared_with_its_rule(tmp_path, monkeypatch, capsys):
     assert "300 samples: " in capsys.readouterr().out
     monkeypatch.setattr(bench_prune4rel, "Prune4ReL", lambda **settings: Prune4ReL(**settings | {"balanced": False}))
     assert rows_of(bench_prune4rel, tmp_path, *small)[0] == 1
+
+
+def test_curation_is_timed_in_each_layout_and_compared_with_the_packages_scores(tmp_path, monkeypatch, capsys):
+    small = ("--documents", "3000", "--memory", "200MB")
+    status, rows = rows_of(bench_curate, tmp_path, *small)
+    assert status == 0
+    assert [row["step"] for row in rows] == ["rows", "checkpoints", "files", "buckets"]
+    assert "1e+10 documents on 100 nodes" in capsys.readouterr().out
+    monkeypatch.setattr(bench_curate, "LAYOUTS", {"rows": bench_curate.write_rows})
+    monkeypatch.setattr(bench_curate, "CLOSE", -1)
+    assert rows_of(bench_curate, tmp_path, *small)[0] == 1
+    assert "WRONG: rows: other scores" in capsys.readouterr().out
 
 
 def test_other_batches_than_the_plain_ones_are_wrong(monkeypatch, tmp_path, capsys):
