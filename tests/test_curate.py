@@ -574,6 +574,7 @@ MISTAKES = [
     (("losses", "--keep", "0.5", "--score", "settled", "-o", "no/where"), "no/where folder"),
     (("losses", "--keep", "0.5", "--score", "settled", "-o", "losses"), "losses 0.parquet new"),
     (("losses", "--keep", "0.5", "--score", "settled", "-o", "nan.csv"), "nan.csv file new"),
+    (("losses", "--keep", "0.5", "--score", "settled", "-o", "losses/keep"), "losses/keep lies in losses"),
 ]
 
 

@@ -76,6 +76,8 @@ def check(given: Namespace) -> None:
         raise UsageError(f"--keep {given.keep:g} is no share; use one above 0, up to 1")
     if given.reference is None and given.score != "settled":
         raise UsageError(f"--score {given.score} compares with a trusted set's losses; add --reference, or use settled")
+    if Path(given.losses).resolve() in given.out.resolve().parents:
+        raise UsageError(f"{given.out} lies in {given.losses}, so that it would be read as losses; name another place")
     if given.threads is not None and given.threads < 1:
         raise UsageError(f"--threads {given.threads} is no number of threads; use 1 or more")
     if given.columns is not None and len(given.columns.split(",")) not in (2, 3):

@@ -100,7 +100,7 @@ def list_files(engine: Engine, losses: str) -> dict[str, str]:
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].rstrip(".")
+    return str(error).partition("\n")[0].rstrip(".: ")
 
 
 def read_file(engine: Engine, path: str, stamp: str, columns: Sequence[str] | None) -> File:
