@@ -526,6 +526,28 @@ def test_accuracy_over_ratio_is_drawn_at_what_was_really_saved(tmp_path):
     assert (band.min(), band.max()) == (50, 52)  # from the lowest seed to the highest
 
 
+def test_what_is_saved_is_drawn_and_told_where_there_are_two_shares_of_it(tmp_path):
+    def values(axes):
+        ahead = {"shorter": 0, "rs2": -1, "sieve": 1 if axes["saved"] == "0.3" else -2}[axes["method"]]
+        return 50.0 + ahead + int(axes["seed"]), float(axes["saved"])
+
+    grid = ["noise=sym0.5", "method=shorter,rs2,sieve", "seed=0,1"]
+    table = _suite_records(tmp_path / "two", "cost", [*grid, "saved=0.3,0.5"], values)
+    assert _lines(draw(table)["cost_smoke_against"]) == {
+        "shorter": [(0.3, 50.5), (0.5, 50.5)],
+        "rs2": [(0.3, 49.5), (0.5, 49.5)],
+        "sieve": [(0.3, 51.5), (0.5, 48.5)],
+    }
+    ((sentence,),) = [one.sentences for one in findings([table])]
+    assert sentence.text == (
+        "Best against shorter at sym0.5, by what is saved: 30 % saved: sieve +1.0 [+1.0, +1.0], 2 seeds; "
+        "50 % saved: none, rs2 as the next −1.0 [−1.0, −1.0], 2 seeds."
+    )
+    table = _suite_records(tmp_path / "one", "cost", [*grid, "saved=0.3"], values)
+    assert "cost_smoke_against" not in draw(table)
+    assert findings([table]) == []
+
+
 @pytest.mark.parametrize(
     ("name", "axis", "overrides", "line"),
     [
