@@ -216,6 +216,7 @@ def test_what_does_not_go_with_the_task_is_one_sentence(tmp_path, refused, jsonl
     assert "dataset=digits is for task=classification; with task=language use dataset=python_docs or text" in refused(
         "task=language", "dataset=digits", f"paths.results={tmp_path / 'none'}"
     )
+    assert "model=gpt does not fit task=classification" in refused("model=gpt", ours[-2])
     assert "dataset=text is for task=language" in refused("dataset=text", *ours[2:])
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert "needs tokenizers; type pip install 'alignprune-exp[tasks]'" in refused(*ours)
