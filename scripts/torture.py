@@ -26,6 +26,7 @@ from alignprune_exp.errors import Stopped
 from alignprune_exp.runs import CHECKPOINTS, RECORD
 
 LINE = ("threads=1", "score.window=3", "epochs=12", "dataset.subset=300", "dataset.test_subset=100", "batch_size=16")
+LINE += ("checkpoint_seconds=0",)
 KILLED = -signal.SIGKILL
 
 

@@ -24,6 +24,7 @@ from alignprune_exp.train import perform
 CONF = config_dir()
 EPOCHS, WINDOW = 12, 3
 SMALL = ("threads=1", f"epochs={EPOCHS}", f"score.window={WINDOW}", "dataset.subset=300", "dataset.test_subset=100")
+SMALL += ("checkpoint_seconds=0",)
 MEASURED = ("seconds", "samples_per_second", "finished_at", "commit")  # of a summary, by their beginnings
 
 

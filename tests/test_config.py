@@ -176,6 +176,7 @@ def test_golden_ids(overrides, expected):
         "tracking=wandb",
         "tracking=wandb tracking.mode=online tracking.project=p tracking.entity=e tracking.group=g",
         "force=true",
+        "checkpoint_seconds=5",
         "keep_checkpoints=true",
         "keep_probabilities=true",
         "workers=7",
@@ -208,6 +209,7 @@ OTHER = {
     "optimizer.name": "lars",
     "recorded": "smoothed",
     "precision": "fp32",
+    "graph": False,
     "device": "cpu",
     "scale": "cpu",
     "dataset.subset": 500,
@@ -217,7 +219,7 @@ OTHER = {
 }
 # By the specification: what cannot change the result, or has no effect under sym noise on digits.
 INERT = {"paths.results", "paths.data", "tracking.name", "force", "keep_checkpoints", "keep_probabilities", "workers"}
-INERT |= {"noise.file", "noise.labels"}
+INERT |= {"checkpoint_seconds", "noise.file", "noise.labels"}
 # Changing the name alone leaves keys of the old option behind, or lacks those of the new.
 NO_OTHER = {"task.name", "dataset.name", "pruner.name", "learner.name"}
 

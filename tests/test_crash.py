@@ -21,6 +21,7 @@ from harness import assert_same_results, rows_of, sentence_of
 from hydra_plugins import alignprune_launchers
 
 SMALL = ("threads=1", "score.window=3", "dataset.subset=300", "dataset.test_subset=100", "batch_size=32")
+SMALL += ("checkpoint_seconds=0",)
 PAUSE = 0.1  # seconds in the middle of writing a checkpoint
 
 

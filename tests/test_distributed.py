@@ -20,6 +20,7 @@ from harness import config_of, environment_of, launch, only_run, rows_of, sample
 from hydra_plugins.alignprune_launchers import take_device
 
 TINY = ("model.norm=group", "precision=fp32", "epochs=6", "score.window=3", "dataset.test_subset=90")
+TINY += ("checkpoint_seconds=0",)
 LONG = (*TINY, "dataset.subset=300", "batch_size=4", "epochs=12")
 PSEUDO = ("reference=pseudo_cleanlab", "reference.size=20", "reference.warmup=1", "reference.every=1")
 SAME = ("ranked_by", "kept_fraction", "kept_noise", "kept_noise_weighted", "samples_seen", "samples_refreshed", "lr")

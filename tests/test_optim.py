@@ -1,4 +1,4 @@
-"""The schedule against PyTorch's OneCycleLR, and that both optimizers train."""
+"""The schedule against PyTorch's OneCycleLR, the optimizers against PyTorch's and timm's, and that both train."""
 
 import math
 import warnings
@@ -8,10 +8,11 @@ import pytest
 import torch
 import yaml
 from sklearn.datasets import load_digits
+from timm.optim import Lars
 from torch.nn import functional as F
 
 from alignprune_exp.config import MODEL, OPTIMIZER
-from alignprune_exp.optim import one_cycle, set_progress
+from alignprune_exp.optim import OPTIMIZERS, one_cycle, set_progress
 
 CONF = Path(__file__).parents[1] / "conf" / "optimizer"
 
@@ -110,3 +111,62 @@ def test_optimizer_as_configured_trains_on_digits_within_forty_steps(name):
         losses.append(loss.item())
     assert losses[0] > 2
     assert losses[-1] < losses[0] / 2
+
+
+SHAPES = [(3, 4), (5,), (), (2, 3, 2, 2)]
+FIRST_ZERO = 1  # its gradient is 0 at first, and another parameter is 0 itself
+
+
+def _walk(optimizer, parameters, cycles, steps=6):
+    """Take steps of random gradients at rates that change; return what the parameters were after each."""
+    draw, config, seen = torch.Generator().manual_seed(1), _config(lr=2.0, cycle_momentum=cycles), []
+    for step in range(steps):
+        set_progress(optimizer, step / steps, config)
+        for k, p in enumerate(parameters):
+            p.grad = torch.randn(p.shape, generator=draw) * (step > 0 or k != FIRST_ZERO)
+            if k == 2 and step == 3:
+                p.grad = None
+        optimizer.step()
+        seen.append([p.detach().clone() for p in parameters])
+    return seen
+
+
+def _start():
+    draw = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=draw) * (shape != (5,))) for shape in SHAPES]
+
+
+def _reference(name, parameters, decay):
+    common = {"lr": 1.0, "momentum": 0.9, "weight_decay": decay}
+    return (
+        Lars(parameters, foreach=False, **common)
+        if name == "lars"
+        else torch.optim.SGD(parameters, nesterov=True, foreach=False, **common)
+    )
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+@pytest.mark.parametrize("cycles", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_the_optimizers_have_the_bits_of_pytorchs_sgd_and_timms_lars(name, cycles, decay):
+    ours, theirs = _start(), _start()
+    optimizer = OPTIMIZERS[name](ours, lr=1.0, momentum=0.9, weight_decay=decay)
+    expected = _walk(_reference(name, theirs, decay), theirs, cycles)
+    for found, one in zip(_walk(optimizer, ours, cycles), expected, strict=True):
+        assert all(map(torch.equal, found, one))
+    assert not torch.equal(expected[0][0], expected[-1][0])
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_rates_that_are_tensors_are_set_in_place_and_stay_where_they_are_when_a_state_is_loaded(name):
+    ours, theirs = _start(), _start()
+    optimizer, plain = (OPTIMIZERS[name](each, lr=1.0, momentum=0.9, weight_decay=0.01) for each in (ours, theirs))
+    rates = {"lr": torch.tensor(1.0), "momentum": torch.tensor(0.9)}
+    optimizer.param_groups[0].update(rates)
+    for found, one in zip(_walk(optimizer, ours, True), _walk(plain, theirs, True), strict=True):
+        for mine, other in zip(found, one, strict=True):
+            torch.testing.assert_close(mine, other)
+    optimizer.load_state_dict(plain.state_dict())
+    assert all(optimizer.param_groups[0][key] is rate for key, rate in rates.items())
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(optimizer.state[mine]["momentum_buffer"], plain.state[other]["momentum_buffer"])

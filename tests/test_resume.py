@@ -40,6 +40,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # The matrix: what a run is, and how it is stopped
 
 TINY = ("threads=1", "epochs=6", "score.window=3", "batch_size=16", "dataset.subset=100", "dataset.test_subset=40")
+TINY += ("checkpoint_seconds=0",)
 PSEUDO = ("reference.size=20", "reference.warmup=2", "reference.every=2")
 RUNS = {  # by what is to be kept over a stop
     "a bank": (),

@@ -136,10 +136,12 @@ class Plain(Node):
     precision: Literal["auto", "bf16", "fp32"]
     channels_last: bool
     compile: Literal[False, True, "reduce-overhead"]
+    graph: Annotated[Literal["auto", False, True], Neutral("auto")]
     deterministic: bool
     threads: Annotated[int, Field(ge=1, le=1024)]
     workers: Annotated[int, Field(ge=0, le=1024), Aside()]
     force: Annotated[bool, Aside()]
+    checkpoint_seconds: Annotated[float, Field(ge=0, le=10**9), Aside()]
     keep_checkpoints: Annotated[bool, Aside()]
     keep_probabilities: Annotated[bool, Aside()]
     paths: Annotated[Paths, Aside()]

@@ -18,6 +18,7 @@ from .errors import GOES_ON, Failed
 from .pruning.processes import DisagreementError, Exchange, LostProcessError
 
 TIMEOUT = timedelta(seconds=50)  # of silence, after which another process counts as dead
+COMPILING = timedelta(minutes=10)  # the same where a first step may be compiled in one process and read in another
 
 
 class Lost(Failed):
@@ -43,15 +44,23 @@ class Processes(Exchange):
         return 0 if devices == 1 else self.local
 
     @contextmanager
-    def joined(self) -> Iterator[None]:
-        """Be connected with the others until the block ends. Raises Lost where the connection fails."""
+    def joined(self, compiles: bool = False) -> Iterator[None]:
+        """Be connected with the others until the block ends. Raises Lost where the connection fails.
+
+        ``compiles`` allows for the silence of one that compiles its first step.
+        """
         if self.size == 1:
             yield
             return
         with self.connected():
+            # Where another process is lost, give up the connection and raise, in place of ending this one by a signal.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+            device = None
             if (devices := torch.cuda.device_count()) > self.place(devices):
-                torch.cuda.set_device(self.place(devices))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+                device = torch.device("cuda", self.place(devices))
+                torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=COMPILING if compiles else TIMEOUT, device_id=device)
         try:
             yield
         finally:
@@ -73,4 +82,4 @@ def parallel(model: nn.Module) -> DistributedDataParallel:
     """Return the model with gradients averaged over the processes, and buffers left alone."""
     new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     leave: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    return DistributedDataParallel(model, **leave)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True, **leave)

@@ -115,13 +115,11 @@ class Loop:
         clock.lap("select")
         with network.waiting(self._steps(order)[-1] < setup.processes.size):
             for step in self._batches(order, now, clock, stop, save):
-                plain, training, predicted = network.learner.losses(step, network.training_logits)
-                recorded = plain if config.recorded == "plain" else training
-                loss = pruning.update(step.index, training, recorded)
-                network.learn(loss * step.share)
+                plain, training, predicted = network.take(step, pruning.weights(step.index))
+                pruning.update(step.index, training, plain if config.recorded == "plain" else training)
                 if predicted is not None:
                     self.predicted[step.index] = predicted
-                self.loss_sum += plain.detach().sum()
+                self.loss_sum += plain.sum()
         now.train_loss = self._exchange() / len(order)
         setup.processes.from_rank_0(list(network.learner.buffers()))
         network.check_finite(now.number)

@@ -11,8 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed, optim
 from .config import LEARNER, OPTIMIZER
-from .learners.base import Given, Learner
+from .errors import UsageError
+from .graph import Replayed, Taken
+from .learners.base import Given, Learner, Step
 from .pruning import NonFiniteLossError
+from .pruning.losses import one_a_sample, weighted_mean
 from .pruning.seeding import generator
 from .setup import Setup
 
@@ -41,6 +44,7 @@ class Network:
             self._parallel = distributed.parallel(self.learner)
         mode = config.compile if isinstance(config.compile, str) else None
         self._forward = torch.compile(self._parallel, mode=mode) if config.compile else self._parallel
+        self.take = Replayed(self._take, config.batch_size) if self._replays(setup) else self._take
 
     def training_logits(self, inputs: Tensor, *network: int) -> Tensor:
         """Return float32 outputs (B, …) of all networks, or of one, to differentiate."""
@@ -55,6 +59,30 @@ class Network:
     def schedule(self, progress: float) -> float:
         """Set the rates of training progress in [0, 1]; return the learning rate."""
         return optim.set_progress(self.optimizer, progress, self.config)
+
+    def _take(self, step: Step, weights: Tensor) -> Taken:
+        """Take a step, given the weights (B,) of its samples; return what the learner says of it, to look at."""
+        plain, training, predicted = self.learner.losses(step, self.training_logits)
+        training = one_a_sample("the loss", training, step.index)
+        self.learn(weighted_mean(training, weights) * step.share)
+        return plain.detach(), training.detach(), predicted
+
+    def _replays(self, setup: Setup) -> bool:
+        """Return whether steps are to be replayed; raise UsageError where that is asked for and cannot be."""
+        asked, alone = setup.config.graph, None
+        if self.device.type != "cuda":
+            alone = f"device=cuda, and this run is on {self.device.type}"
+        elif setup.processes.size > 1:
+            alone = f"one process, and there are {setup.processes.size}"
+        elif not self.learner.replays:
+            alone = f"learners whose steps are all alike, and {setup.config.learner.name}'s are not"
+        elif not isinstance(self.optimizer, optim.Momentum):
+            alone = f"optimizer=sgd and lars, and not for {setup.config.optimizer.name}"
+        elif setup.config.compile == "reduce-overhead":
+            alone = "a run without graphs of its own, which compile=reduce-overhead has"
+        if asked is True and alone:
+            raise UsageError(f"graph=true is for {alone}; set graph=auto")
+        return bool(asked) and not alone
 
     def learn(self, loss: Tensor) -> None:
         """Take a step down the gradient of a loss."""

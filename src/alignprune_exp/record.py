@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -64,10 +64,19 @@ class Journal:
 
     def write(self, folder: RunFolder) -> None:
         """Write both files, whole, whatever has become of them. Raises Failed if the folder is not owned any more."""
-        folder.check_owned()
-        write_text(folder.path / "metrics.jsonl", self._metrics())
-        if (dynamics := self.dynamics) is not None:
-            write_atomically(folder.path / "dynamics.parquet", lambda file: file.write(dynamics))
+        self.writer(folder)()
+
+    def writer(self, folder: RunFolder) -> Callable[[], None]:
+        """Return what writes both files as of now, later."""
+        metrics, dynamics = self._metrics(), self.dynamics
+
+        def write() -> None:
+            folder.check_owned()
+            write_text(folder.path / "metrics.jsonl", metrics)
+            if dynamics is not None:
+                write_atomically(folder.path / "dynamics.parquet", lambda file: file.write(dynamics))
+
+        return write
 
     def state_dict(self) -> dict[str, Any]:
         return {"metrics": self._metrics(), "dynamics": self.dynamics}
@@ -239,8 +248,8 @@ def environment(setup: Setup, command: str, resumed_at: int) -> Row:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "timm": version("timm"),
-        **({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if cuda else {}),
+        "torchvision": version("torchvision"),
+        **(_of_cuda() if cuda else {}),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(setup.device) if cuda else platform.processor() or platform.machine(),
         "device_type": setup.device.type,
@@ -254,6 +263,13 @@ def environment(setup: Setup, command: str, resumed_at: int) -> Row:
         "resumed_at_epoch": resumed_at,
         "data_fingerprint": setup.task.fingerprint,
     }
+
+
+def _of_cuda() -> Row:
+    from torch.utils import collect_env
+
+    driver = collect_env.get_nvidia_driver_version(collect_env.run)
+    return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": driver}
 
 
 def write_samples(path: Path, setup: Setup, loop: Loop) -> None:

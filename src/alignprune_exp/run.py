@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from . import record
 from .config import TRACKING, Config
@@ -37,7 +38,7 @@ from .pruning.seeding import generator
 from .record import Row
 from .records import PROBABILITIES, read_summary
 from .reference import Reference
-from .runs import RunFolder, owner_alive, write_json, write_text
+from .runs import RunFolder, Writing, owner_alive, write_json, write_text
 from .setup import Setup, make_pruning
 from .trackers import Mirror, Mirrored, Tracker
 
@@ -53,7 +54,7 @@ def run(config: Config, command: str, group: str | None = None) -> tuple[dict[st
     """
     processes = Processes()
     with ExitStack() as owned:
-        owned.enter_context(processes.joined())
+        owned.enter_context(processes.joined(bool(config.compile)))
         one = _agreed(processes, lambda: Run(config, processes))
         folder = RunFolder(Path(config.paths.results), one.setup.id)
 
@@ -124,6 +125,7 @@ class Run:
         loop: the phase that it is in; None before a choice without a warm-up.
         choice: what a static criterion has chosen, once it has.
         journal: what the epochs so far have left.
+        writing: writes it down, and checkpoints, beside the training.
     """
 
     def __init__(self, config: Config, processes: Processes | None = None) -> None:
@@ -131,6 +133,7 @@ class Run:
         self.reference = Reference(setup)
         self.choice: Choice | None = None
         self.journal = record.Journal(setup.id)
+        self.writing, self._saved = Writing(), time.monotonic()
         self.loop: Loop | None = None
         if isinstance(setup.plan, Pruner):
             self.loop = self._phase(setup.plan, config.epochs)
@@ -169,8 +172,9 @@ class Run:
         mirror = Mirror(tracker, mirrored, say)
         say(self._beginning())
         try:
-            with _stop_signals() as stop, self._images_turn_bad():
+            with _stop_signals() as stop, self._images_turn_bad(), self.writing:
                 error = self._walk(folder, stop, mirror)
+                self.writing.wait()
             summary = record.summary(setup, self.loop, self.choice, self.journal.rows, error)
             probabilities = self._probabilities() if config.keep_probabilities and error is None else None
             if writes:
@@ -236,7 +240,8 @@ class Run:
                 yield self.loop
             self._choose(self.setup.plan)
             self._save(folder)
-            self._stop_if(stop)
+            if self.setup.processes.any(stop.is_set()):
+                self._stop()
         yield self._running
 
     def _walk(self, folder: RunFolder, stop: threading.Event, mirror: Mirror) -> str | None:
@@ -250,20 +255,20 @@ class Run:
                     return str(error)
                 row, drawn = record.epoch_rows(setup, loop, now)
                 self.journal.add(row, drawn)
-                if setup.processes.rank == 0:
-                    self.journal.write(folder)
-                self._save(folder)
+                stops = len(rows) < setup.epochs and setup.processes.any(stop.is_set())
+                self._write_down(folder, stops or loop.pruning.epoch == loop.pruning.epochs)
                 mirror.log(row)
                 recent = [row["seconds"] for row in rows[-5:]]
                 left = sum(recent) / len(recent) * (setup.epochs - len(rows))
                 say(epoch_line(row, setup.epochs, left, setup.task.metrics[0]))
-                if len(rows) < setup.epochs:
-                    self._stop_if(stop)
+                if stops:
+                    self._stop()
         return None
 
-    def _stop_if(self, stop: threading.Event) -> None:
-        if self.setup.processes.any(stop.is_set()):
-            raise stopped(self.setup.id, len(self.journal.rows), 0)
+    def _stop(self) -> NoReturn:
+        """End between two epochs."""
+        self.writing.wait()
+        raise stopped(self.setup.id, len(self.journal.rows), 0)
 
     @contextmanager
     def _images_turn_bad(self) -> Iterator[None]:
@@ -297,9 +302,28 @@ class Run:
         if before is not None:
             self.loop.predicted = before.predicted
 
-    def _save(self, folder: RunFolder) -> None:
+    def _write_down(self, folder: RunFolder, checkpoint: bool) -> None:
+        """Have the record of the epochs so far written, and a checkpoint, where one is due or asked for."""
         if self.setup.processes.rank > 0:
             return
+        self.writing.put(self.journal.writer(folder))
+        if checkpoint or time.monotonic() - self._saved >= self.setup.config.checkpoint_seconds:
+            self._put_checkpoint(folder)
+
+    def _save(self, folder: RunFolder) -> None:
+        """Write a checkpoint, at once."""
+        if self.setup.processes.rank == 0:
+            self._put_checkpoint(folder)
+            self.writing.wait()
+
+    def _put_checkpoint(self, folder: RunFolder) -> None:
+        """Have a checkpoint written of how things stand now."""
+        state = tree_map_only(Tensor, lambda held: held.detach().to("cpu", copy=True), self._state())
+        self.writing.put(lambda: folder.save_checkpoint(state))
+        self._saved = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
         loop = self._running
         choice = self.choice and {
             "indices": torch.from_numpy(self.choice.indices),
@@ -307,16 +331,14 @@ class Run:
             "seconds": loop.spent.seconds,
             "samples": loop.spent.samples,
         }
-        folder.save_checkpoint(
-            {
-                "precision": self.setup.precision,
-                "device": self.setup.device.type,
-                "epoch": loop.pruning.epoch,
-                "choice": choice,
-                "record": self.journal.state_dict(),
-                **loop.state_dict(),
-            }
-        )
+        return {
+            "precision": self.setup.precision,
+            "device": self.setup.device.type,
+            "epoch": loop.pruning.epoch,
+            "choice": choice,
+            "record": self.journal.state_dict(),
+            **loop.state_dict(),
+        }
 
     def _resume(self, folder: RunFolder) -> None:
         """Go back to the latest checkpoint, if there is one."""

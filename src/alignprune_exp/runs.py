@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -190,6 +191,33 @@ class RunFolder:
     def remove_checkpoints(self) -> None:
         for name in CHECKPOINTS:
             (self.path / name).unlink(missing_ok=True)
+
+
+class Writing:
+    """A thread that writes what it is handed, one piece after the other, while training goes on.
+
+    What a piece raises, the next `put` or `wait` raises. Leaving the block waits for the last one.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "writing")
+        self._last: Future[None] | None = None
+
+    def put(self, write: Callable[[], None]) -> None:
+        """Have something written, once what was put before is."""
+        self.wait()
+        self._last = self._thread.submit(write)
+
+    def wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Writing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

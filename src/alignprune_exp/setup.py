@@ -56,6 +56,10 @@ class Setup:
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
         torch.backends.cudnn.allow_tf32 = False  # precision=fp32 is what it says
+        if device.type == "cuda":
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+            if device.index is not None:
+                torch.cuda.set_device(device)
         check_load(config)
         torch.set_num_threads(config.threads)
         precision = resolve_precision(config.precision, device)

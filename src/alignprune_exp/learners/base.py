@@ -78,6 +78,8 @@ class Learner(nn.Module):
         views: augmented views V that a step needs.
         by_class: whether it needs class labels.
         smooths: whether ``label_smoothing`` has an effect.
+        replays: whether a step is the same operations on the device whatever ``epoch``, ``number`` and ``steps`` are,
+            without waiting for it, so that one can be recorded and replayed for the others.
         remembers: whether it knows something about single samples, which several processes would have to share.
     """
 
@@ -85,6 +87,7 @@ class Learner(nn.Module):
     views: ClassVar[int] = 1
     by_class: ClassVar[bool] = True
     smooths: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
 
     def __init__(self, networks: Sequence[nn.Module], given: Given) -> None:

@@ -14,6 +14,7 @@ class CrossEntropy(Learner):
 
     by_class = False
     smooths = True
+    replays = True
     remembers = False
 
     def __init__(self, networks: Sequence[nn.Module], given: Given) -> None:

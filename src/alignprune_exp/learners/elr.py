@@ -26,6 +26,8 @@ class ELR(Learner):
     for 150, so from 80 and 120 on. Ours is the optimiser of the run, by its scale or data set, in one cycle.
     """
 
+    replays = True
+
     def __init__(
         self,
         networks: Sequence[nn.Module],

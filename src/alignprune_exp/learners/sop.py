@@ -33,6 +33,8 @@ class SOP(Learner):
     cycle, on its flips and crops. Values for CIFAR-N are those of Prune4ReL's scripts, which train SOP+.
     """
 
+    replays = True
+
     def __init__(
         self,
         networks: Sequence[nn.Module],

@@ -101,6 +101,13 @@ class Trajectories:
         self.count_N = torch.zeros(n, dtype=torch.int32, device=device)
         self.reference_W = torch.full((window,), torch.nan, dtype=torch.float64)
 
+    def move(self, device: torch.device) -> None:
+        """Lie on another device from now on."""
+        self.losses_WN, self.last_N, self.count_N = (
+            each.to(device) for each in (self.losses_WN, self.last_N, self.count_N)
+        )
+        self.sum_N = self.sum_N.to(device, exact(device))
+
     def record(self, index: Tensor, losses: Tensor) -> None:
         """Record ``losses`` (B,) of the samples ``index`` (B,) in the running epoch.
 

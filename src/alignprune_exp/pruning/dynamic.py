@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .bank import check_version
-from .losses import one_a_sample
+from .losses import one_a_sample, weighted_mean
 from .processes import DisagreementError
 from .reference import ReferenceLoss, shared_loss
 from .running import NonFiniteLossError
@@ -64,7 +64,7 @@ class DynamicPruning(Selecting):
         seed: seed of every random choice.
         clean: mask (n,), true where the label is clean; needed by ``score="oracle"`` alone.
         labels: the given ones (n,), of any type; needed by ``score="cleaning"`` alone.
-        device: where losses, trajectories and weights lie; best the model's.
+        device: where losses, trajectories and weights lie; without one that of the first loss.
         bank_dtype: of the trajectories; ``torch.float16`` halves their memory.
         bank: the ``trajectories`` of an earlier phase of training, to go on with: its epochs count on, so that no
             random choice is made again. It takes the place of ``window``, ``unseen``, ``device`` and ``bank_dtype``.
@@ -110,13 +110,32 @@ class DynamicPruning(Selecting):
             several = observed.dim() > 1
             recorded = one_a_sample("observed", observed, index, reduce if several else None, mask if several else None)
         self.check_agreement()
+        self._follow(loss.device)
         index = self.trajectories.place(index)
-        weights = self._weights_of(index)
+        weights = self.weights(index)
         self.running.record(index, recorded.detach())
         if observed is not None:
             self.running.watch(loss.detach())
         self.running.train(index)
-        return (loss * weights.to(loss.device)).sum() / len(loss)
+        return weighted_mean(loss, weights)
+
+    def weights(self, index: Tensor) -> Tensor:
+        """Return the gradient weights (B,) of samples ``index`` (B,), which lie where the trajectories do.
+
+        Raises IndexError and ValueError as `update` does, which applies them.
+        """
+        if self._weights is None:
+            weights = np.zeros(self.n, np.float32)
+            weights[self.selection.indices] = self.selection.weights
+            if self.divide and self.processes.size > 1:
+                others = np.ones(self.n, bool)
+                others[self.sampler.share()] = False
+                weights[others] = 0
+            self._weights = torch.from_numpy(weights).to(self.trajectories.last_N.device, non_blocking=True)
+        weights_B = self.trajectories.pick(self._weights, index)
+        if weights_B.device.type == "cpu" and not weights_B.all():
+            raise self._stray(int(index[weights_B == 0][0]))
+        return weights_B
 
     def unseen(self) -> Tensor:
         """Return the samples (K,) not yet observed in the running epoch, for ``unseen="refresh"``.
@@ -130,6 +149,7 @@ class DynamicPruning(Selecting):
 
     def record(self, index: Tensor, losses: Tensor) -> None:
         """Record the losses (B,) of samples ``index`` (B,) that were forwarded without being trained on."""
+        self._follow(losses.device)
         self.running.record(self.trajectories.place(torch.as_tensor(index)), losses.detach())
 
     def check_agreement(self, *also: np.ndarray) -> None:
@@ -283,19 +303,13 @@ class DynamicPruning(Selecting):
             raise NonFiniteLossError(epoch, what="the reference loss")
         return loss, fit
 
-    def _weights_of(self, index: Tensor) -> Tensor:
-        if self._weights is None:
-            weights = np.zeros(self.n, np.float32)
-            weights[self.selection.indices] = self.selection.weights
-            if self.divide and self.processes.size > 1:
-                others = np.ones(self.n, bool)
-                others[self.sampler.share()] = False
-                weights[others] = 0
-            self._weights = torch.from_numpy(weights).to(self.trajectories.last_N.device)
-        weights_B = self.trajectories.pick(self._weights, index)
-        if weights_B.device.type == "cpu" and not weights_B.all():
-            raise self._stray(int(index[weights_B == 0][0]))
-        return weights_B
+    def _follow(self, device: torch.device) -> None:
+        """Lie on the device of the first loss, where none was named."""
+        if self._follows and device.type != "cpu":
+            self.trajectories.move(device)
+            self.running.move(device)
+            self.clean, self._weights = None if self.clean is None else self.clean.to(device), None
+        self._follows = False
 
     def _check_selected(self, seen: np.ndarray) -> None:
         """Raise ValueError where a sample was trained on that is not selected: only the CPU looks at each at once."""

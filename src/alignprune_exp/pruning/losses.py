@@ -46,6 +46,11 @@ def one_a_sample(
     return sums / counts if reduce == "mean" else sums
 
 
+def weighted_mean(losses_B: Tensor, weights_B: Tensor) -> Tensor:
+    """Return the loss to differentiate, a scalar: the weighted sum divided by B."""
+    return (losses_B * weights_B.to(losses_B.device)).sum() / len(losses_B)
+
+
 def _masked(what: str, values: Tensor, index: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``values`` with 0 where they do not count, and how many of each sample do (B,)."""
     if mask.shape != values.shape:

@@ -42,6 +42,12 @@ class Running:
         self.agreed = False
         self._bad_step = torch.full((), NO_STEP, device=device)  # the first with a loss that is not finite
 
+    def move(self, device: torch.device) -> None:
+        """Lie where the bank does by now."""
+        self.trained, self._unshared, self._bad_step = (
+            each.to(device) for each in (self.trained, self._unshared, self._bad_step)
+        )
+
     def record(self, index: Tensor, losses: Tensor) -> None:
         """Record the losses (B,) of samples ``index`` (B,), which lie where the bank does."""
         self.bank.record(index, losses)

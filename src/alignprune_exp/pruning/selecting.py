@@ -48,7 +48,7 @@ class Selecting(Indexed):
         seed: int = 0,
         clean: Sequence[bool] | np.ndarray | Tensor | None = None,
         labels: Sequence[Any] | np.ndarray | Tensor | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         bank_dtype: torch.dtype = torch.float32,
         bank: Trajectories | None = None,
         rank: int | None = None,
@@ -68,7 +68,8 @@ class Selecting(Indexed):
         if saved is not None:
             self.pruner, epochs = self.pruner.saving(saved, epochs), self.pruner.lasting(saved, epochs)
         self.score = make_score(score)
-        self.trajectories = bank or Trajectories(self.n, window, unseen, device, bank_dtype)
+        self._follows = device is None and bank is None  # the device of the first loss
+        self.trajectories = bank or Trajectories(self.n, window, unseen, device or "cpu", bank_dtype)
         if self.trajectories.n != self.n:
             raise ValueError(f"bank is of {self.trajectories.n} samples, and the data set has {self.n}; pass its own")
         device = self.trajectories.last_N.device

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from ..network import Network
 
 
+EVALUATED = {"cpu": 256, "cuda": 1000}  # samples of a batch without augmentation
+
+
 class Classification(Task):
     """Images with one class label each."""
 
@@ -76,7 +79,7 @@ class Classification(Task):
         config = self.config
         return ImageBatches(
             split,
-            batch_size=config.batch_size if augmented else max(config.batch_size, 256),
+            batch_size=config.batch_size if augmented else max(config.batch_size, EVALUATED[self.device.type]),
             device=self.device,
             mean=self.data.mean,
             std=self.data.std,
