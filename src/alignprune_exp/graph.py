@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .errors import UsageError
+from .errors import Failed
 from .learners import Step
 
 Taken = tuple[Tensor, Tensor, Tensor | None]
@@ -56,7 +56,7 @@ class Replayed:
     def __call__(self, step: Step, weights: Tensor) -> Taken:
         """Take a step. What it returns is overwritten by the next one.
 
-        Raises UsageError where the step cannot be recorded.
+        Raises Failed where the step cannot be recorded.
         """
         given = step.index, step.inputs, step.targets, weights
         if not self._given and self._warm == WARM_UP and len(weights) == self._size:
@@ -78,5 +78,5 @@ class Replayed:
             )
         except RuntimeError as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UsageError(f"a step cannot be recorded as a CUDA graph ({reason}); set graph=false") from None
+            raise Failed(f"a step cannot be recorded as a CUDA graph ({reason}); set graph=false") from None
         self._given = index, inputs, targets, weights
