@@ -84,9 +84,9 @@ def test_unknown_trusted_losses_do_not_count():
 
 
 @given(st.floats(0, 1))
-def test_the_sieve_leaves_out_six_tenths_of_what_seems_wrong(noise_rate):
+def test_the_sieve_leaves_out_nine_tenths_of_what_seems_wrong(noise_rate):
     informed = PRUNERS["sieve"](exclude="auto", ratio=0.5).informed(noise_rate)
-    assert informed == PRUNERS["sieve"](exclude=0.6 * noise_rate, ratio=0.5)
+    assert informed == PRUNERS["sieve"](exclude=min(0.9 * noise_rate, 0.9), ratio=0.5)
 
 
 def test_with_nothing_known_or_nothing_wrong_the_sieve_leaves_nothing_out():
@@ -108,7 +108,7 @@ def walk(pruning, wrong, until=None):
 
 def sieved(exclude):
     return DynamicPruning(
-        range(N), 16, "sieve", "cleaning", exclude=exclude, warmup=6, ratio=0.6, labels=LABELS, window=3
+        range(N), 16, "sieve", "cleaning", exclude=exclude, warmup=0.4, ratio=0.6, labels=LABELS, window=3
     )
 
 
@@ -117,9 +117,9 @@ def test_in_a_loop_the_estimate_is_made_once_and_goes_through_a_checkpoint():
     pruning = sieved("auto")
     selections = list(walk(pruning, wrong))
     assert pruning.noise_rate == pytest.approx(wrong.mean(), abs=0.03)
-    expected = round(0.6 * pruning.noise_rate * N - 0.5) / N
+    expected = math.floor(0.9 * pruning.noise_rate * N) / N
     assert [selection.low_fraction for selection in selections] == [0.0] * 6 + [expected] * 10
-    by_hand = sieved(0.6 * pruning.noise_rate)
+    by_hand = sieved(0.9 * pruning.noise_rate)
     assert [s.indices.tolist() for s in walk(by_hand, wrong)] == [s.indices.tolist() for s in selections]
     begun, resumed = sieved("auto"), sieved("auto")
     list(walk(begun, wrong, until=4))
@@ -162,7 +162,7 @@ def test_processes_have_the_estimate_of_one(together):
 
 
 def test_digits_with_half_of_the_labels_wrong_are_seen_to_be_so(undisturbed):
-    line = ("method=sieve_auto", "noise=sym0.5", "saved=0.4", "pruner.warmup=6", "epochs=10", "dataset.subset=null")
+    line = ("method=sieve", "noise=sym0.5", "saved=0.4", "epochs=12", "dataset.subset=null")
     assert summary_of(undisturbed(*line))["noise_estimate"] == pytest.approx(0.5, abs=0.1)
     assert summary_of(undisturbed(*line, "noise=clean"))["noise_estimate"] < 0.1
 
@@ -178,4 +178,4 @@ def test_digits_with_half_of_the_labels_wrong_are_seen_to_be_so(undisturbed):
     ],
 )
 def test_a_sieve_without_what_it_estimates_by_is_refused(refused, line, sentence):
-    assert sentence in refused("method=sieve_auto", *line.split())
+    assert sentence in refused("method=sieve", *line.split())

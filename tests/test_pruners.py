@@ -356,7 +356,7 @@ def sieved(scores, epochs, seed=0, **settings):
     """The samples of each epoch as a set, under scores that stay as they are; each epoch under its address."""
     made = PRUNERS["sieve"](**settings)
     for t in range(epochs):
-        rng = np.random.default_rng([seed, made.address(t, len(scores))])
+        rng = np.random.default_rng([seed, made.address(t, epochs, len(scores))])
         selection = made.select(np.float32(scores), t, epochs, rng)
         check_form(selection, len(scores))
         yield set(selection.indices.tolist()), selection
@@ -366,7 +366,7 @@ def sieved(scores, epochs, seed=0, **settings):
 def test_with_nothing_to_exclude_the_sieve_is_rs2(n, budget, seed):
     plain = PRUNERS["rs2"](budget=budget)
     for t, (chosen, selection) in enumerate(sieved(range(n), 12, seed, budget=budget, warmup=3, exclude=0.0)):
-        rng = np.random.default_rng([seed, plain.address(t, n)])
+        rng = np.random.default_rng([seed, plain.address(t, 12, n)])
         assert chosen == set(plain.select(np.zeros(n, np.float32), t, 12, rng).indices.tolist())
         assert not selection.ranked
 
@@ -391,7 +391,7 @@ def test_the_sieve_keeps_the_worst_out_but_for_those_it_explores(n, budget, excl
 def test_what_the_sieve_leaves_comes_without_replacement_across_epochs(n, budget, exclude, seed):
     scores = np.random.default_rng(seed).permutation(n)
     settings = {"budget": budget / 100, "exclude": exclude / 100, "explore": 0.1, "warmup": 1}
-    out, drawn, _ = PRUNERS["sieve"](**settings).sizes(1, n)
+    out, drawn, _ = PRUNERS["sieve"](**settings).sizes(1, 9, n)
     left, round_of = set(np.flatnonzero(scores >= out).tolist()), -(-(n - out) // drawn)
     epochs = [chosen for chosen, _ in sieved(scores, 4 * round_of, seed, **settings)]
     for start in range(round_of, 3 * round_of, round_of):
@@ -406,6 +406,7 @@ def test_what_the_sieve_leaves_comes_without_replacement_across_epochs(n, budget
         ({"exclude": 0.95}, "exclude=0.95 is out of range"),
         ({"explore": 1.0}, "explore=1.0 is out of range"),
         ({"warmup": 0}, "warmup=0 is out of range"),
+        ({"exclude": "most"}, "exclude=most is out of range"),
     ],
 )
 def test_the_sieve_refuses_what_it_cannot_do(settings, sentence):

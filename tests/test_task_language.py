@@ -136,7 +136,7 @@ def test_the_bits_per_byte_of_a_uniform_model_are_what_theory_says(task):
 
 
 @pytest.mark.parametrize(
-    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("pruner=sieve", "score=settled", "pruner.warmup=2")]
+    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("method=sieve_settled", "pruner.warmup=2")]
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, jsonl, line):
     line = (*line, f"dataset.root={jsonl}")

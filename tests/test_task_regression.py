@@ -110,7 +110,7 @@ def test_the_diabetes_are_scikit_learns(task):
 
 
 @pytest.mark.parametrize(
-    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("pruner=sieve", "score=settled", "pruner.warmup=2")]
+    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("method=sieve_settled", "pruner.warmup=2")]
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
     assert launch(tmp_path / "whole", *line, base=TINY) == 0

@@ -165,7 +165,7 @@ def test_training_and_test_scenes_share_no_pixel_of_a_photograph_and_no_digit(ta
 
 
 @pytest.mark.parametrize(
-    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("pruner=sieve", "score=settled", "pruner.warmup=2")]
+    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("method=sieve_settled", "pruner.warmup=2")]
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
     line = (*line, "dataset.flip=true")

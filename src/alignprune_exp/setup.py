@@ -175,6 +175,9 @@ def _check_task(config: Config, task: Task) -> None:
         raise UsageError(f"learner={config.learner.name} {lacks}{name} has none; use learner=ce")
     if isinstance(PRUNER.make(config.pruner), Criterion):
         raise UsageError(f"pruner={config.pruner.name} {lacks}{name} has none; use one that chooses every epoch")
+    if getattr(PRUNER.make(config.pruner), "needs_noise_rate", False):
+        pruner = f"pruner={config.pruner.name} estimates the noise of class labels"
+        raise UsageError(f"{pruner}, and task={name} has none; set pruner.exclude=0.3")
     if config.keep_probabilities:
         raise UsageError(f"keep_probabilities {lacks}{name} has none; leave it out")
     if isinstance(config.reference, Pseudo) and config.reference.method == "cleanlab":

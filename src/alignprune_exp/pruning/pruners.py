@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-AUTOMATIC = 0.6  # of the noise rate: the worst in that order that are more often wrong than worth having
+AUTOMATIC = 0.9  # of the noise rate, which at the end of a warm-up leaves out more wrong labels than right ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class RS2(RandomSubset):
     such a last slice is one sample short, and the size of a slice is rounded, not rounded down.
     """
 
-    def address(self, epoch: int, n: int) -> int:
+    def address(self, epoch: int, epochs: int, n: int) -> int:
         """Return the number of the epoch's permutation."""
         return epoch // -(-n // self.size(n))
 
@@ -148,10 +148,10 @@ class RS2(RandomSubset):
 class Sieve(RandomSubset):
     """Leaves out what seems mislabelled, and draws each epoch's samples freshly from the rest; weight 1 throughout.
 
-    For ``warmup`` epochs it is `RS2`. From then on the ``exclude`` share of all samples that scores worst stays out,
-    and the epochs take slices of permutations of the rest as RS2 does, less ``explore`` of each epoch's samples, drawn
-    likewise from what is out: their scores stay up to date, and who was put out wrongly comes back. Where less than an
-    epoch's samples would be left, fewer stay out. With nothing to exclude it is RS2 to the end.
+    For ``warmup`` epochs, or below 1 a share of them, it is `RS2`. From then on the ``exclude`` share of all samples that
+    scores worst stays out, and the epochs take slices of permutations of the rest as RS2 does, less ``explore`` of each
+    epoch's samples, drawn likewise from what is out: their scores stay up to date, and who was put out wrongly comes
+    back. Where less than an epoch's samples would be left, fewer stay out. With nothing to exclude it is RS2 to the end.
 
     Meant for ``score=cleaning``: by the losses of all epochs, standardised within the class.
 
@@ -163,7 +163,7 @@ class Sieve(RandomSubset):
 
     exclude: float | Literal["auto"] = 0.3
     explore: float = 0.05
-    warmup: int = 10
+    warmup: float = 0.5
     uses_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -174,8 +174,8 @@ class Sieve(RandomSubset):
             )
         if not 0 <= self.explore < 1:
             raise ValueError(f"Sieve: explore={self.explore} is out of range; use a number from 0, below 1")
-        if self.warmup < 1:
-            raise ValueError(f"Sieve: warmup={self.warmup} is out of range; use 1 or more")
+        if self.warmup <= 0:
+            raise ValueError(f"Sieve: warmup={self.warmup} is out of range; use epochs, or a share of them below 1")
 
     @property
     def needs_noise_rate(self) -> bool:
@@ -184,21 +184,22 @@ class Sieve(RandomSubset):
     def informed(self, noise_rate: float) -> Self:
         return replace(self, exclude=0.0 if math.isnan(noise_rate) else min(AUTOMATIC * noise_rate, MAX_RATIO))
 
-    def sizes(self, epoch: int, n: int) -> tuple[int, int, int]:
+    def sizes(self, epoch: int, epochs: int, n: int) -> tuple[int, int, int]:
         """Return how many samples are out, and how many are drawn from the rest and from these."""
         size = self.size(n)
-        out = 0 if epoch < self.warmup else min(floor(float(self.exclude) * n), n - size)
+        warmup = self.warmup if self.warmup >= 1 else self.warmup * epochs
+        out = 0 if epoch < max(1, floor(warmup)) else min(floor(float(self.exclude) * n), n - size)
         explored = min(floor(self.explore * size), out)
         return out, size - explored, explored
 
-    def address(self, epoch: int, n: int) -> int:
+    def address(self, epoch: int, epochs: int, n: int) -> int:
         """Return the number of the epoch's permutation."""
-        out, drawn, _ = self.sizes(epoch, n)
+        out, drawn, _ = self.sizes(epoch, epochs, n)
         return epoch // -(-(n - out) // drawn)
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
         n = len(scores)
-        out, drawn, explored = self.sizes(epoch, n)
+        out, drawn, explored = self.sizes(epoch, epochs, n)
         permutation = rng.permutation(n)
         left = best(scores, n - out, rng)[permutation]
         begin = epoch % -(-(n - out) // drawn) * drawn

@@ -125,7 +125,7 @@ class Selecting(Indexed):
             scores = np.nan_to_num(self._scores, nan=NEVER_SEEN)
             epoch, epochs = self.epoch - self.first, self.epochs - self.first
             pruner = self.pruner.informed(self.noise_rate) if self.pruner.needs_noise_rate else self.pruner
-            rng = generator(self.seed, "select", self.first + pruner.address(epoch, self.n))
+            rng = generator(self.seed, "select", self.first + pruner.address(epoch, epochs, self.n))
             self._selection = pruner.select(scores, epoch, epochs, rng)
         return self._selection
 

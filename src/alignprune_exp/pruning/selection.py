@@ -147,7 +147,7 @@ class Pruner(Plan):
         """Return this pruner as it selects at an estimated noise rate, in [0, 1]; NaN where that is not known yet."""
         return self
 
-    def address(self, epoch: int, n: int) -> int:
+    def address(self, epoch: int, epochs: int, n: int) -> int:
         """Return the number that the generator of an epoch's selection is named by."""
         return epoch
 
