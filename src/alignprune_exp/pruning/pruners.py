@@ -148,10 +148,11 @@ class RS2(RandomSubset):
 class Sieve(RandomSubset):
     """Leaves out what seems mislabelled, and draws each epoch's samples freshly from the rest; weight 1 throughout.
 
-    For ``warmup`` epochs, or below 1 a share of them, it is `RS2`. From then on the ``exclude`` share of all samples that
-    scores worst stays out, and the epochs take slices of permutations of the rest as RS2 does, less ``explore`` of each
-    epoch's samples, drawn likewise from what is out: their scores stay up to date, and who was put out wrongly comes
-    back. Where less than an epoch's samples would be left, fewer stay out. With nothing to exclude it is RS2 to the end.
+    For ``warmup`` epochs, or below 1 a share of them, it is `RS2`. From then on the ``exclude`` share of all samples
+    that scores worst stays out, and the epochs take slices of permutations of the rest as RS2 does, less ``explore`` of
+    each epoch's samples, drawn likewise from what is out: their scores stay up to date, and who was put out wrongly
+    comes back. Where less than an epoch's samples would be left, fewer stay out. With nothing to exclude it is RS2 to
+    the end.
 
     Meant for ``score=cleaning``: by the losses of all epochs, standardised within the class.
 
