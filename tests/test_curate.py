@@ -238,8 +238,10 @@ def test_checkpoints_in_different_orders_are_divided_instead(place, capsys):
     lay_out("checkpoints", ids, losses_NW)
     table = pq.read_table("losses/at3/1.parquet")
     pq.write_table(table.take(np.r_[np.arange(len(table) - 2), len(table) - 1, len(table) - 2]), "losses/at3/1.parquet")
-    assert curate("losses", "--reference", write_reference(reference)) == 0
-    assert check_found("das", ids, losses_NW, reference, 0.6)["layout"] == "buckets"
+    for gaps in ((), ("--gaps", "--force")):
+        assert curate("losses", "--reference", write_reference(reference), *gaps) == 0
+        assert check_found("das", ids, losses_NW, reference, 0.6)["layout"] == "buckets"
+        assert "ids in different orders" in capsys.readouterr().out
 
 
 def test_ids_and_checkpoints_may_be_texts_under_other_names_in_folders_that_name_them(place):

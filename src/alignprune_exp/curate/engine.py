@@ -37,7 +37,7 @@ class Engine:
     """
 
     def __init__(self, spill: Path, memory: str | None = None, threads: int | None = None) -> None:
-        self.connection = duckdb.connect()
+        self.connection, self.threads = duckdb.connect(), 1
         self._cursors: list[duckdb.DuckDBPyConnection] = []
         for setting, value in (("temp_directory", spill), ("memory_limit", memory), ("threads", threads)):
             try:
@@ -62,7 +62,7 @@ class Engine:
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """Return another connection to the same tables, for whichever thread asks."""
-        self._cursors = [*self._cursors[-4 * 64 :], cursor := self.connection.cursor()]
+        self._cursors = [*self._cursors[-4 * self.threads :], cursor := self.connection.cursor()]  # the rest have ended
         return cursor
 
     def each(self, work: Callable[[T], R], items: Sequence[T], at_a_time: int) -> Iterator[R]:

@@ -141,7 +141,7 @@ def _settled_whole(source: str, reference: Reference) -> str:
 
 
 def _of_gappy(source: str, score: str) -> str:
-    score = f"CASE WHEN seen > 0 THEN {score} END::FLOAT AS score"
+    score = f"CASE WHEN apart THEN 'NaN'::DOUBLE WHEN seen > 0 THEN {score} END::FLOAT AS score"
     return _select(source, ["id", score, "gaps", "bad", "again"])
 
 

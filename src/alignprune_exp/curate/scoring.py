@@ -53,24 +53,33 @@ class Scored:
     rising: bool
 
 
-def score(engine: Engine, work: Path, question: Question, part: Part) -> Scored:
-    """Score a part, or take it from where it lies scored. Raises ApartError, and what `Engine.write` raises."""
+def score(engine: Engine, work: Path, question: Question, part: Part, gaps: bool) -> Scored:
+    """Score a part, or take it from where it lies scored; ``gaps`` are to be expected. Raises as `Engine.write` does.
+
+    Raises ApartError too.
+    """
     identity = {"asked": repr(question), "source": part.source, "stamps": [file.stamp for file in part.files]}
     whole, gappy = (work / "parts" / f"{run_id(identity)}{ending}.parquet" for ending in ("", "-gappy"))
-    for formula, target in ((formulas.whole, whole), (formulas.gappy, gappy)):
-        if target is whole and gappy.exists():
-            continue
-        new = target.with_name(f".{target.name}.{os.getpid()}")
-        if not target.exists():
-            sql = formula(question.score, part.source, question.reference)
-            engine.write(f"{sql}{' ORDER BY id' if part.apart else ''}", new, part.files)
-        scored = _scored(engine, part, new if new.exists() else target, target is gappy)
-        if scored is not None:
-            break
-        new.unlink()
-    if new.exists():
-        new.replace(target)
+    expected = gappy.exists() or (gaps and not whole.exists())
+    if not expected and (scored := _made(engine, question, part, whole, gappy=False)) is not None:
+        return scored
+    scored = _made(engine, question, part, gappy, gappy=True)
     assert scored is not None
+    return scored
+
+
+def _made(engine: Engine, question: Question, part: Part, target: Path, gappy: bool) -> Scored | None:
+    """Score a part into ``target``, if it is not there; return what it has, or None where it is not whole."""
+    if target.exists():
+        return _scored(engine, part, target, gappy)
+    formula = formulas.gappy if gappy else formulas.whole
+    sql = formula(question.score, part.source, question.reference)
+    new = target.with_name(f".{target.name}.{os.getpid()}")
+    engine.write(f"{sql}{' ORDER BY id' if part.apart else ''}", new, part.files)
+    if (scored := _scored(engine, part, new, gappy)) is None:
+        new.unlink()
+        return None
+    new.replace(target)
     return replace(scored, path=target)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import duckdb
 
 from .. import __version__
+from ..console import say
 from ..errors import UsageError
 from ..pruning.selection import floor
 from ..runs import write_json
@@ -119,7 +120,7 @@ def score_all(
         laid, parts = plan(engine, work, question, files, in_order=True)
         return laid, score_parts(engine, work, question, parts, order, show)
     except ApartError:
-        show("the files of the checkpoints have their ids in different orders; they are divided by a hash of the id")
+        say("the files of the checkpoints have their ids in different orders; they are divided by a hash of the id")
         laid, parts = plan(engine, work, question, files, in_order=False)
         return laid, score_parts(engine, work, question, parts, order, show)
 
@@ -144,7 +145,7 @@ def score_parts(
     """Score parts, several at a time where none has to be grouped in memory. Raises UsageError for the first flaw."""
     found: dict[str, Scored] = {}
     at_a_time = 1 if parts and parts[0].apart else engine.threads
-    for scored in engine.each(lambda part: scoring.score(engine, work, question, part), parts, at_a_time):
+    for scored in engine.each(lambda part: scoring.score(engine, work, question, part, order.gaps), parts, at_a_time):
         if not order.skip:
             check.flaws(engine, [scored], question, order.skip, order.gaps)
         found[scored.part.name] = scored
