@@ -284,7 +284,7 @@ class DigitScenes(DataSet):
     """
 
     name: str
-    side: Annotated[int, Field(ge=32, le=192)]
+    side: Annotated[int, Field(ge=16, le=192)]
     scenes: Annotated[int, Field(ge=10, le=10**6)]
     most: Annotated[int, Field(ge=1, le=9)]
 
@@ -293,11 +293,12 @@ class DigitScenes(DataSet):
     def open(self) -> Scenes:
         digits = Digits(name=self.name).open()
         (sklearn,) = find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
-        photographs = [np.asarray(Image.open(Path(sklearn) / "datasets" / "images" / f"{name}.jpg"))
-                       for name in ("china", "flower")]  # fmt: skip
-        border = [round(0.7 * photograph.shape[1]) for photograph in photographs]
-        left = [photograph[:, :at] for photograph, at in zip(photographs, border, strict=True)]
-        right = [photograph[:, at:] for photograph, at in zip(photographs, border, strict=True)]
+        left, right = [], []
+        for name in ("china", "flower"):
+            photograph = np.asarray(Image.open(Path(sklearn) / "datasets" / "images" / f"{name}.jpg"))
+            border = round(0.7 * photograph.shape[1])
+            left.append(photograph[:, :border])
+            right.append(photograph[:, border:])
         train = self._made("train", self.scenes, digits.train, left)
         test = self._made("test", max(self.scenes // 5, 1), digits.test, right)
         return Scenes(train, test, ("background", *digits.classes), clean=True)
