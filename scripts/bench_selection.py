@@ -241,13 +241,13 @@ def half_precision() -> tuple[float, int]:
     half = Trajectories(pruning.n, WINDOW, dtype=torch.float16)
     end_epoch, moved, count = pruning.end_epoch, 0.0, 0
 
-    def end_both(reference_loss: float) -> None:
+    def end_both(reference_losses: torch.Tensor) -> None:
         nonlocal moved, count
-        end_epoch(reference_loss)
+        end_epoch(reference_losses)
         exact, history = pruning.scores("das"), pruning.trajectories.history()
         # Carried losses and all: what a bank of half precision would hold.
         half.record(torch.arange(pruning.n), history.rows[-1])
-        half.end_epoch(reference_loss)
+        half.end_epoch(reference_losses.mean().item())
         if pruning.epoch >= WINDOW:
             moved = max(moved, float(np.abs(SCORES["das"]()(half.history()).numpy() - exact).max()))
             count += pruning.n

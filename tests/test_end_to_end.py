@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from alignprune_exp.config import DATASET, MODEL
 from alignprune_exp.errors import Failed
 from alignprune_exp.run import Run
 from alignprune_exp.train import main
@@ -130,12 +131,16 @@ def test_cifar_with_human_labels_from_parquet_to_record(cli, tmp_path):
 
 PHOTOGRAPHS = ("webvision", "clothing1m", "imagenet", "tiny_imagenet", "parquet")  # test_photographs.py runs them
 NEEDS_FILES = ("cifar10", "cifar100", "image_folder", "real", "resnet50_pretrained", *PHOTOGRAPHS)
+OF_OTHER_TASKS = (  # test_task_*.py run them
+    *(name for name in DATASET.builtin if DATASET.find(name).task != "classification"),
+    *(name for name, place in MODEL.builtin.items() if isinstance(place, str) and place.startswith("tasks.")),
+)
 
 
 def _bare_options():
     for group in GROUPS:
         for file in sorted((CONF / group).glob("*.yaml")):
-            if file.stem in NEEDS_FILES or re.fullmatch(r"a?sym0\.\d", file.stem):
+            if file.stem in (*NEEDS_FILES, *OF_OTHER_TASKS) or re.fullmatch(r"a?sym0\.\d", file.stem):
                 continue  # the latter are rates of options that stay
             slow = file.stem in ("paper", "wandb", "resnet50", "resnet50_large")
             yield pytest.param(group, file.stem, marks=pytest.mark.slow if slow else ())

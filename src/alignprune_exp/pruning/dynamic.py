@@ -217,7 +217,9 @@ class DynamicPruning(Selecting):
             self._check_selected(seen)
         self._check_divided_once(len(seen))
         if math.isnan(trusted) and self.pruner.needs_noise_rate:
-            raise ValueError("the pruner needs the noise rate: pass the losses (R,) of a trusted set to end_epoch()")
+            raise ValueError(
+                "the pruner needs the noise rate: pass the losses (R,) of a trusted set to end_epoch(), or exclude=0.3"
+            )
         self.trajectories.end_epoch(reference)
         self.times_selected[seen] += 1
         self.sizes.append(selected)

@@ -86,7 +86,7 @@ class Selecting(Indexed):
         self._classes = 0 if self.labels is None else len(np.unique(self.labels))
         if self.pruner.needs_noise_rate and self._classes < 2:
             raise ValueError(
-                "the pruner needs the noise rate, which is one of labels; pass labels=(n,) of two classes or more"
+                "the pruner needs the noise rate: pass labels=(n,) of two classes or more, or exclude=0.3, say"
             )
         self.times_selected = np.zeros(self.n, np.int32)  # and trained on, in finished epochs
         self.sizes: list[int] = []  # of the finished epochs' selections
