@@ -102,14 +102,7 @@ def step(report: Report, model: str, batch: int, compiled: bool) -> None:
 
 def epochs(report: Report, root: Path, images: int, count: int) -> None:
     """Walk infobatch with das at ``scale=cpu`` on random images; compare its pruned epochs with its full ones."""
-    rng = np.random.default_rng(0)
-    for split, size in (("train", images), ("test", 20)):
-        for k in range(size):
-            label = k % 10
-            file = root / split / str(label) / f"{k}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.clip(rng.normal(20 * label + 30, 60, (32, 32, 3)), 0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(file, compress_level=1)
+    random_images(root, images)
     overrides = {"epochs": count, "pruner.delta": DELTA, "score.window": 3, "eval_every": count, "threads": THREADS}
     fixed = ("dataset=image_folder", f"dataset.root={root}", "scale=cpu", "noise=clean")
     run = Run(config(*fixed, *(f"{key}={value}" for key, value in overrides.items())))
@@ -132,6 +125,18 @@ def epochs(report: Report, root: Path, images: int, count: int) -> None:
     print(f"{'':12} in full epochs: {', '.join(shares)}")
     rest = took - sum(median(rows[t][name] for t in pruned) for name in parts)
     print(f"{'':12} and all else {rest / full:.4f}")
+
+
+def random_images(root: Path, images: int, test: int = 20) -> None:
+    """Write a folder of images of ten classes."""
+    rng = np.random.default_rng(0)
+    for split, size in (("train", images), ("test", test)):
+        for k in range(size):
+            label = k % 10
+            file = root / split / str(label) / f"{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.clip(rng.normal(20 * label + 30, 60, (32, 32, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(file, compress_level=1)
 
 
 def start_up() -> None:

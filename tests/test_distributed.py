@@ -1,5 +1,6 @@
 """One run in several processes: what one process computes, whatever the sizes, and whoever dies."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,9 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import distributed as dist
+from torch.utils import collect_env
 
 from alignprune_exp.distributed import Processes
 from alignprune_exp.errors import UsageError
+from alignprune_exp.record import environment
 from alignprune_exp.run import Run
 from alignprune_exp.setup import resolve_device
 from harness import config_of, environment_of, launch, only_run, rows_of, samples_of, summary_of
@@ -239,3 +243,34 @@ def test_fp32_is_fp32_on_every_device(tmp_path, monkeypatch):
     Run(config_of(tmp_path, "precision=fp32"))
     assert torch.backends.cudnn.allow_tf32 is False
     assert torch.backends.cuda.matmul.allow_tf32 is False
+
+
+@pytest.mark.parametrize(("devices", "compiles"), [(0, False), (2, False), (2, True)])
+def test_processes_name_their_device_wait_longer_to_compile_and_are_not_ended_by_nccl(monkeypatch, devices, compiles):
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    asked, taken = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: asked.append((backend, more)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with Processes().joined(compiles):
+        assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "2"  # give up the connection, and raise
+    ((backend, more),) = asked
+    own = torch.device("cuda", 1) if devices else None
+    assert (backend, more["device_id"]) == ("cpu:gloo,cuda:nccl" if devices else "gloo", own)
+    assert taken == [own] * (devices > 0)
+    assert (more["timeout"].total_seconds() >= 300) is compiles
+
+
+def test_the_record_says_which_driver_a_card_had(tmp_path, monkeypatch):
+    one = Run(config_of(tmp_path))
+    assert "driver" not in environment(one.setup, "test", 0)
+    monkeypatch.setattr(collect_env, "get_nvidia_driver_version", lambda run: "580.1")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    found = environment(dataclasses.replace(one.setup, device=torch.device("cuda:0")), "test", 0)
+    assert (found["driver"], found["cudnn"], found["device"]) == ("580.1", 91000, "a card")

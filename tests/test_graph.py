@@ -1,6 +1,10 @@
 """Steps that are replayed: on a pretended device, by a tape of operations in place of a CUDA graph."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +162,16 @@ def test_on_the_cpu_graph_true_is_refused_and_auto_replays_nothing(tmp_path, cap
     assert not list(tmp_path.iterdir())
     one = Run(config_of(tmp_path, "device=cpu"))
     assert one.loop.network.take == one.loop.network._take
+
+
+def test_the_tests_for_a_card_are_walked_on_the_cpu():
+    """One of each kind but for whole runs, which others walk here."""
+    tests, some = Path(__file__).with_name("test_cuda.py"), "scores or selections or fp32_is or channels_last or group"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "cuda", "-k", some, str(tests)],
+        env={**os.environ, "CUDA_DRY": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
