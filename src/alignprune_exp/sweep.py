@@ -63,7 +63,7 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
                 composed = compose(list(overrides))
             with explained(overrides):
                 config = checked(composed)
-            make_pruning(config, range(1), clean=np.ones(1, bool), labels=np.zeros(1, int))
+            make_pruning(config, range(2), clean=np.ones(2, bool), labels=np.arange(2))
         id = run_id(identity(config, ""))
         results = config.paths.results
         if results not in done:
