@@ -138,21 +138,32 @@ class Stop:
 
     def run(self, config, steps=None):
         """Go on with the run of ``config``; return whether it was stopped."""
-        before, update = len(self.steps), DynamicPruning.update
+        before, observe = len(self.steps), DynamicPruning.observe
 
         def counted(pruning, index, *args, **kwargs):
             self.steps.append((pruning.epoch, len(index)))
             if len(self.steps) - before == steps:
                 signal.raise_signal(signal.SIGTERM)
-            return update(pruning, index, *args, **kwargs)
+            return observe(pruning, index, *args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DynamicPruning, "update", counted)
+            patch.setattr(DynamicPruning, "observe", counted)
             try:
                 trained(Run(config))
             except Stopped:
                 return True
         return False
+
+
+def same_bits_when_stopped(tmp_path, steps, *line, base):
+    """The folder of a run, which was also stopped every ``steps`` steps and came to the same."""
+    assert launch(tmp_path / "whole", *line, base=base) == 0
+    stop, config = Stop(), config_of(tmp_path / "parts", *line, base=base)
+    while stop.run(config, steps):
+        pass
+    folder = only_run(tmp_path / "whole")
+    assert_same_results(only_run(tmp_path / "parts"), folder)
+    return folder
 
 
 def before_the_second_step(monkeypatch, epoch, happens):

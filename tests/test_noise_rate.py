@@ -14,6 +14,7 @@ from harness import summary_of, through_disk
 
 N, CLASSES = 600, 5
 LABELS = np.arange(N) % CLASSES
+ALL = torch.ones(N, dtype=torch.bool)
 
 
 def losses_of(rng, wrong, right):
@@ -49,7 +50,7 @@ def test_by_losses_drawn_as_the_model_has_it(share):
     wrong = rng.random(N) < share
     for epoch, right in enumerate((0.3, 0.4, 0.5, 0.6)):
         trusted = probability(losses_of(rng, np.zeros(N, bool), right + 0.05))
-        rate.observe(losses_of(rng, wrong, right), trusted, epoch + 1, ranked=False)
+        rate.observe(losses_of(rng, wrong, right), ALL, trusted, epoch + 1, ranked=False)
     assert rate.estimate(CLASSES) == pytest.approx(wrong.mean(), abs=0.04)
 
 
@@ -58,8 +59,8 @@ def test_what_counts_is_early_unranked_and_has_a_trusted_loss_on_both_sides(epoc
     rate, passes, pairs, before = NoiseRate(), 0.0, [], None
     for size, trusted, ranked in epochs:
         passes += size
-        losses = torch.full((7,), size)
-        rate.observe(losses, trusted, passes, ranked)
+        losses = torch.tensor([size, size, math.nan])
+        rate.observe(losses, torch.tensor([True, True, False]), trusted, passes, ranked)
         counts = not ranked and passes <= PASSES
         if counts and before is not None:
             pairs.append((math.exp(-size), (before + trusted) / 2))
@@ -68,15 +69,15 @@ def test_what_counts_is_early_unranked_and_has_a_trusted_loss_on_both_sides(epoc
     assert rate.estimate(10) == pytest.approx(expected, abs=1e-6, nan_ok=True)
     again = NoiseRate()
     again.load_state_dict(through_disk(rate.state_dict()))
-    rate.observe(torch.ones(3), 0.7, 1.0, False)
-    again.observe(torch.ones(3), 0.7, 1.0, False)
+    rate.observe(torch.ones(3), ALL[:3], 0.7, 1.0, False)
+    again.observe(torch.ones(3), ALL[:3], 0.7, 1.0, False)
     assert str(again.estimate(10)) == str(rate.estimate(10))
 
 
 def test_unknown_trusted_losses_do_not_count():
     rate = NoiseRate()
     for trusted in (0.5, math.nan, 0.5):
-        rate.observe(torch.ones(4), trusted, 1.0, ranked=False)
+        rate.observe(torch.ones(4), ALL[:4], trusted, 1.0, ranked=False)
     assert math.isnan(rate.estimate(10))
 
 
@@ -165,6 +166,12 @@ def test_digits_with_half_of_the_labels_wrong_are_seen_to_be_so(undisturbed):
     line = ("method=sieve", "noise=sym0.5", "saved=0.4", "epochs=12", "dataset.subset=null")
     assert summary_of(undisturbed(*line))["noise_estimate"] == pytest.approx(0.5, abs=0.1)
     assert summary_of(undisturbed(*line, "noise=clean"))["noise_estimate"] < 0.1
+
+
+def test_smoothed_losses_are_not_compared_with_the_plain_ones_of_trusted_labels(undisturbed):
+    line = ("pruner=rs2", "noise=sym0.5", "label_smoothing=0.1")
+    assert summary_of(undisturbed(*line))["noise_estimate"] > 0.1
+    assert "noise_estimate" not in summary_of(undisturbed(*line, "recorded=smoothed"))
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ class Loop:
         with network.waiting(self._steps(order)[-1] < setup.processes.size):
             for step in self._batches(order, now, clock, stop, save):
                 plain, training, predicted = network.take(step, pruning.weights(step.index))
-                pruning.update(step.index, training, plain if config.recorded == "plain" else training)
+                pruning.observe(step.index, training, plain if config.recorded == "plain" else training)
                 if predicted is not None:
                     self.predicted[step.index] = predicted
                 self.loss_sum += plain.sum()
@@ -133,7 +133,7 @@ class Loop:
         now.reference_loss = self.reference.loss(now.reference, pruning)
         now.reference_noise = self.reference.noise()
         clock.lap("reference")
-        pruning.end_epoch(now.reference if self.reference.trusted else now.reference_loss)
+        pruning.end_epoch(now.reference if self.reference.comparable else now.reference_loss)
         clock.lap("score")
         if self.log is not None:
             right = self.predicted.cpu().numpy() == setup.task.strata

@@ -20,13 +20,13 @@ class Reference:
 
     Attributes:
         samples: (R,) those of ``task.reference`` that are in the set.
-        trusted: whether their labels are, and there are any.
+        comparable: whether their labels are trusted, and their losses, which are plain, of the kind that is recorded.
     """
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.samples = torch.arange(setup.task.held_out)
-        self.trusted = setup.task.held_out > 0
+        self.comparable = setup.task.held_out > 0 and setup.config.recorded == "plain"
 
     def losses(self, network: Network) -> Tensor:
         """Return the samples' losses (R,), float64."""

@@ -113,11 +113,21 @@ class DynamicPruning(Selecting):
         self._follow(loss.device)
         index = self.trajectories.place(index)
         weights = self.weights(index)
+        self.observe(index, loss, recorded)
+        return weighted_mean(loss, weights)
+
+    def observe(self, index: Tensor, loss: Tensor, recorded: Tensor) -> None:
+        """Record the losses (B,) of a batch that is trained on with its `weights`, which `update` does in one.
+
+        Args:
+            index: (B,) its samples, which lie where the trajectories do.
+            loss: (B,) their training loss, of which is noted whether it is finite.
+            recorded: (B,) what to record, which may be the same.
+        """
         self.running.record(index, recorded.detach())
-        if observed is not None:
+        if recorded is not loss:
             self.running.watch(loss.detach())
         self.running.train(index)
-        return weighted_mean(loss, weights)
 
     def weights(self, index: Tensor) -> Tensor:
         """Return the gradient weights (B,) of samples ``index`` (B,), which lie where the trajectories do.
@@ -223,12 +233,8 @@ class DynamicPruning(Selecting):
         self.trajectories.end_epoch(reference)
         self.times_selected[seen] += 1
         self.sizes.append(selected)
-        self._noise.observe(
-            self.trajectories.last_N[torch.from_numpy(seen).to(self.trajectories.last_N.device)],
-            trusted,
-            sum(self.sizes) / self.n,
-            self.selection.ranked,
-        )
+        passes = sum(self.sizes) / self.n
+        self._noise.observe(self.trajectories.last_N, self.running.trained, trusted, passes, self.selection.ranked)
         self._begin()
         if self.score.aligned and self.epoch == self.trajectories.window:
             self._memory.fill(np.nan)

@@ -1,6 +1,6 @@
 """How many labels are wrong, by what a network makes early on of the given ones beside trusted ones.
 
-Shape legend: E epochs, M samples of one, R samples of a trusted reference set, C classes.
+Shape legend: n samples, E epochs, R samples of a trusted reference set, C classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PASSES = 4.0  # over the data, in which a network has learned something and memo
 
 
 def probability(losses: Tensor) -> float:
-    """Return the mean probability that cross-entropies (M,) give to their labels."""
+    """Return the mean probability that cross-entropies (R,) give to their labels."""
     return losses.double().neg().exp().mean().item()
 
 
@@ -53,18 +53,19 @@ class NoiseRate:
         self._pairs: list[tuple[float, float]] = []
         self._before = math.nan  # r at the end of the last epoch, where the next one counts
 
-    def observe(self, losses: Tensor, trusted: float, passes: float, ranked: bool) -> None:
+    def observe(self, losses: Tensor, trained: Tensor, trusted: float, passes: float, ranked: bool) -> None:
         """Take in an epoch.
 
         Args:
-            losses: cross-entropies (M,) of the samples trained on, as they were met.
+            losses: cross-entropies (n,) of the samples as they were met.
+            trained: which of them were trained on, bool (n,).
             trusted: mean `probability` of the trusted labels after it; NaN where it is not known.
             passes: over the data so far, this epoch among them.
             ranked: whether scores have chosen the samples.
         """
         counts = not ranked and passes <= PASSES + 1e-9
         if counts and not math.isnan(between := (self._before + trusted) / 2):
-            self._pairs.append((probability(losses), between))
+            self._pairs.append((probability(losses[trained]), between))
         self._before = trusted if counts else math.nan
 
     def estimate(self, classes: int) -> float:

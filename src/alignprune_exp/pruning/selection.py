@@ -65,6 +65,11 @@ class Plan:
         if budget is not None and not 0 < budget <= 1:
             raise ValueError(f"{name}: budget={budget} is out of range; use a number above 0, up to 1")
 
+    @property
+    def needs_noise_rate(self) -> bool:
+        """Whether it selects by an estimate of the share of wrong labels, and so only as ``informed``."""
+        return False
+
     def inert(self) -> tuple[str, ...]:
         """Return the settings that have no effect beside the others."""
         return ()
@@ -137,11 +142,6 @@ class Pruner(Plan):
 
     uses_scores: ClassVar[bool] = True
     memory: ClassVar[int] = 0  # numbers a sample that it carries from epoch to epoch, for ``digest``
-
-    @property
-    def needs_noise_rate(self) -> bool:
-        """Whether it selects by an estimate of the share of wrong labels, and so only as ``informed``."""
-        return False
 
     def informed(self, noise_rate: float) -> Self:
         """Return this pruner as it selects at an estimated noise rate, in [0, 1]; NaN where that is not known yet."""
