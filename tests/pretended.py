@@ -53,23 +53,26 @@ class Mixed(RuntimeError):
     """An operation on tensors of both devices."""
 
 
+def wrapped(cls, held):
+    """A tensor of a subclass, which torch takes for one on ``meta``, and which holds another one."""
+    made = torch.Tensor._make_wrapper_subclass(
+        cls,
+        held.shape,
+        strides=held.stride(),
+        dtype=held.dtype,
+        device="meta",
+        storage_offset=held.storage_offset(),
+    )
+    made.held = held
+    return made
+
+
 class Pretended(torch.Tensor):
     """A tensor that says it is on cuda:0; torch takes it for one on ``meta``, whose backward pass is the CPU's."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
-    @staticmethod
-    def __new__(cls, held):
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            held.shape,
-            strides=held.stride(),
-            dtype=held.dtype,
-            device="meta",
-            storage_offset=held.storage_offset(),
-        )
-        made.held = held
-        return made
+    __new__ = staticmethod(wrapped)
 
     @property
     def device(self):

@@ -23,6 +23,7 @@ from alignprune_exp.data.split import Split
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Selection
 from alignprune_exp.pruning.coresets.prune4rel import Prune4ReL
 from alignprune_exp.run import Run
+from pretended import wrapped
 
 KEYS = ["step", "samples", "seconds", "baseline", "baseline_seconds", "ratio", "peak_mb"]
 
@@ -167,18 +168,7 @@ WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
 class Elsewhere(torch.Tensor):
     """A tensor that says it is on another device than the CPU, and holds one that is."""
 
-    @staticmethod
-    def __new__(cls, held):
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            held.shape,
-            strides=held.stride(),
-            dtype=held.dtype,
-            device="meta",
-            storage_offset=held.storage_offset(),
-        )
-        made.held = held
-        return made
+    __new__ = staticmethod(wrapped)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

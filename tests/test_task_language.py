@@ -16,7 +16,7 @@ from torch import nn
 from alignprune_exp.distributed import Processes
 from alignprune_exp.setup import open_task
 from alignprune_exp.tasks.language import NOTHING, SHORTEST, boilerplate, corrupt, mojibake, passages, shuffled
-from harness import Stop, assert_same_results, composed, config_of, launch, only_run, rows_of, samples_of, summary_of
+from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of
 
 WORDS = ("time", "is", "an", "illusion", "lunchtime", "doubly", "so", "said", "the", "guide", "to", "galaxies")
 TINY = ("task=language", "dataset=text", "threads=1", "task.length=24", "task.vocabulary=300", "model.width=16")
@@ -140,12 +140,7 @@ def test_the_bits_per_byte_of_a_uniform_model_are_what_theory_says(task):
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, jsonl, line):
     line = (*line, f"dataset.root={jsonl}")
-    assert launch(tmp_path / "whole", *line, base=TINY) == 0
-    stop, config = Stop(), config_of(tmp_path / "parts", *line, base=TINY)
-    while stop.run(config, 5):
-        pass
-    assert_same_results(only_run(tmp_path / "parts"), only_run(tmp_path / "whole"))
-    folder = only_run(tmp_path / "whole")
+    folder = same_bits_when_stopped(tmp_path, 5, *line, base=TINY)
     summary, rows = summary_of(folder), rows_of(folder)
     assert summary["headline_name"] == "bits_per_byte"
     assert summary["test_bits_per_byte_best"] == min(row["test_bits_per_byte"] for row in rows)

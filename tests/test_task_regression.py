@@ -16,7 +16,7 @@ from sklearn.metrics import r2_score, root_mean_squared_error
 from alignprune_exp.distributed import Processes
 from alignprune_exp.setup import open_task
 from alignprune_exp.tasks.regression import permuted
-from harness import Stop, assert_same_results, composed, config_of, launch, only_run, rows_of, samples_of, summary_of
+from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of
 
 TINY = (
     "task=regression",
@@ -113,12 +113,7 @@ def test_the_diabetes_are_scikit_learns(task):
     "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("method=sieve_settled", "pruner.warmup=2")]
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
-    assert launch(tmp_path / "whole", *line, base=TINY) == 0
-    stop, config = Stop(), config_of(tmp_path / "parts", *line, base=TINY)
-    while stop.run(config, 7):
-        pass
-    assert_same_results(only_run(tmp_path / "parts"), only_run(tmp_path / "whole"))
-    folder = only_run(tmp_path / "whole")
+    folder = same_bits_when_stopped(tmp_path, 7, *line, base=TINY)
     summary, rows = summary_of(folder), rows_of(folder)
     assert summary["test_rmse_best"] == min(row["test_rmse"] for row in rows)
     assert summary["test_r2_best"] == max(row["test_r2"] for row in rows)

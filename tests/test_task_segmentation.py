@@ -15,7 +15,7 @@ from alignprune_exp.config import MODEL
 from alignprune_exp.distributed import Processes
 from alignprune_exp.setup import open_task
 from alignprune_exp.tasks.segmentation import IGNORED, corrupt, dilated, eroded, shifted, swapped
-from harness import Stop, assert_same_results, composed, config_of, launch, only_run, rows_of, samples_of, summary_of
+from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of
 
 TINY = ("task=segmentation", "threads=1", "dataset.scenes=70", "dataset.side=32", "model.width=2", "batch_size=16")
 TINY += ("epochs=5", "score.window=3", "dataset.test_subset=10", "reference.size=6")
@@ -169,12 +169,7 @@ def test_training_and_test_scenes_share_no_pixel_of_a_photograph_and_no_digit(ta
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
     line = (*line, "dataset.flip=true")
-    assert launch(tmp_path / "whole", *line, base=TINY) == 0
-    stop, config = Stop(), config_of(tmp_path / "parts", *line, base=TINY)
-    while stop.run(config, 3):
-        pass
-    assert_same_results(only_run(tmp_path / "parts"), only_run(tmp_path / "whole"))
-    folder = only_run(tmp_path / "whole")
+    folder = same_bits_when_stopped(tmp_path, 3, *line, base=TINY)
     summary, rows = summary_of(folder), rows_of(folder)
     assert summary["headline_name"] == "miou"
     assert summary["test_miou_best"] == max(row["test_miou"] for row in rows)

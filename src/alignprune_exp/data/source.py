@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -187,6 +188,12 @@ def brief(error: Exception) -> str:
 
 Root = Annotated[str | None, Aside()]  # a folder of data; it says where, not what
 Crop = Annotated[int, Field(ge=0, le=4096)]  # pixels of padding before the random crop that training sees
+
+
+def fits_into_memory(needed: int, what: str, remedy: str) -> None:
+    """Raise UsageError where so many bytes, which ``what`` takes, are more than half of this machine's memory."""
+    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+        raise UsageError(f"{what} {needed / 1e9:.0f} GB, more than half of this machine's memory: {remedy}")
 
 
 def existing(name: str, root: str | None, holds: str) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..config import DATASET, TASK
 from ..errors import UsageError
@@ -31,6 +32,34 @@ def needed(module: str, task: str) -> Any:
     except ImportError:
         package = module.partition(".")[0]
         raise UsageError(f"task={task} needs {package}; type pip install 'alignprune-exp[tasks]'") from None
+
+
+def nats(log_p: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    """Return how unlikely each part of each sample is (B, P), 0 where its target is ``ignored``.
+
+    Args:
+        log_p: logarithms of probabilities (B, P, C).
+        targets: classes (B, P).
+    """
+    flat = F.nll_loss(log_p.flatten(0, 1), targets.flatten().long(), ignore_index=ignored, reduction="none")
+    return flat.view(targets.shape)
+
+
+def mean_nats(logits: Tensor, targets: Tensor, ignored: int, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return each sample's mean over its parts that are not ``ignored``, plain (B,) and smoothed (B,).
+
+    Args:
+        logits: (B, P, C) for B samples of P parts, pixels or tokens.
+        targets: classes (B, P).
+        smoothing: the part of the target that all classes share.
+    """
+    there, log_p = targets != ignored, F.log_softmax(logits, dim=-1)
+    parts = there.sum(1).clamp(min=1)
+    plain = nats(log_p, targets, ignored).sum(1) / parts
+    if not smoothing:
+        return plain, plain
+    uniform = -(log_p.mean(-1) * there).sum(1) / parts
+    return plain, (1 - smoothing) * plain + smoothing * uniform
 
 
 class Task:

@@ -32,7 +32,7 @@ from ..errors import UsageError
 from ..files import cache_folder, printable, write_atomically
 from ..pruning.seeding import generator
 from ..records import Metric
-from .base import Task, needed
+from .base import Task, mean_nats, nats, needed
 
 if TYPE_CHECKING:
     from ..distributed import Processes
@@ -127,19 +127,7 @@ class Language(Task):
         return self.fitted(MODEL.make(self.config.model, self.length, len(self.bytes_V)))
 
     def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-        there = targets != NOTHING
-        tokens = there.sum(1)
-        log_p = F.log_softmax(outputs, dim=-1)
-        plain = self._nats(log_p, targets).sum(1) / tokens
-        if not smoothing:
-            return plain, plain, None
-        uniform = -(log_p.mean(-1) * there).sum(1) / tokens
-        return plain, (1 - smoothing) * plain + smoothing * uniform, None
-
-    def _nats(self, log_p_BTV: Tensor, targets: Tensor) -> Tensor:
-        """Return how unlikely each token is (B, T), 0 behind the end."""
-        flat = F.nll_loss(log_p_BTV.flatten(0, 1), targets.flatten().long(), ignore_index=NOTHING, reduction="none")
-        return flat.view(targets.shape)
+        return *mean_nats(outputs, targets, NOTHING, smoothing), None
 
     @torch.no_grad()
     def evaluate(self, network: Network, batches: Iterable[Batch], n: int, processes: Processes) -> dict[str, float]:
@@ -147,11 +135,11 @@ class Language(Task):
         sums = torch.zeros(3, dtype=torch.float64, device=network.device)  # nats, bytes, losses
         lengths = self.bytes_V.to(network.device)
         for _, tokens, targets in batches:
-            nats = self._nats(network.logits(tokens).log_softmax(-1), targets).double()
-            there = targets != NOTHING
-            sums += torch.stack([nats.sum(), lengths[targets.clamp(min=0)].sum(), (nats.sum(1) / there.sum(1)).sum()])
-        nats, size, loss = processes.sum(sums).tolist()
-        return {"bits_per_byte": nats / math.log(2) / size, "loss": loss / n}
+            unlikely = nats(network.logits(tokens).log_softmax(-1), targets, NOTHING).double()
+            losses = unlikely.sum(1) / (targets != NOTHING).sum(1)
+            sums += torch.stack([unlikely.sum(), lengths[targets.clamp(min=0)].sum(), losses.sum()])
+        total, size, loss = processes.sum(sums).tolist()
+        return {"bits_per_byte": total / math.log(2) / size, "loss": loss / n}
 
     def columns(self) -> dict[str, Any]:
         import pandas as pd

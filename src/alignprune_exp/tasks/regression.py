@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -25,6 +24,7 @@ from ..config import MODEL, Config
 from ..data.batches import Batch, Batches, TensorBatches
 from ..data.parts import Parts
 from ..data.source import DataSet, Root, brief
+from ..data.sources.digits import shipped
 from ..errors import UsageError
 from ..pruning.seeding import generator
 from ..records import Metric
@@ -230,10 +230,8 @@ class Diabetes(DataSet):
     task: ClassVar[str] = "regression"
 
     def open(self) -> Table:
-        # The files of sklearn.datasets.load_diabetes, without the seconds that importing scikit-learn takes.
-        (sklearn,) = find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
-        folder = Path(sklearn) / "datasets" / "data"
-        features, targets = (np.loadtxt(folder / f"diabetes_{part}.csv.gz") for part in ("data_raw", "target"))
+        files = (shipped("data", f"diabetes_{part}.csv.gz") for part in ("data_raw", "target"))
+        features, targets = map(np.loadtxt, files)  # as sklearn.datasets.load_diabetes does
         columns = ["age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6"]
         return Table.split(Rows(features, targets, np.arange(len(targets))), self.held_out, columns, True, [])
 

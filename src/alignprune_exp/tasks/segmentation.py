@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -27,17 +25,17 @@ from ..config import MODEL, Config
 from ..console import Progress
 from ..data.augment import Augmentation
 from ..data.batches import Batch, Batches
-from ..data.images import IMAGE_FORMATS, rgb
+from ..data.images import IMAGE_FORMATS, Fit
 from ..data.parts import Parts
-from ..data.source import DataSet, Root, brief, existing
-from ..data.sources.digits import Digits
+from ..data.source import DataSet, Root, brief, existing, fits_into_memory
+from ..data.sources.digits import Digits, shipped
 from ..errors import UsageError
 from ..files import printable
 from ..models import Kind, Width, normalisation, synchronised
 from ..pruning.seeding import generator
 from ..records import Metric
 from ..schema import Side
-from .base import Task, needed
+from .base import Task, mean_nats, needed
 
 if TYPE_CHECKING:
     from ..distributed import Processes
@@ -103,15 +101,8 @@ class Segmentation(Task):
     def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
         if outputs.shape[-2:] != targets.shape[-2:] or outputs.dim() != 4:
             raise ValueError("the outputs are not of the masks' size")
-        log_p, labels = F.log_softmax(outputs.permute(0, 2, 3, 1).flatten(1, 2), dim=-1), targets.flatten(1).long()
-        there = labels != IGNORED
-        pixels = there.sum(1).clamp(min=1)
-        nats = F.nll_loss(log_p.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        plain = nats.view(labels.shape).sum(1) / pixels
-        if not smoothing:
-            return plain, plain, None
-        uniform = -(log_p.mean(-1) * there).sum(1) / pixels
-        return plain, (1 - smoothing) * plain + smoothing * uniform, None
+        pixels = outputs.permute(0, 2, 3, 1).flatten(1, 2)
+        return *mean_nats(pixels, targets.flatten(1), IGNORED, smoothing), None
 
     @torch.no_grad()
     def evaluate(self, network: Network, batches: Iterable[Batch], n: int, processes: Processes) -> dict[str, float]:
@@ -292,10 +283,9 @@ class DigitScenes(DataSet):
 
     def open(self) -> Scenes:
         digits = Digits(name=self.name).open()
-        (sklearn,) = find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
         left, right = [], []
         for name in ("china", "flower"):
-            photograph = np.asarray(Image.open(Path(sklearn) / "datasets" / "images" / f"{name}.jpg"))
+            photograph = np.asarray(Image.open(shipped("images", f"{name}.jpg")))
             border = round(0.7 * photograph.shape[1])
             left.append(photograph[:, :border])
             right.append(photograph[:, border:])
@@ -363,12 +353,9 @@ class MaskFiles(DataSet):
 
     def open(self) -> Scenes:
         train, test = (self._listed(self.folder / name) for name in self.lists)
-        needed = 4 * self.image_size**2 * (len(train) + len(test))
-        if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
-            raise UsageError(
-                f"{len(train) + len(test)} images of {self.image_size} pixels take {needed / 1e9:.0f} GB, more than "
-                "half of this machine's memory: type a smaller dataset.image_size"
-            )
+        images = len(train) + len(test)
+        what = f"{images} images of {self.image_size} pixels take"
+        fits_into_memory(4 * self.image_size**2 * images, what, "type a smaller dataset.image_size")
         return Scenes(self._read(train), self._read(test), self.classes, clean=False)
 
     def _listed(self, file: Path) -> list[str]:
@@ -409,7 +396,7 @@ class MaskFiles(DataSet):
             raise UsageError(
                 f"{files[1]} has class {wrong[0]} where 0 to {len(self.classes) - 1}, or {IGNORED}, are wanted: mend it"
             )
-        return np.asarray(ImageOps.fit(rgb(image), side, Image.Resampling.BILINEAR)), fitted
+        return np.asarray(Fit(self.image_size)(image)), fitted
 
 
 def _opened(file: Path) -> Image.Image:

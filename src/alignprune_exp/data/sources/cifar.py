@@ -15,7 +15,7 @@ import numpy as np
 from alignprune_exp.data.images import Array, Fit, Shards
 from alignprune_exp.data.index import Survey, gathered
 from alignprune_exp.data.source import Crop, DataSet, Images, Root, Source, brief, existing
-from alignprune_exp.data.sources.parquet import Tables, fits_into_memory, shards_of
+from alignprune_exp.data.sources.parquet import Tables, shards_fit, shards_of
 from alignprune_exp.errors import UsageError
 from alignprune_exp.schema import Aside
 
@@ -107,7 +107,7 @@ class Cifar10(DataSet):
 
     def _from_parquet(self, root: Path, shards: dict[str, list[str]]) -> Source:
         files = [*shards["train"], *shards["test"]]
-        fits_into_memory(root, files)
+        shards_fit(root, files)
         train, classes, superclass = self._split(root, shards["train"])
         return Source(
             name=self.name,

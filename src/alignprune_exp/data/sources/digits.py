@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,12 @@ import numpy as np
 from alignprune_exp.data.images import Array
 from alignprune_exp.data.source import Crop, DataSet, Images, Source, stratified
 from alignprune_exp.pruning.seeding import generator
+
+
+def shipped(*parts: str) -> Path:
+    """Return a file of scikit-learn's data sets, without the seconds that importing it takes."""
+    (sklearn,) = find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
+    return Path(sklearn, "datasets", *parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +28,7 @@ class Digits(DataSet):
     crop: Crop = 0
 
     def open(self) -> Source:
-        # The file of sklearn.datasets.load_digits, without the seconds that importing scikit-learn takes.
-        (sklearn,) = importlib.util.find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
-        rows = np.loadtxt(Path(sklearn) / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+        rows = np.loadtxt(shipped("data", "digits.csv.gz"), delimiter=",")  # as sklearn.datasets.load_digits does
         images = np.rint(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
         labels = rows[:, -1].astype(np.int64)
         test = stratified(labels, round(0.2 * len(labels)), generator(0, "digits test split"))

@@ -15,7 +15,7 @@ import numpy as np
 from alignprune_exp.data.images import Shards
 from alignprune_exp.data.index import Found, Splits, Survey
 from alignprune_exp.data.layout import Photographs
-from alignprune_exp.data.source import brief
+from alignprune_exp.data.source import brief, fits_into_memory
 from alignprune_exp.errors import UsageError
 
 
@@ -48,7 +48,7 @@ class Parquet(Photographs):
     @cached_property
     def tables(self) -> dict[str, Tables]:
         """In memory before there are other processes, which then share them."""
-        fits_into_memory(self.folder, [*self.shards["train"], *self.shards["test"]])
+        shards_fit(self.folder, [*self.shards["train"], *self.shards["test"]])
         columns = [self.image_column], [self.label_column], "type another dataset.image_column or dataset.label_column"
         return {split: Tables(self.folder, files, *columns) for split, files in self.shards.items()}
 
@@ -75,14 +75,11 @@ def shards_of(root: Path, split: str, *folders: str) -> list[str]:
     return []
 
 
-def fits_into_memory(root: Path, files: list[str]) -> None:
+def shards_fit(root: Path, files: list[str]) -> None:
+    """Raise UsageError where the Parquet files, relative to ``root``, are more than memory can hold."""
+    remedy = "write their images out as train/<class>/ and val/<class>/ and use dataset=imagenet"
     needed = sum((root / file).stat().st_size for file in files)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory / 2:
-        raise UsageError(
-            f"the Parquet files under {root} take {needed / 1e9:.0f} GB, more than half of this machine's memory: "
-            "write their images out as train/<class>/ and val/<class>/ and use dataset=imagenet"
-        )
+    fits_into_memory(needed, f"the Parquet files under {root} take", remedy)
 
 
 class Tables:
