@@ -19,7 +19,7 @@ from alignprune_exp.config import DATASET, MODEL
 from alignprune_exp.errors import Failed
 from alignprune_exp.run import Run
 from alignprune_exp.train import main
-from harness import CONF, launch, only_run, rows_of, sentence_of, summary_of
+from harness import CONF, composed, launch, only_run, rows_of, sentence_of, summary_of
 
 REPOSITORY = Path(__file__).parents[1]
 PROGRAM = "python -m alignprune_exp.train"
@@ -219,6 +219,8 @@ def _next_commands(out):
         "pruner=seta pruner.groups=3 score=random",
         "noise=clean score=loss reference=none",
         "method=seta_das",
+        "method=sieve saved=0.5",
+        "method=infobatch_das_unscaled",
         "score=das score.name=alignprune_exp.pruning.scores.Loss",
     ],
 )
@@ -237,6 +239,8 @@ def test_next_commands_are_runs_of_their_own(cli, choice, monkeypatch):
     monkeypatch.setattr(Run, "train", not_trained)
     for command in commands:
         assert cli(*command)[::2] == (1, "begun\n"), command
+        asked, given = composed(*command).pruner, composed(*size, *choice.split()).pruner
+        assert asked == given or asked.name != given.name
     assert len(set(folders)) == 1 + len(commands)
 
 
@@ -270,6 +274,14 @@ def test_sweep_with_a_job_whose_data_are_missing_is_refused_before_the_first(cli
     assert (status, out) == (2, "")
     assert "in the job" in sentence_of(err)
     assert "dataset=cifar10" in err
+    assert not Path("results").exists()
+
+
+def test_sweep_with_a_later_job_that_its_data_cannot_serve_is_refused_before_the_first(cli):
+    status, out, err = cli("-m", "task=regression", "scale=smoke", "pruner=rs2", "learner=ce,elr")
+    assert (status, out) == (2, "")
+    assert "learner=elr needs class labels" in sentence_of(err)
+    assert "in the job" in err
     assert not Path("results").exists()
 
 

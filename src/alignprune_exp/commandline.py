@@ -35,7 +35,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from .config import LEARNER, NOISE, PATHS, PRUNER, Config, NoiseKeys, validate
 from .errors import UsageError
 from .registry import settings
-from .schema import suggest
+from .schema import shown, suggest
 
 PROGRAM = "python -m alignprune_exp.train"
 OF_HYDRA = ("hydra/launcher", "hydra.launcher", "hydra.searchpath")  # keys of Hydra's own that may be set
@@ -316,6 +316,18 @@ def _shell(words: Sequence[str]) -> str:
     return " ".join(word if shlex.quote(word) == word else _typed(word) for word in words)
 
 
+def _of_method(config: Config, given: set[str]) -> list[str]:
+    """Return the pruner's settings, ready to type, that neither ``pruner=`` nor the keys given would choose."""
+    plan = PRUNER.find(config.pruner.name)
+    chosen = {key.removeprefix("pruner.") for key in given} | ({plan.keeps} if "saved" in given else set())
+    own = {name: (getattr(config.pruner, name), default) for name, (_, default) in settings(plan).items()}
+    return [
+        f"pruner.{name}={shown(value)}"
+        for name, (value, default) in own.items()
+        if value != default and name not in chosen
+    ]
+
+
 def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, str]]:
     """Return three commands worth typing after this one, each with what it does."""
 
@@ -330,7 +342,9 @@ def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, s
             and (score is not None or not key.startswith("score."))
         ]
         choice = [f"pruner={pruner}", *([f"score={score}"] if score else [])]
-        return _shell([*program, *kept, *choice, *more])
+        given = {override.split("=")[0].lstrip("+~") for override in kept}
+        implied = _of_method(config, given) if same else []
+        return _shell([*program, *kept, *choice, *implied, *more])
 
     program = [interpreter(), *PROGRAM.split()[1:]]
     pruner, score = config.pruner.name, config.score.name

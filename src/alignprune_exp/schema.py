@@ -113,7 +113,16 @@ def _explain(error: ValidationError, values: Mapping[str, Any], at: str, chosen:
         r"[-+]?(\d+\.?|\d*\.\d+)(e[-+]?\d+)?|true|false|null", first["input"], re.I
     ):
         return f"{key}='{first['input']}' is a text; leave out the quotes"
+    if kind.startswith(("float_", "int_")) and (words := _words(error)):
+        return f"{given} is unknown: use a number, or {words}"
     return f"{given} has the wrong type: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _words(error: ValidationError) -> str:
+    """The words that may stand where the first mistake is, in place of a number."""
+    first, *others = error.errors()
+    expected = (e["ctx"]["expected"] for e in others if e["type"] == "literal_error" and e["input"] is first["input"])
+    return next(expected, "").replace("'", "")
 
 
 _RANGES = {
