@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from hydra import compose, initialize_config_dir
 from scipy import stats
 
 from alignprune_exp.config import PRUNER
@@ -18,8 +19,9 @@ from alignprune_exp.report.tables import make_table, markdown, paired_difference
 from alignprune_exp.status import main as status
 from alignprune_exp.suites import load_suite, option_names
 from alignprune_exp.suspects import main as suspects
+from alignprune_exp.sweep import jobs_of
 from alignprune_exp.train import main
-from harness import composed, sentence_of
+from harness import CONF, composed, sentence_of
 from recorded import write_record
 
 SMALL = ["dataset=digits", "noise=clean,sym0.5", "method=full,infobatch", "epochs=6", "seed=0,1"]
@@ -33,6 +35,15 @@ def test_every_suite_of_the_paper_composes_at_smoke_scale(name):
     assert suite.name == name
     labels = {" ".join(cell.axes[axis] for axis in suite.rows) for cell in suite.cells}
     assert suite.baseline is None or suite.baseline in labels
+
+
+@pytest.mark.parametrize("name", ["equal_cost", "static", "regression"])
+def test_the_jobs_of_a_suite_pass_the_sweep_s_checks(name):
+    chosen = [f"suite={name}", "scale=smoke", "seed=0"]
+    grid = [[f"{axis}={value}" for axis, value in cell.axes.items()] for cell in load_suite(name, chosen[1:]).cells]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        jobs = jobs_of(grid, lambda overrides: compose("train", [*overrides, *chosen]), here=False)
+    assert len(jobs) == len({str(job.config) for job in jobs}) > 1
 
 
 @pytest.mark.slow

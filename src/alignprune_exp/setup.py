@@ -159,23 +159,27 @@ def refuse_load(key: str, asked: int) -> None:
 def open_task(config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Task:
     """Read the data of a run's task. Raises UsageError for what they cannot give, and what the config asks of them."""
     task: Task = TASK.make(config.task, config, device, dtype)
-    _check_task(config, task)
+    check_labels(config, task.classes is not None, task.corrupted is not None)
     return task
 
 
-def _check_task(config: Config, task: Task) -> None:
-    if config.score.name == "oracle" and task.corrupted is None:
+def check_labels(config: Config, classes: bool, clean: bool) -> None:
+    """Raise UsageError for a config that asks for ``classes`` or known ``clean`` labels of data without."""
+    if config.score.name == "oracle" and not clean:
         raise UsageError("score=oracle needs clean labels, and this data set has none; use another score")
-    if task.classes is not None:
+    if classes:
         return
     if config.score.name == "cleaning":
-        raise UsageError(f"score=cleaning needs class labels, and task={config.task.name} has none; use score=settled")
+        raise UsageError(
+            f"score=cleaning needs class labels, and task={config.task.name} has none; use score=settled, or "
+            "method=sieve_settled in place of method=sieve"
+        )
     name, lacks = config.task.name, "needs class labels, and task="
     if LEARNER.find(config.learner.name).by_class:
         raise UsageError(f"learner={config.learner.name} {lacks}{name} has none; use learner=ce")
     if isinstance(PRUNER.make(config.pruner), Criterion):
         raise UsageError(f"pruner={config.pruner.name} {lacks}{name} has none; use one that chooses every epoch")
-    if getattr(PRUNER.make(config.pruner), "needs_noise_rate", False):
+    if PRUNER.make(config.pruner).needs_noise_rate:
         pruner = f"pruner={config.pruner.name} estimates the noise of class labels"
         raise UsageError(f"{pruner}, and task={name} has none; set pruner.exclude=0.3")
     if config.keep_probabilities:
@@ -201,7 +205,7 @@ def make_pruning(
     trusted = isinstance(config.reference, Trusted) and config.reference.size > 0
     if isinstance(plan, Criterion) and "reference" in plan.needs and not trusted:
         raise UsageError(f"pruner={name} chooses by trusted labels, and there are none held out; set reference=trusted")
-    if isinstance(plan, Pruner) and plan.needs_noise_rate and not (trusted and config.recorded == "plain"):
+    if plan.needs_noise_rate and not (trusted and config.recorded == "plain"):
         lacks = "recorded=plain" if trusted else "reference=trusted"
         raise UsageError(
             f"pruner={name} estimates the noise by the plain losses of trusted labels; set {lacks}, or a number for "

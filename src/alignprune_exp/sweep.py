@@ -48,12 +48,12 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
     Raises UsageError with the job's overrides for the first one that is a mistake.
     """
     from .commandline import checked, composing, explained, group_of, refuse_clashes
-    from .setup import check_load, make_pruning, open_task
+    from .setup import check_labels, check_load, make_pruning, open_task
 
     seen: dict[str, Job] = {}
     finished = 0
     done: dict[str, frozenset[str]] = {}
-    opened = set()
+    opened: dict[str, tuple[bool, bool]] = {}  # by data: whether these have classes, and known clean labels
     progress = Progress()
     for number, overrides in enumerate(grid):
         progress.show(f"checking runs: {number}/{len(grid)}")
@@ -74,9 +74,10 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
         if here:
             with _named(overrides):
                 check_load(config)
-                if (data := (config.task, config.dataset, config.noise.name)) not in opened:
-                    opened.add(data)
-                    open_task(config)
+                if (data := repr((config.task, config.dataset, config.noise.name))) not in opened:
+                    task = open_task(config)
+                    opened[data] = task.classes is not None, task.corrupted is not None
+                check_labels(config, *opened[data])
         seen.setdefault(id, Job(len(seen) + 1, tuple(overrides), config, group_of(composed)))
     same = len(grid) - finished - len(seen)
     say(
