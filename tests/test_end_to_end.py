@@ -221,6 +221,7 @@ def _next_commands(out):
         "method=seta_das",
         "method=sieve saved=0.5",
         "method=infobatch_das_unscaled",
+        "method=query",
         "score=das score.name=alignprune_exp.pruning.scores.Loss",
     ],
 )

@@ -32,7 +32,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .config import LEARNER, NOISE, PATHS, PRUNER, Config, NoiseKeys, validate
+from .config import LEARNER, NOISE, PATHS, PRUNER, UNRANKED, Config, NoiseKeys, ScoreKeys, validate
 from .errors import UsageError
 from .registry import settings
 from .schema import shown, suggest
@@ -317,15 +317,13 @@ def _shell(words: Sequence[str]) -> str:
 
 
 def _of_method(config: Config, given: set[str]) -> list[str]:
-    """Return the pruner's settings, ready to type, that neither ``pruner=`` nor the keys given would choose."""
+    """Return settings, ready to type, that neither ``pruner=`` and ``score=`` nor the keys given would choose."""
     plan = PRUNER.find(config.pruner.name)
-    chosen = {key.removeprefix("pruner.") for key in given} | ({plan.keeps} if "saved" in given else set())
-    own = {name: (getattr(config.pruner, name), default) for name, (_, default) in settings(plan).items()}
-    return [
-        f"pruner.{name}={shown(value)}"
-        for name, (value, default) in own.items()
-        if value != default and name not in chosen
-    ]
+    chosen = given | ({f"pruner.{plan.keeps}"} if "saved" in given else set())
+    own = {f"pruner.{name}": (getattr(config.pruner, name), default) for name, (_, default) in settings(plan).items()}
+    for name in sorted(ScoreKeys.model_fields.keys() - {"name"}):
+        own[f"score.{name}"] = getattr(config.score, name), getattr(UNRANKED, name)
+    return [f"{key}={shown(value)}" for key, (value, default) in own.items() if value != default and key not in chosen]
 
 
 def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, str]]:

@@ -110,6 +110,8 @@ class Loop:
         setup, pruning, network = self.setup, self.pruning, self.network
         config, clock = setup.config, Clock(self.elapsed)
         now = Epoch(pruning.epoch, pruning.ranked_by, pruning.selection, pruning.ranking)
+        if pruning.pruner.asks:
+            setup.task.answer(now.selection.indices)
         order = pruning.order()
         pruning.check_agreement(self.reference.samples.numpy())
         clock.lap("select")
@@ -126,7 +128,8 @@ class Loop:
         clock.lap("train")
 
         network.learner.eval()
-        if config.score.unseen == "refresh":
+        around = pruning.pruner.looks_around(now.number - pruning.first, pruning.epochs - pruning.first)
+        if config.score.unseen == "refresh" or around:
             now.refreshed = self._refresh()
         clock.lap("refresh")
         now.reference = self.reference.losses(network)
@@ -201,7 +204,12 @@ class Loop:
         if len(unseen):
             smoothing = setup.config.label_smoothing if setup.config.recorded == "smoothed" else 0.0
             own = setup.processes.share(unseen)
-            self.pruning.record(own, setup.task.recorded(self.network, setup.task.train.evaluation(own), smoothing))
+            batches = setup.task.train.evaluation(own)
+            if self.pruning.pruner.asks:
+                losses = setup.task.doubts(self.network, batches)
+            else:
+                losses = setup.task.recorded(self.network, batches, smoothing)
+            self.pruning.record(own, losses)
             self.pruning.exchange()
         return len(unseen)
 

@@ -203,6 +203,7 @@ def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequen
         **_tested(setup, of_training),
         **({"skipped": len(setup.task.skipped)} if setup.task.skipped else {}),
         "saved": 1 - trained / (setup.n * planned),
+        **({"asked": int((loop.pruning.times_selected > 0).sum())} if loop is not None and setup.plan.asks else {}),
         "kept_noise_mean": _mean(row["kept_noise"] for row in pruned),
         "kept_noise_weighted_mean": _mean(row["kept_noise_weighted"] for row in pruned),
         "detection_auroc_last": rows[-1][f"auroc_{ranking}"] if rows and ranking else None,

@@ -97,8 +97,8 @@ class Setup:
 
     @property
     def noisy(self) -> np.ndarray | None:
-        """Which training samples are corrupted (n,); None where that is unknown."""
-        return self.task.corrupted
+        """Which training samples are trained on with a wrong label (n,); None where that is unknown."""
+        return np.zeros(self.n, bool) if self.plan.asks else self.task.corrupted
 
 
 def _check_processes(config: Config, processes: Processes) -> None:
@@ -167,6 +167,11 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
     """Raise UsageError for a config that asks for ``classes`` or known ``clean`` labels of data without."""
     if config.score.name == "oracle" and not clean:
         raise UsageError("score=oracle needs clean labels, and this data set has none; use another score")
+    asks = PRUNER.make(config.pruner).asks
+    if asks and not clean:
+        raise UsageError(
+            f"pruner={config.pruner.name} asks for clean labels, and this data set has none; use another one"
+        )
     if classes:
         return
     if config.score.name == "cleaning":
@@ -177,6 +182,8 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
     name, lacks = config.task.name, "needs class labels, and task="
     if LEARNER.find(config.learner.name).by_class:
         raise UsageError(f"learner={config.learner.name} {lacks}{name} has none; use learner=ce")
+    if asks:
+        raise UsageError(f"pruner={config.pruner.name} {lacks}{name} has none; use one that asks for none")
     if isinstance(PRUNER.make(config.pruner), Criterion):
         raise UsageError(f"pruner={config.pruner.name} {lacks}{name} has none; use one that chooses every epoch")
     if PRUNER.make(config.pruner).needs_noise_rate:

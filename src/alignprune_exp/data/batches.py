@@ -55,6 +55,10 @@ class Batches:
         """Return the targets (B, …) of samples, int64 (B,) on the CPU, as augmented as their inputs are."""
         return self._targets.index_select(0, part.to(self.device, non_blocking=True))
 
+    def correct(self, index: Tensor, targets: Tensor) -> None:
+        """Let samples ``index`` (K,) have other ``targets`` (K, …) from now on."""
+        self._targets = self._targets.index_copy(0, index.to(self.device), targets.to(self.device))
+
     def epoch(
         self, order: Tensor | np.ndarray, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1, views: int = 1
     ) -> Iterator[Batch]:

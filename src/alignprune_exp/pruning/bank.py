@@ -34,6 +34,7 @@ class History:
         epoch: the number of finished epochs.
         seed: the run's seed, for scores that draw.
         labels: the class (N,) that each sample is given as, where there are any.
+        progress: the share of the run's epochs that are finished.
     """
 
     rows: list[Tensor]
@@ -45,6 +46,7 @@ class History:
     epoch: int
     seed: int
     labels: NDArray | None = None
+    progress: float = 0.0
 
     def map(self, score: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply ``score``, (W, B) float32 losses, oldest first, to (B,) scores, to all samples in blocks.
@@ -195,7 +197,9 @@ class Trajectories:
             raise ValueError("there is no reference loss to go on from; pass one to end_epoch() first")
         self.reference_W += loss - last
 
-    def history(self, clean_N: Tensor | None = None, seed: int = 0, labels: NDArray | None = None) -> History:
+    def history(
+        self, clean_N: Tensor | None = None, seed: int = 0, labels: NDArray | None = None, progress: float = 0.0
+    ) -> History:
         """Return the finished epochs of the window. Raises RuntimeError once the next epoch has begun."""
         if self.recorded:
             raise RuntimeError("scores exist between end_epoch() and the next update(), not within an epoch")
@@ -210,6 +214,7 @@ class Trajectories:
             self.epoch,
             seed,
             labels,
+            progress,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .coresets import STATIC
 from .kmeans import cluster
 from .selection import (
     MAX_RATIO,
+    NEVER_SEEN,
     Floats,
     Ints,
     Plan,
@@ -379,6 +380,49 @@ class TopK(Pruner):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Query(Pruner):
+    """Pool-based active learning (Lewis and Gale, SIGIR 1994): trains on what it has asked the labels of, at weight 1.
+
+    It begins with a ``start`` share of all samples, uniformly drawn, and every ``every`` epochs asks for as many more,
+    the best-scored of the others, as make it a ``budget`` share with the last round. Before a round what takes no
+    labels is to be recorded of the others, such as minus the logarithm of the highest probability, which `Loss` ranks
+    by the least confidence; where nothing is, they are drawn uniformly.
+    """
+
+    start: float = 0.02
+    every: int = 4
+    budget: float = 0.2
+    asks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.start <= self.budget:
+            raise ValueError(
+                f"Query: start={self.start} is out of range; use a number above 0, up to budget={self.budget}"
+            )
+        if self.every < 1:
+            raise ValueError(f"Query: every={self.every} is out of range; use 1 or more")
+
+    def at_most(self, n: int, epoch: int, epochs: int) -> int:
+        rounds = (epochs - 1) // self.every
+        asked = epoch // self.every / rounds if rounds else 0.0
+        return share(n, self.start + asked * (self.budget - self.start))
+
+    def looks_around(self, epoch: int, epochs: int) -> bool:
+        return (epoch + 1) % self.every == 0 and epoch + 1 < epochs
+
+    def digest(self, scores: Floats, seen: Ints, memory: NDArray[np.float32]) -> Floats:
+        """Rank what was asked, which is what was seen, above all others."""
+        ranks = scores.copy()
+        ranks[seen] = 2 * np.fmax.reduce(scores, initial=NEVER_SEEN)
+        return ranks
+
+    def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
+        size = self.at_most(len(scores), epoch, epochs)
+        return unweighted(np.flatnonzero(best(scores, size, rng)), ranked=epoch > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Averaging(TopK):
     """What the two rules of Raju et al. (2021), "Accelerating deep learning with dynamic data pruning", share.
 
@@ -469,6 +513,7 @@ PRUNERS: dict[str, type[Plan]] = {
     "topk": TopK,
     "rs2": RS2,
     "sieve": Sieve,
+    "query": Query,
     "epsilon_greedy": EpsilonGreedy,
     "ucb": UCB,
     **STATIC,

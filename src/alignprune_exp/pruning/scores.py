@@ -212,6 +212,24 @@ class Cleaning(Score):
         return torch.from_numpy(standardised.astype(np.float32)).to(scores_N.device)
 
 
+class Curriculum(Score):
+    """Easy first (Bengio et al., ICML 2009): how near a sample's last loss is to that which the run has come to.
+
+    Of all losses, from the lowest at 0 to the highest at 1, that is the one at the share of the epochs that are done:
+    what is kept moves from the easiest samples to the hardest. Equal losses stand at their mean place.
+    """
+
+    name = "curriculum"
+
+    def __call__(self, history: History) -> Tensor:
+        last_N = history.last_N.double()
+        sorted_N = last_N.nan_to_num(nan=torch.inf).sort().values
+        below_N, up_to_N = (torch.searchsorted(sorted_N, last_N, right=right) for right in (False, True))
+        others = (last_N.isfinite().sum() - 1).clamp(min=1)
+        place_N = (below_N + up_to_N - 1) / 2 / others
+        return (place_N - history.progress).abs_().neg_().masked_fill_(last_N.isnan(), torch.nan).float()
+
+
 class Oracle(Score):
     """Control, the upper bound: 1 if the label is clean, else 0."""
 
@@ -224,5 +242,6 @@ class Oracle(Score):
 
 
 SCORES: dict[str, type[Score]] = {
-    score.name: score for score in (Loss, DAS, Spearman, Cosine, Random, SmallLoss, Settled, Cleaning, Oracle)
+    score.name: score
+    for score in (Loss, DAS, Spearman, Cosine, Random, SmallLoss, Settled, Cleaning, Curriculum, Oracle)
 }

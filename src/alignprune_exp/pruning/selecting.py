@@ -21,12 +21,10 @@ from .running import Running
 from .sampler import EpochSampler, Indexed
 from .scores import Loss, Score, settled
 from .seeding import generator
-from .selection import Pruner, Selection
+from .selection import NEVER_SEEN, Pruner, Selection
 
 if TYPE_CHECKING:
     import pandas as pd
-
-NEVER_SEEN = 3.0  # the score that a sample without a score is ranked by
 
 
 class Selecting(Indexed):
@@ -238,7 +236,8 @@ class Selecting(Indexed):
 
     def several_scores(self, scores: Sequence[str | Score]) -> np.ndarray:
         """Return K scores (K, n) as `scores` does, in one copy from the device."""
-        history = self.trajectories.history(self.clean, self.seed, self.labels)
+        progress = (self.epoch - self.first) / (self.epochs - self.first)
+        history = self.trajectories.history(self.clean, self.seed, self.labels, progress)
         found = []
         for score in map(make_score, scores):
             values = score(history)

@@ -17,6 +17,7 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 MAX_RATIO = 0.9  # InfoBatch's weights stay at 10 or below
+NEVER_SEEN = 3.0  # the score that a sample without a score is ranked by
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ class Plan:
             None where there is none.
         revision: raised where the rule is corrected so that it chooses otherwise: it is part of what a run is, and
             what ran by the old rule is another run.
+        asks: whether it is for whoever trains to find out the labels of what it selects, before an epoch, and none but
+            these are known.
     """
 
     keeps: ClassVar[str | None] = None
     revision: ClassVar[int] = 0
     uses_scores: ClassVar[bool] = False
+    asks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -154,6 +158,10 @@ class Pruner(Plan):
     def at_most(self, n: int, epoch: int, epochs: int) -> int:
         """Return how many of n samples an epoch has, as far as that is known before: exactly, or at most."""
         return n
+
+    def looks_around(self, epoch: int, epochs: int) -> bool:
+        """Return whether what an epoch leaves out is to be recorded too, at its end, for the choice that comes next."""
+        return False
 
     def digest(self, scores: Floats, seen: Ints, memory: NDArray[np.float32]) -> Floats:
         """Return what to rank the N samples by, after an epoch.

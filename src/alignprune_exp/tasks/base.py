@@ -169,6 +169,14 @@ class Task:
         """Return the first network's probabilities (n, C) and embeddings (n, d) of samples."""
         raise self._no_classes()
 
+    def answer(self, samples: np.ndarray) -> None:
+        """Let training samples (K,) have their clean labels from now on."""
+        raise self._no_classes()
+
+    def doubts(self, network: Network, batches: Iterable[Batch]) -> Tensor:
+        """Return minus the logarithm of the highest probability of samples (n,) under the first network."""
+        raise self._no_classes()
+
     def probabilities(self, network: Network, batches: Iterable[Batch]) -> Tensor:
         """Return the class probabilities (n, C) of samples, float32, by all networks together."""
         raise self._no_classes()

@@ -129,6 +129,17 @@ class Classification(Task):
         held = self.data.reference
         return None if held is None or held.clean_labels is None else float((held.labels != held.clean_labels).mean())
 
+    def answer(self, samples: np.ndarray) -> None:
+        clean = self.data.train.clean_labels
+        assert clean is not None
+        self.train.correct(torch.from_numpy(samples), torch.from_numpy(clean[samples]))
+
+    @torch.no_grad()
+    def doubts(self, network: Network, batches: Iterable[Batch]) -> Tensor:
+        none = torch.empty(0, device=network.device)
+        parts = (network.logits(images, 0).log_softmax(1).amax(1).neg() for _, images, _ in batches)
+        return torch.cat([none, *parts])
+
     @torch.no_grad()
     def outputs(self, network: Network, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         with models.embeddings(network.learner.networks[0]) as collected:
