@@ -17,7 +17,8 @@ import pytest
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.runs import run_folders
-from harness import assert_same_results, rows_of, sentence_of
+from alignprune_exp.sweep import Job
+from harness import assert_same_results, config_of, rows_of, sentence_of
 from hydra_plugins import alignprune_launchers
 
 SMALL = ("threads=1", "score.window=3", "dataset.subset=300", "dataset.test_subset=100", "batch_size=32")
@@ -202,6 +203,47 @@ def test_the_workers_of_a_joblib_sweep_that_is_killed_end_soon_and_their_runs_go
     assert nurse.run(*SWEEP, *SLOW, f"paths.results={tmp_path}", path=dawdling) == 0
     assert "resumed at epoch" in nurse.printed[0]
     assert_as_undisturbed(tmp_path, undisturbed(*SWEEP, *SLOW, path=dawdling))
+
+
+CARDS = """
+import os
+import torch
+
+def take(device):
+    os.environ["CARD"] = str(device)
+
+if "CARDS" in os.environ:
+    torch.cuda.device_count, torch.cuda.set_device = lambda: int(os.environ["CARDS"]), take
+"""
+NOTING = """
+import os
+from pathlib import Path
+from alignprune_exp.pruning.scores import Loss
+
+class Noting(Loss):
+    def __call__(self, history):
+        with Path(os.environ["NOTES"]).open("a") as file:
+            file.write(f"{os.getpid()} {os.environ.get('CARD')}\\n")
+        return super().__call__(history)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cards", "taken"), [(2, ["0", "0", "1"]), (1, ["0", "0", "0"])])
+def test_the_workers_of_a_joblib_sweep_are_spread_over_the_cards_and_share_one(tmp_path, monkeypatch, cards, taken):
+    """Only how many cards there are is pretended: launcher, workers and runs are those that a user has."""
+    (tmp_path / "sitecustomize.py").write_text(CARDS)
+    (tmp_path / "noting.py").write_text(NOTING)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, value in {"PYTHONPATH": tmp_path, "CARDS": cards, "NOTES": tmp_path / "notes"}.items():
+        monkeypatch.setenv(name, str(value))
+    line = (*SMALL, "epochs=4", "score.name=noting.Noting")
+    jobs = [Job(k, line, config_of(tmp_path / "results", *line, f"seed={k}", base=()), None) for k in range(3)]
+    ended = alignprune_launchers.JoblibLauncher(3).launch_jobs(jobs)
+    assert [each.return_value for each in ended] == [0, 0, 0]
+    workers = {tuple(line.split()) for line in (tmp_path / "notes").read_text().splitlines()}
+    assert len(workers) == 3
+    assert sorted(card for _, card in workers) == taken
 
 
 def test_joblibs_workers_are_started_by_one_thread_before_any_job_is_run(monkeypatch):

@@ -226,16 +226,14 @@ def test_a_process_takes_the_device_of_its_number_or_the_only_one_it_is_shown(mo
             resolve_device("cuda", processes)
 
 
-def test_the_workers_of_a_sweep_take_the_devices_in_turn(monkeypatch):
+@pytest.mark.parametrize(("devices", "own"), [(0, []), (1, [0, 0, 0, 0]), (2, [0, 1, 0, 1]), (8, [0, 1, 2, 3])])
+def test_the_workers_of_a_sweep_take_the_devices_in_turn(monkeypatch, devices, own):
     taken = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     for number in range(4):
         take_device(number)
-    assert taken == [0, 1, 0, 1]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    take_device(0)
-    assert len(taken) == 4
+    assert taken == own
 
 
 def test_fp32_is_fp32_on_every_device(tmp_path, monkeypatch):
