@@ -61,8 +61,8 @@ def batches_of(split: Split, **settings: Any) -> ImageBatches:
 class PerImage(Dataset[tuple[torch.Tensor, int]]):
     """What torchvision's CIFAR data sets do for each image."""
 
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = images, labels
         self.transform = transforms.Compose(
             [
                 transforms.RandomHorizontalFlip(),
@@ -76,7 +76,7 @@ class PerImage(Dataset[tuple[torch.Tensor, int]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index].transpose(1, 2, 0))), 0
+        return self.transform(Image.fromarray(self.images[index].transpose(1, 2, 0))), int(self.labels[index])
 
 
 def resident(report: Report, n: int) -> None:
@@ -92,7 +92,8 @@ def resident(report: Report, n: int) -> None:
     report.check(right and np.allclose(x.numpy(), expected, rtol=1e-5, atol=1e-6), "in memory: another batch")
 
     _, seconds, peak = measured(lambda: sum(len(x) for _, x, _ in batches.epoch(order, 1)))
-    few = PerImage(pixels[: max(BATCH, n // 5)])
+    some = slice(max(BATCH, n // 5))
+    few = PerImage(pixels[some], source.labels[some])
     speeds = {}
     for workers in (0, WORKERS):
         loader = DataLoader(few, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)

@@ -55,7 +55,7 @@ class Report:
         row = Row(step, samples, seconds, baseline, baseline_seconds, baseline_seconds / seconds, peak_mb)
         self.rows.append(row)
         print(
-            f"{step:<12} {samples:>12,} samples {seconds:10.4f} s   {row.ratio:7.1f} x as fast as "
+            f"{step:<12} {samples:>12,} samples {seconds:10.4f} s   {row.ratio:7.2f} x as fast as "
             f"{baseline_seconds:8.3f} s, {baseline}; peak {peak_mb:,.0f} MB"
         )
 
