@@ -5,25 +5,31 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import bench_gpu
+from alignprune_exp import graph
 from alignprune_exp.errors import Failed
 from alignprune_exp.runs import CHECKPOINTS
 from harness import environment_of, metrics_of, only_run, rows_of, summary_of
+from pretended import pretended
+from test_graph import Tape
 
 STAGES = Path(bench_gpu.__file__).with_name("gpu.sh")
 NEED_A_CARD = {"graph", "Inductor"}
 
 
-def dry(folder, *arguments):
-    """Walk the benchmark; return its exit status and what it wrote."""
+def walk(folder, *arguments):
+    """Take the benchmark's way; return its exit status and what it wrote."""
     threads = torch.get_num_threads()
     try:
-        status = bench_gpu.main(["--dry", "--json", str(folder / "found.json"), *arguments])
+        status = bench_gpu.main(["--json", str(folder / "found.json"), *arguments])
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
@@ -32,7 +38,7 @@ def dry(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    status, found = dry(tmp_path_factory.mktemp("walked"))
+    status, found = walk(tmp_path_factory.mktemp("walked"), "--dry")
     assert status == 0, found["wrong"]
     return found
 
@@ -100,7 +106,7 @@ def test_other_losses_other_scores_and_a_part_that_fails_are_wrong_and_the_rest_
     monkeypatch.setattr(bench_gpu, "CLOSE", 1e-6)
     monkeypatch.setattr(bench_gpu, "TOLERANCE", -1.0)
     monkeypatch.setattr(bench_gpu, "epoch", fails)
-    status, found = dry(tmp_path)
+    status, found = walk(tmp_path, "--dry")
     assert status == 1
     assert [line.partition(":")[0] for line in found["wrong"]] == ["loop", "epoch", "DAS of 20,000"]
     assert "WRONG: epoch: Failed: no epoch of the run was pruned" in capsys.readouterr().out
@@ -113,6 +119,38 @@ def test_without_a_card_the_benchmark_says_how_it_is_walked(capsys):
         bench_gpu.main([])
     assert ended.value.code == 2
     assert "no CUDA device is seen; --dry walks the same on the CPU" in capsys.readouterr().err
+
+
+def test_the_benchmark_mixes_no_devices_and_replays_steps(monkeypatch, tmp_path, capsys):
+    """On a pretended device, by a tape of operations in place of a CUDA graph."""
+    waited = []
+    monkeypatch.setattr(graph, "Graph", Tape)
+    monkeypatch.setattr(Tape, "replays", 0)
+    monkeypatch.setattr(bench_gpu, "FULL", replace(bench_gpu.DRY, images=200, epochs=5))
+    monkeypatch.delitem(bench_gpu.VARIANTS, "Inductor")
+    monkeypatch.setattr(
+        bench_gpu, "DataLoader", lambda *given, **more: DataLoader(*given, **more | {"pin_memory": False})
+    )
+    card = SimpleNamespace(name="a pretended device", total_memory=8e9)
+    for name, value in {
+        "get_device_properties": lambda device: card,
+        "synchronize": waited.append,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "max_memory_allocated": lambda device: 64e6,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pretended() as device:
+        device.watched = False
+        status, found = walk(tmp_path)
+    assert status == 0, found["wrong"]
+    assert found["card"].startswith("a pretended device, 8 GB")
+    assert found["skipped"] == {}
+    assert {row["step"] for row in found["rows"]} == {"loop", "foreach", "graph", "epoch", "DAS", "choosing"}
+    assert {row["peak_mb"] for row in found["rows"]} == {64}
+    assert Tape.replays > 5
+    assert {each.type for each in waited} == {"cuda"}
+    assert "hours, graph" in found["figures"]
 
 
 def stage(name, folder, **more):
