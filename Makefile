@@ -26,8 +26,9 @@ lint: $(READY)  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(READY)  ## time selection, data, steps, Prune4ReL and curation beside plain baselines, in minutes
-	@set -e; for part in selection data step prune4rel curate; do $(BIN)/python scripts/bench_$$part.py; echo; done
+bench: $(READY)  ## time each part beside a plain baseline, on a card too where there is one, in minutes
+	@set -e; card=$$($(BIN)/python -c 'import torch; print("gpu" * torch.cuda.is_available())'); \
+	for part in selection data step prune4rel curate $$card; do $(BIN)/python scripts/bench_$$part.py; echo; done
 
 tables: $(READY)  ## tables, figures, report and READMEs from the runs' records, in a minute
 	@if [ -n "$$(ls results/runs/*/summary.json results/records/*.parquet 2>/dev/null | head -n 1)" ]; then $(BIN)/python -m alignprune_exp.tables --into README.md results/README.md; \

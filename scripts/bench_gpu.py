@@ -10,6 +10,7 @@ same. Speed alone never fails.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -39,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from alignprune_exp.config import MODEL
 from alignprune_exp.data.images import Array
 from alignprune_exp.data.source import Crop, DataSet, Images, Source
-from alignprune_exp.errors import Failed, UsageError, terminable
+from alignprune_exp.errors import Failed, UsageError, is_of_memory, terminable
 from alignprune_exp.pruning import SCORES, DynamicPruning, Trajectories
 from alignprune_exp.run import Run
 from alignprune_exp.runs import write_json
@@ -136,7 +137,7 @@ def looped(
 class OnDevice(Report):
     """A report on one device: rows, and beside them single figures, and what was left out and why.
 
-    ``file`` holds what there is after every part.
+    ``file`` holds what there is so far.
     """
 
     def __init__(self, title: str, device: torch.device, file: Path | None) -> None:
@@ -151,6 +152,10 @@ class OnDevice(Report):
         else:
             self.card = str(device)
 
+    def add(self, *given: Any) -> None:
+        super().add(*given)
+        self.save()
+
     def note(self, name: str, value: float, text: str) -> None:
         self.figures[name] = value
         print(f"{'':12} {text}")
@@ -161,13 +166,20 @@ class OnDevice(Report):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Let the block fail alone."""
+        """Let the block fail alone, and leave out what there is too little memory for."""
         try:
             yield
         except Exception as error:  # a card may raise any
-            if not isinstance(error, Failed | UsageError):
-                traceback.print_exc()
-            self.check(False, f"{name}: {type(error).__name__}: {error}")
+            if is_of_memory(error):
+                self.skip(name, f"too little memory ({(str(error) or type(error).__name__).splitlines()[0]})")
+            else:
+                if not isinstance(error, Failed | UsageError):
+                    traceback.print_exc()
+                self.check(False, f"{name}: {type(error).__name__}: {error}")
+        finally:
+            self.save()
+
+    def save(self) -> None:
         if self.file is not None:
             found = {"card": self.card, "figures": self.figures, "skipped": self.skipped, "wrong": self.wrong}
             write_json(self.file, {**found, "rows": [asdict(row) for row in self.rows]})
@@ -189,6 +201,7 @@ class OnDevice(Report):
 
     def reset(self) -> None:
         """Give back what is not in use, and count the peak of memory from here."""
+        gc.collect()  # a step that is replayed holds its graph in a cycle
         reset_peak()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -217,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry and not torch.cuda.is_available():
         command.error("no CUDA device is seen; --dry walks the same on the CPU")
     device, sizes = torch.device("cpu" if options.dry else "cuda:0"), DRY if options.dry else FULL
+    # Runs want it, and torch looks for it once, at the first product of matrices.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(sizes.threads)
     report = OnDevice("training steps, epochs and selection on one device", device, options.json)
     if options.dry:
@@ -354,11 +369,11 @@ def epoch(report: OnDevice, sizes: Sizes) -> tuple[float, float]:
     """Take epochs of InfoBatch with DAS apart; return the seconds outside of their steps, and those of a checkpoint."""
     overrides = ("pruner=infobatch", "score=das", "score.window=3", f"epochs={sizes.epochs}")
     report.reset()
-    rows, walls = walked(line(report, sizes, *overrides, "checkpoint_seconds=1000000"))
+    rows, walls, n = walked(line(report, sizes, *overrides, "checkpoint_seconds=1000000"))
     peak = report.peak()
-    _, with_checkpoints = walked(line(report, sizes, *overrides, "checkpoint_seconds=0"))
+    _, with_checkpoints, _ = walked(line(report, sizes, *overrides, "checkpoint_seconds=0"))
     wall, inside = median(walls), median(row["seconds_train"] for row in rows)
-    trained_on = round(median(row["kept_fraction"] for row in rows) * sizes.images)
+    trained_on = round(median(row["kept_fraction"] for row in rows) * n)
     outside, checkpoint = wall - inside, max(0.0, median(with_checkpoints) - wall)
     report.add("epoch", trained_on, wall, peak, "its steps alone", inside)
     report.note("outside", outside, f"{outside:.4f} s of an epoch, {outside / wall:.1%}, are outside of its steps:")
@@ -371,8 +386,8 @@ def epoch(report: OnDevice, sizes: Sizes) -> tuple[float, float]:
     return outside, checkpoint
 
 
-def walked(overrides: Sequence[str]) -> tuple[list[dict[str, Any]], list[float]]:
-    """Train a run; return what is recorded of its pruned epochs from the third on, and the seconds that each took."""
+def walked(overrides: Sequence[str]) -> tuple[list[dict[str, Any]], list[float], int]:
+    """Train a run; return the records of its pruned epochs from the third on, the seconds of each, and all samples."""
     run = Run(config(*overrides))
     train, began = run.loop.epoch, []
 
@@ -385,7 +400,7 @@ def walked(overrides: Sequence[str]) -> tuple[list[dict[str, Any]], list[float]]
     pruned = [t for t in range(2, len(rows) - 1) if rows[t]["kept_fraction"] < 1]
     if not pruned:
         raise Failed("no epoch of the run was pruned")
-    return [rows[t] for t in pruned], [began[t + 1] - began[t] for t in pruned]
+    return [rows[t] for t in pruned], [began[t + 1] - began[t] for t in pruned], run.setup.n
 
 
 def hours(report: OnDevice, speeds: dict[str, float], outside: float, checkpoint: float) -> None:
@@ -486,4 +501,4 @@ if __name__ == "__main__":
         with terminable():
             sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("stopped; what was measured in the parts before this one is written")
+        sys.exit("stopped; what was measured before is written")

@@ -2,6 +2,7 @@
 # Half an hour on a card, in stages that each end within ten minutes and leave their figures and logs in $OUT.
 #   scripts/gpu.sh check      versions, the main job, and the tests that need a card
 #   scripts/gpu.sh bench      steps, epochs and selection beside plain baselines: scripts/bench_gpu.py
+#   scripts/gpu.sh large      selection among a hundred million samples
 #   scripts/gpu.sh several    one, two and four runs at once on the card; with MPS=1 through NVIDIA's MPS
 #   scripts/gpu.sh run        a paper-scale run on CIFAR-100 in $DATA: stops after 540 s, and goes on when called again
 # The run itself lies in $RUNS, where its checkpoint stays; its record is copied. CUDA_DRY=1 walks a stage on the CPU.
@@ -35,10 +36,19 @@ check() {
     limited "$PYTHON" -m pytest -m cuda -ra -p no:cacheprovider "--junitxml=$OUT/cuda.xml"
 }
 
-bench() {
-    local part=(--large)
-    ((DRY)) && part=(--dry)
-    limited "$PYTHON" scripts/bench_gpu.py "${part[@]}" --json "$OUT/bench.json"
+# Runs the benchmark, with a file's name and options, at small sizes where there is no card.
+measured() {
+    local dry=()
+    ((DRY)) && dry=(--dry)
+    limited "$PYTHON" scripts/bench_gpu.py "${dry[@]}" --json "$OUT/$1.json" "${@:2}"
+}
+
+bench() { measured bench; }
+
+large() {
+    local all=(--large)
+    ((DRY)) && all=()
+    measured large --part selection "${all[@]}"
 }
 
 several() {
@@ -52,9 +62,7 @@ several() {
         trap 'echo quit | nvidia-cuda-mps-control' EXIT
         name=several-mps
     fi
-    local part=(--part several)
-    ((DRY)) && part+=(--dry)
-    limited "$PYTHON" scripts/bench_gpu.py "${part[@]}" --json "$OUT/$name.json"
+    measured "$name" --part several
 }
 
 run() {
@@ -70,8 +78,8 @@ run() {
 }
 
 case $STAGE in
-    check | bench | several | run) ;;
-    *) fail "usage: [CUDA_DRY=1] [OUT=folder] [DATA=folder] scripts/gpu.sh check|bench|several|run" ;;
+    check | bench | large | several | run) ;;
+    *) fail "usage: [CUDA_DRY=1] [OUT=folder] [DATA=folder] scripts/gpu.sh check|bench|large|several|run" ;;
 esac
 device=cuda
 ((DRY)) && device=cpu

@@ -114,6 +114,17 @@ def test_other_losses_other_scores_and_a_part_that_fails_are_wrong_and_the_rest_
     assert not any(name.startswith("hours") for name in found["figures"])
 
 
+def test_what_there_is_too_little_memory_for_is_named_as_skipped(monkeypatch, tmp_path):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(bench_gpu, "filled", fails)
+    status, found = walk(tmp_path, "--dry", "--part", "selection")
+    assert (status, found["wrong"], found["rows"]) == (0, [], [])
+    why = "too little memory (CUDA out of memory. Tried to allocate 4.00 GiB.)"
+    assert found["skipped"] == {"selection among 20,000": why}
+
+
 def test_without_a_card_the_benchmark_says_how_it_is_walked(capsys):
     with pytest.raises(SystemExit) as ended:
         bench_gpu.main([])
@@ -163,7 +174,7 @@ def stage(name, folder, **more):
 def test_an_unknown_stage_is_a_mistake_and_writes_nothing(tmp_path):
     done, out = stage("benhc", tmp_path)
     assert done.returncode == 2
-    assert "check|bench|several|run" in done.stderr
+    assert "check|bench|large|several|run" in done.stderr
     assert not out.exists()
 
 
