@@ -59,7 +59,7 @@ several() {
         CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
         export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
         nvidia-cuda-mps-control -d
-        trap 'echo quit | nvidia-cuda-mps-control' EXIT
+        trap 'echo quit | nvidia-cuda-mps-control; rm -rf "$CUDA_MPS_PIPE_DIRECTORY"' EXIT
         name=several-mps
     fi
     measured "$name" --part several
@@ -69,7 +69,9 @@ run() {
     local line=(dataset=cifar100 "paths.data=$DATA" scale=paper noise=sym0.5) status=0
     ((DRY)) && line=(dataset=digits scale=smoke epochs=400)
     limited "$PYTHON" -m alignprune_exp.train "${line[@]}" "device=$device" "paths.results=$RUNS" || status=$?
-    [[ $OUT == "$RUNS" ]] || tar -C "$RUNS" --exclude='checkpoint-*' --exclude=lock -cf - runs | tar -C "$OUT" -xf -
+    if [[ $OUT != "$RUNS" && -d $RUNS/runs ]]; then
+        tar -C "$RUNS" --exclude='checkpoint-*' --exclude=lock -cf - runs | tar -C "$OUT" -xf -
+    fi
     if ((status == 130)); then
         echo "to go on: scripts/gpu.sh run"
         return 0

@@ -17,7 +17,7 @@ import bench_gpu
 from alignprune_exp import graph
 from alignprune_exp.errors import Failed
 from alignprune_exp.runs import CHECKPOINTS
-from harness import environment_of, metrics_of, only_run, rows_of, summary_of
+from harness import environment_of, metrics_of, only_run, rows_of, sentence_of, summary_of
 from pretended import pretended
 from test_graph import Tape
 
@@ -176,6 +176,14 @@ def test_an_unknown_stage_is_a_mistake_and_writes_nothing(tmp_path):
     assert done.returncode == 2
     assert "check|bench|large|several|run" in done.stderr
     assert not out.exists()
+
+
+def test_a_run_that_there_is_no_card_for_is_a_mistake_in_one_sentence(tmp_path):
+    done, out = stage("run", tmp_path, CUDA_DRY="0", RUNS=str(tmp_path / "runs"), DATA=str(tmp_path))
+    assert done.returncode == 2
+    assert "device=cuda is not there" in sentence_of(done.stdout)
+    assert [path.name for path in out.iterdir()] == ["run.log"]
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
