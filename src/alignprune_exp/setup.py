@@ -51,8 +51,7 @@ class Setup:
         device = resolve_device(config.device, processes)
         if getattr(config.model, "norm", None) == "sync" and processes.size > 1 and device.type == "cpu":
             raise UsageError("model.norm=sync is for CUDA devices; set model.norm=group, or one process")
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once: a later run may be deterministic
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
         torch.backends.cudnn.allow_tf32 = False  # precision=fp32 is what it says
