@@ -557,6 +557,7 @@ MISTAKES = [
     (("losses",), "--keep"),
     (("losses", "--keep", "0.5"), "--score das --reference settled"),
     (("losses", "--keep", "0.5", "--reference", "no.csv"), "no.csv not there"),
+    (("losses", "--keep", "0.5", "--reference", "losses"), "losses a folder table checkpoint loss"),
     (("losses", "--keep", "0.5", "--reference", "losses/0.parquet"), "losses/0.parquet checkpoint loss"),
     (("losses", "--keep", "0.5", "--reference", "twice.csv"), "twice.csv checkpoint 0 twice"),
     (("losses", "--keep", "0.5", "--reference", "nan.csv"), "nan.csv nan checkpoint 500"),

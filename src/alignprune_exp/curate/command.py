@@ -7,7 +7,6 @@ REF a table (.parquet, .csv) of (checkpoint, loss). OUT/scores has (id, score, k
 from __future__ import annotations
 
 import shutil
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +107,3 @@ def sentence(where: Path, summary: dict[str, Any]) -> str:
     if summary["skipped"]:
         said.append(f"{len(summary['skipped'])} things were skipped, as listed in {where.parent / 'summary.json'}")
     return "; ".join(said)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

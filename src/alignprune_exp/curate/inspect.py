@@ -198,7 +198,8 @@ def read_reference(
     """
     reader = "read_csv" if path.suffix == ".csv" else "read_parquet"
     if not path.is_file():
-        raise UsageError(f"--reference {path} is not there; give a table (.parquet, .csv) of checkpoint and loss")
+        what = "a folder" if path.is_dir() else "not there"
+        raise UsageError(f"--reference {path} is {what}; give a table (.parquet, .csv) of checkpoint and loss")
     checkpoint, loss = columns
     try:
         rows = engine.all(
