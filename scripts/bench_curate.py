@@ -58,7 +58,7 @@ def measure(report: Report, layout: str, documents: int, memory: str) -> None:
         order = Order(
             losses=str(losses), reference=Path(folder) / "reference.parquet", score="das", keep=KEEP,
             out=Path(folder) / "keep", columns=None, gaps=False, skip=False, approximate=False, ids=False,
-            memory=memory, threads=THREADS,
+            engine="duckdb", ray_address=None, memory=memory, threads=THREADS,
         )  # fmt: skip
         order.out.mkdir()
         reset_peak()

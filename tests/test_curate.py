@@ -573,6 +573,11 @@ MISTAKES = [
     (("losses", "--keep", "0.5", "--score", "settled", "--columns", "losses,id"), "losses/0.parquet id list"),
     (("losses", "--keep", "0.5", "--score", "settled", "--memory", "much"), "--memory much"),
     (("losses", "--keep", "0.5", "--score", "settled", "--threads", "0"), "--threads 0"),
+    (("losses", "--keep", "0.5", "--score", "settled", "--ray-address", "a:1"), "--ray-address a:1 --engine ray"),
+    (
+        ("losses", "--keep", "0.5", "--score", "settled", "--engine", "ray", "--ray-address", "ray://a:1"),
+        "--ray-address ray://a:1 node HOST:PORT",
+    ),
     (("losses", "--keep", "0.5", "--score", "el2n"), "el2n das settled"),
     (("losses", "--keep", "0.5", "--score", "settled", "-o", "no/where"), "no/where folder"),
     (("losses", "--keep", "0.5", "--score", "settled", "-o", "losses"), "losses 0.parquet new"),
@@ -598,12 +603,13 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(place, capsys, line, wor
         assert contents(place) == before
 
 
-def test_without_duckdb_it_says_what_to_install(place):
-    code = "import sys; sys.modules['duckdb'] = None; from alignprune_exp.cli import main; sys.exit(main(sys.argv[1:]))"
-    line = [sys.executable, "-c", code, "curate", "losses", "--score", "settled", "--keep", "0.5", "-o", "keep"]
-    done = subprocess.run(line, capture_output=True, text=True)
+@pytest.mark.parametrize(("package", "extra"), [("duckdb", "curate"), ("ray", "ray")])
+def test_without_a_package_it_says_what_to_install(place, package, extra):
+    code = f"import sys; sys.modules['{package}'] = None; from alignprune_exp.cli import main; sys.exit(main())"
+    asked = ["curate", "losses", "--score", "settled", "--keep", "0.5", "-o", "keep", "--engine", "ray"]
+    done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install 'alignprune-exp[curate]'" in sentence_of(done.stderr)
+    assert f"pip install 'alignprune-exp[{extra}]'" in sentence_of(done.stderr)
     assert contents(place) == {}
 
 

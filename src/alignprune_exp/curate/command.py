@@ -6,6 +6,7 @@ REF a table (.parquet, .csv) of (checkpoint, loss). OUT/scores has (id, score, k
 
 from __future__ import annotations
 
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,6 +17,12 @@ from ..console import Parser, Progress, command
 from ..errors import UsageError
 from ..runs import Lock
 from .formulas import SCORES
+
+ENGINES = ("duckdb", "ray")
+NEEDED = {  # by the package that is not there
+    "duckdb": "curate works on DuckDB; type pip install 'alignprune-exp[curate]'",
+    "ray": "curate --engine ray works on Ray; type pip install 'alignprune-exp[ray]'",
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,8 +42,14 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--approximate", action="store_true", help="the threshold from a t-digest, in one look")
     parser.add_argument("--ids", action="store_true", help="write the kept ids alone, to OUT/ids")
-    parser.add_argument("--memory", help="that DuckDB may use, as in 8GB (default: 80 %% of the machine's)")
-    parser.add_argument("--threads", type=int, help="default: one a processor")
+    parser.add_argument("--engine", choices=ENGINES, default="duckdb", help="ray: on a cluster (default: %(default)s)")
+    parser.add_argument(
+        "--ray-address", help="HOST:PORT of the cluster, or auto (default: $RAY_ADDRESS, or a local one)"
+    )
+    parser.add_argument(
+        "--memory", help="that DuckDB may use, as in 8GB (default: 80 %% of the machine's); with ray, in each worker"
+    )
+    parser.add_argument("--threads", type=int, help="default: one a processor; with ray, 1 in each worker")
     parser.add_argument("--force", action="store_true", help="write over what is there")
     again = "the same command goes on from what is scored"
     return command(lambda: work(parser.parse_args(arguments)), again, f"stopped; {again}")
@@ -47,12 +60,17 @@ def work(given: Namespace) -> None:
     check(given)
     try:
         from . import steps
+
+        if given.engine == "ray":
+            import ray  # noqa: F401
     except ModuleNotFoundError as error:
-        if error.name != "duckdb":
+        if error.name not in NEEDED:
             raise
-        raise UsageError("curate works on DuckDB; type pip install 'alignprune-exp[curate]'") from None
+        raise UsageError(NEEDED[error.name]) from None
     typed = {key: value for key, value in vars(given).items() if key not in ("on_error", "force")}
     typed["columns"] = tuple(given.columns.split(",")) if given.columns else None
+    if given.engine == "ray":  # workers have another working directory
+        typed |= {"losses": everywhere(given.losses), "out": given.out.absolute()}
     order = steps.Order(**typed, skip=given.on_error == "skip")
     refuse_folder(given.out, given.force, {steps.WORK, steps.SUMMARY, *steps.OUTPUTS, "lock"})
     new = not given.out.exists()
@@ -79,8 +97,17 @@ def check(given: Namespace) -> None:
         raise UsageError(f"{given.out} lies in {given.losses}, so that it would be read as losses; name another place")
     if given.threads is not None and given.threads < 1:
         raise UsageError(f"--threads {given.threads} is no number of threads; use 1 or more")
+    if given.ray_address is not None and given.engine != "ray":
+        raise UsageError(f"--ray-address {given.ray_address} is of no use to DuckDB alone; add --engine ray")
+    if given.ray_address is not None and "://" in given.ray_address:
+        raise UsageError(f"--ray-address {given.ray_address} is a client's; type this on a node of it, with HOST:PORT")
     if given.columns is not None and len(given.columns.split(",")) not in (2, 3):
         raise UsageError(f"--columns {given.columns} names neither an id and losses nor an id, a checkpoint and a loss")
+
+
+def everywhere(losses: str) -> str:
+    """Return a path that means the same in every working directory."""
+    return losses if "://" in losses else os.path.abspath(losses)
 
 
 def refuse_folder(out: Path, force: bool, ours: set[str]) -> None:

@@ -6,12 +6,13 @@ import errno
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import duckdb
 
 from ..errors import UsageError
 from .inspect import File, first_line, parquet, text
+from .layout import Part
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -22,8 +23,24 @@ class BrokenError(Exception):
     """A row group of a file cannot be read."""
 
     def __init__(self, file: File, group: int, reason: str) -> None:
-        super().__init__(f"{file.path}, row group {group}, cannot be read ({reason})")
-        self.file, self.group = file, group
+        super().__init__(file, group, reason)
+        self.file, self.group, self.reason = file, group, reason
+
+    def __str__(self) -> str:
+        return f"{self.file.path}, row group {self.group}, cannot be read ({self.reason})"
+
+
+class Workers(Protocol):
+    """Who does the work on parts: an `Engine`, or the many of a Ray cluster.
+
+    Attributes:
+        memory: the bytes that a part may use.
+    """
+
+    memory: int
+
+    def each(self, work: Callable[[Engine, Part], R], parts: Sequence[Part], alone: bool) -> Iterator[R]:
+        """Yield what ``work`` returns for each part, as it is done; ``alone`` says that each may need all memory."""
 
 
 class Engine:
@@ -65,10 +82,10 @@ class Engine:
         self._cursors = [*self._cursors[-4 * self.threads :], cursor := self.connection.cursor()]  # the rest have ended
         return cursor
 
-    def each(self, work: Callable[[T], R], items: Sequence[T], at_a_time: int) -> Iterator[R]:
+    def each(self, work: Callable[[Engine, T], R], items: Sequence[T], alone: bool = False) -> Iterator[R]:
         """Yield what ``work`` returns for each, in order; stop them all where one fails, or this is stopped."""
-        with ThreadPoolExecutor(at_a_time) as pool:
-            futures = [pool.submit(work, item) for item in items]
+        with ThreadPoolExecutor(1 if alone else self.threads) as pool:
+            futures = [pool.submit(work, self, item) for item in items]
             try:
                 for future in futures:
                     yield future.result()

@@ -45,7 +45,7 @@ class File:
     Attributes:
         path: as DuckDB reads it.
         size: its bytes.
-        stamp: its size and when it was last changed.
+        stamp: its size, and when it was last changed in microseconds.
         types: of the columns that are read.
         rows: how many it has, by row group.
         ids: the least and the largest, or bounds of them, where the footer says.
@@ -86,16 +86,24 @@ def list_files(engine: Engine, losses: str) -> dict[str, str]:
     """
     itself = losses.endswith(".parquet") or "*" in losses
     pattern = losses if itself else f"{losses.rstrip('/')}/**/*.parquet"
+    if not (found := stamps(engine, pattern)):
+        raise UsageError(f"there is no Parquet file in {losses}; give a folder, a pattern or a path that has some")
+    return found
+
+
+def stamps(engine: Engine, pattern: str) -> dict[str, str]:
+    """Return the stamp of what a path or a pattern means, by path, sorted; none where nothing is there.
+
+    Raises UsageError for an object store that cannot be read.
+    """
     try:
         found = engine.all(
-            f"SELECT filename, size, last_modified::VARCHAR FROM read_blob({text(pattern)}) ORDER BY filename"
+            f"SELECT filename, size, epoch_us(last_modified) FROM read_blob({text(pattern)}) ORDER BY filename"
         )
     except duckdb.Error as error:
-        found = []
-        if "://" in losses:
-            raise UsageError(f"{losses} cannot be read: {first_line(error)}") from None
-    if not found:
-        raise UsageError(f"there is no Parquet file in {losses}; give a folder, a pattern or a path that has some")
+        if "://" in pattern:
+            raise UsageError(f"{pattern} cannot be read: {first_line(error)}") from None
+        return {}
     return {path: f"{size} {modified}" for path, size, modified in found}
 
 

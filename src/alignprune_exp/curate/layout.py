@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Part:
-    """What is scored at one time.
+    """What is scored, or divided, at one time.
 
     Attributes:
         name: of what is written, a relative path.
@@ -167,21 +167,23 @@ def buckets(files: Sequence[File], question: Question, memory: int) -> int:
     return int(min(MOST_BUCKETS, max(1, -(-SLACK * grouped_bytes // memory))))
 
 
-def batches(files: Sequence[File], buckets: int) -> list[list[File]]:
-    """Return files in groups that are divided at a time."""
-    found: list[list[File]] = [[]]
+def by_batches(files: Sequence[File], question: Question, buckets: int) -> list[Part]:
+    """Return files in parts that are divided at a time; their source is the rows with their bucket."""
+    batches: list[list[File]] = [[]]
     for file in files:
-        if sum(each.total for each in found[-1]) >= BATCH * buckets:
-            found.append([])
-        found[-1].append(file)
-    return found
-
-
-def divided(files: Sequence[File], question: Question, buckets: int) -> str:
-    """Return SQL of the rows of files with their bucket."""
+        if sum(each.total for each in batches[-1]) >= BATCH * buckets:
+            batches.append([])
+        batches[-1].append(file)
     columns = ", ".join(map(name, question.columns))
     bucket = f"(hash({name(question.columns[0])}) % {buckets})::INTEGER AS __bucket"
-    return f"SELECT {columns}, {bucket} FROM {parquet([file.path for file in files])}"
+    return [
+        Part(
+            f"batch-{number:05}",
+            tuple(batch),
+            f"SELECT {columns}, {bucket} FROM {parquet(each.path for each in batch)}",
+        )
+        for number, batch in enumerate(batches)
+    ]
 
 
 def by_bucket(files: Sequence[File], question: Question, number: int, tables: str) -> Part:

@@ -5,20 +5,20 @@ A part is written under the hash of what it computes, whole or not at all: the s
 
 from __future__ import annotations
 
-import os
-import shutil
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from ..runs import run_id
 from . import formulas
-from .engine import Engine
+from .engine import Engine, Workers
 from .inspect import File, parquet, text
-from .layout import Part, Question, batches, by_bucket, divided
+from .layout import Part, Question, by_batches, by_bucket
 
 PIECES = 1 << 12  # that the range of scores is cut into at each look for the threshold
 SORTED = 1 << 17  # scores among which it is found by sorting them
@@ -53,7 +53,7 @@ class Scored:
     rising: bool
 
 
-def score(engine: Engine, work: Path, question: Question, part: Part, gaps: bool) -> Scored:
+def score(work: Path, question: Question, gaps: bool, engine: Engine, part: Part) -> Scored:
     """Score a part, or take it from where it lies scored; ``gaps`` are to be expected. Raises as `Engine.write` does.
 
     Raises ApartError too.
@@ -74,7 +74,7 @@ def _made(engine: Engine, question: Question, part: Part, target: Path, gappy: b
         return _scored(engine, part, target, gappy)
     formula = formulas.gappy if gappy else formulas.whole
     sql = formula(question.score, part.source, question.reference)
-    new = target.with_name(f".{target.name}.{os.getpid()}")
+    new = _unfinished(target)
     engine.write(f"{sql}{' ORDER BY id' if part.apart else ''}", new, part.files)
     if (scored := _scored(engine, part, new, gappy)) is None:
         new.unlink()
@@ -99,26 +99,32 @@ def _scored(engine: Engine, part: Part, path: Path, gappy: bool) -> Scored | Non
     return Scored(part, path, gappy, rows, gaps, bad, again, unnamed, (least, most), rising)
 
 
-def divide(engine: Engine, work: Path, question: Question, files: Sequence[File], buckets: int) -> list[Part]:
+def divide(workers: Workers, work: Path, question: Question, files: Sequence[File], buckets: int) -> list[Part]:
     """Divide rows by a hash of their ids, or take those that lie divided; return the parts. Raises as `score`."""
     if buckets == 1:
         return [by_bucket(files, question, 0, parquet([file.path for file in files]))]
-    folders = []
-    for batch in batches(files, buckets):
-        sql = divided(batch, question, buckets)
-        folder = work / "divided" / run_id({"source": sql, "stamps": [file.stamp for file in batch]})
-        if not folder.exists():
-            new = folder.with_name(f".{folder.name}.{os.getpid()}")
-            shutil.rmtree(new, ignore_errors=True)
-            engine.write(sql, new, batch, ", PARTITION_BY (__bucket)")
-            new.replace(folder)
-        folders.append(folder)
+    folders = sorted(workers.each(partial(_divided, work), by_batches(files, question, buckets), alone=True))
     parts = []
     for number in range(buckets):
         pieces = [str(piece) for folder in folders for piece in sorted(folder.glob(f"__bucket={number}/*.parquet"))]
         if pieces:
             parts.append(by_bucket(files, question, number, parquet(pieces)))
     return parts
+
+
+def _divided(work: Path, engine: Engine, batch: Part) -> Path:
+    """Return the folder in which a batch lies divided."""
+    folder = work / "divided" / run_id({"source": batch.source, "stamps": [file.stamp for file in batch.files]})
+    if not folder.exists():
+        new = _unfinished(folder)
+        engine.write(batch.source, new, batch.files, ", PARTITION_BY (__bucket)")
+        new.replace(folder)
+    return folder
+
+
+def _unfinished(target: Path) -> Path:
+    """Return a name for what becomes ``target`` once it is written, which no other process on any node has."""
+    return target.with_name(f".{target.name}.{uuid4().hex}")
 
 
 def find_twice(engine: Engine, scored: Sequence[Scored]) -> int:
@@ -192,7 +198,7 @@ def _between(least: float, most: float) -> str:
     return f"score::DOUBLE BETWEEN {least!r}::DOUBLE AND {most!r}::DOUBLE"
 
 
-def write_kept(engine: Engine, scored: Scored, folder: Path, twice: int, cut: Cut, ids_alone: bool) -> int:
+def write_kept(folder: Path, twice: int, cut: Cut, ids_alone: bool, engine: Engine, scored: Scored) -> int:
     """Write a part's ids with their score and whether to keep them, or those to keep; return how many these are."""
     table, target = counting([scored], twice), folder / scored.part.name
     if ids_alone:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..errors import UsageError
 from ..pruning.selection import floor
 from ..runs import write_json
 from . import check, layout, scoring
-from .engine import BrokenError, Engine
+from .engine import BrokenError, Engine, Workers
 from .inspect import GOES_ON, LONG, File, Skipped, list_files, name, parquet, read_files, read_reference
 from .layout import Part, Question
 from .scoring import ApartError, Scored
@@ -40,6 +42,8 @@ class Order:
     skip: bool
     approximate: bool
     ids: bool
+    engine: str
+    ray_address: str | None
     memory: str | None
     threads: int | None
 
@@ -51,16 +55,17 @@ def curate(order: Order, show: Callable[[str], None]) -> dict[str, Any]:
     engine = Engine(work / "spill", order.memory, order.threads)
     stamps = list_files(engine, order.losses)
     files, columns, skipped = read_files(engine, stamps, order.columns, order.skip)
-    while True:
-        question, left_out = ask(engine, order, files, columns)
-        try:
-            laid, scored = score_all(engine, work, question, files, order, show)
-            break
-        except BrokenError as error:
-            if not order.skip:
-                raise UsageError(f"{error}; write the file again, or {GOES_ON} leaves it out") from None
-            skipped.append(Skipped(str(error), error.file.path, error.group))
-            files = [file for file in files if file is not error.file]
+    with workers_for(order, engine, work) as workers:
+        while True:
+            question, left_out = ask(engine, order, files, columns)
+            try:
+                laid, scored = score_all(engine, workers, work, question, files, order, show)
+                break
+            except BrokenError as error:
+                if not order.skip:
+                    raise UsageError(f"{error}; write the file again, or {GOES_ON} leaves it out") from None
+                skipped.append(Skipped(str(error), error.file.path, error.group))
+                files = [file for file in files if file != error.file]
     skipped += left_out
     for group in [scored] if laid == "buckets" else [[each] for each in scored]:
         skipped += check.flaws(engine, group, question, order.skip, order.gaps)
@@ -80,12 +85,22 @@ def curate(order: Order, show: Callable[[str], None]) -> dict[str, Any]:
         "files": len(files),
         "losses_rows": sum(file.total for file in files),
         "bytes": sum(file.size for file in files),
+        "engine": order.engine,
         "seconds": round(time.perf_counter() - began, 3),
         "skipped": [asdict(each) for each in skipped],
         "versions": {"alignprune_exp": __version__, "duckdb": duckdb.__version__},
     }
     put_in_place(order, work, summary)
     return summary
+
+
+def workers_for(order: Order, engine: Engine, work: Path) -> AbstractContextManager[Workers]:
+    """Return who scores, for as long as that takes: this machine, or a cluster. Raises UsageError."""
+    if order.engine == "duckdb":
+        return nullcontext(engine)
+    from .cluster import joined
+
+    return joined(order.ray_address, work, None if order.memory is None else engine.memory, order.threads)
 
 
 def ask(
@@ -113,20 +128,26 @@ def ask(
 
 
 def score_all(
-    engine: Engine, work: Path, question: Question, files: Sequence[File], order: Order, show: Callable[[str], None]
+    engine: Engine,
+    workers: Workers,
+    work: Path,
+    question: Question,
+    files: Sequence[File],
+    order: Order,
+    show: Callable[[str], None],
 ) -> tuple[str, list[Scored]]:
     """Score all files; return how they were laid out, and the parts in order. Raises BrokenError and UsageError."""
     try:
-        laid, parts = plan(engine, work, question, files, in_order=True)
-        return laid, score_parts(engine, work, question, parts, order, show)
+        laid, parts = plan(workers, work, question, files, in_order=True)
+        return laid, score_parts(engine, workers, work, question, parts, order, show)
     except ApartError:
         say("the files of the checkpoints have their ids in different orders; they are divided by a hash of the id")
-        laid, parts = plan(engine, work, question, files, in_order=False)
-        return laid, score_parts(engine, work, question, parts, order, show)
+        laid, parts = plan(workers, work, question, files, in_order=False)
+        return laid, score_parts(engine, workers, work, question, parts, order, show)
 
 
 def plan(
-    engine: Engine, work: Path, question: Question, files: Sequence[File], in_order: bool
+    workers: Workers, work: Path, question: Question, files: Sequence[File], in_order: bool
 ) -> tuple[str, list[Part]]:
     """Return the first layout that the files allow, of those that `layout` lists, and its parts."""
     if question.lists:
@@ -135,17 +156,23 @@ def plan(
         return "checkpoints", parts
     if (parts := layout.by_files(files, question)) is not None:
         return "files", parts
-    count = layout.buckets(files, question, engine.memory)
-    return "buckets", scoring.divide(engine, work, question, files, count)
+    count = layout.buckets(files, question, workers.memory)
+    return "buckets", scoring.divide(workers, work, question, files, count)
 
 
 def score_parts(
-    engine: Engine, work: Path, question: Question, parts: Sequence[Part], order: Order, show: Callable[[str], None]
+    engine: Engine,
+    workers: Workers,
+    work: Path,
+    question: Question,
+    parts: Sequence[Part],
+    order: Order,
+    show: Callable[[str], None],
 ) -> list[Scored]:
     """Score parts, several at a time where none has to be grouped in memory. Raises UsageError for the first flaw."""
     found: dict[str, Scored] = {}
-    at_a_time = 1 if parts and parts[0].apart else engine.threads
-    for scored in engine.each(lambda part: scoring.score(engine, work, question, part, order.gaps), parts, at_a_time):
+    grouped = any(part.apart for part in parts)
+    for scored in workers.each(partial(scoring.score, work, question, order.gaps), parts, alone=grouped):
         if not order.skip:
             check.flaws(engine, [scored], question, order.skip, order.gaps)
         found[scored.part.name] = scored
@@ -165,11 +192,7 @@ def keep(engine: Engine, order: Order, work: Path, scored: Sequence[Scored], twi
     cut = scoring.cut(engine, table, due, with_score, order.approximate)
     folder = work / "written"
     shutil.rmtree(folder, ignore_errors=True)
-    kept = sum(
-        engine.each(
-            lambda each: scoring.write_kept(engine, each, folder, twice, cut, order.ids), scored, engine.threads
-        )
-    )
+    kept = sum(engine.each(partial(scoring.write_kept, folder, twice, cut, order.ids), scored))
     return {"samples": samples, "unscored": samples - with_score, "kept": kept, "threshold": cut.score}
 
 
