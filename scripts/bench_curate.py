@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import duckdb
@@ -28,6 +28,7 @@ CLOSE = 1e-6
 NODES, AIM = 100, 10**10
 
 Floats = NDArray[np.float32]
+Places = NDArray[np.int64]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,13 +127,21 @@ def write_checkpoints(folder: Path, documents: int) -> None:
         write(folder / f"{at}.parquet", id=np.arange(documents) * 3, checkpoint=np.full(documents, at), loss=loss)
 
 
+def write_blocks(folder: Path, documents: int) -> None:
+    """Write (id, checkpoint, loss), each document in one file, by id and checkpoint."""
+    write_whole(folder, documents, lambda rows: rows)
+
+
 def write_files(folder: Path, documents: int) -> None:
-    """Write (id, checkpoint, loss), each document in one file, by id."""
+    """Write (id, checkpoint, loss), each document in one file, which is in no order."""
+    write_whole(folder, documents, np.random.default_rng(2).permutation)
+
+
+def write_whole(folder: Path, documents: int, arranged: Callable[[Places], Places]) -> None:
     losses_WN = drawn(documents)
     for number, share in enumerate(np.array_split(np.arange(documents), SHARDS)):
-        checkpoint = np.tile(np.arange(CHECKPOINTS), len(share))
-        loss = np.ascontiguousarray(losses_WN[:, share].T).ravel()
-        write(folder / f"{number}.parquet", id=np.repeat(share * 3, CHECKPOINTS), checkpoint=checkpoint, loss=loss)
+        sample, at = np.divmod(arranged(np.arange(len(share) * CHECKPOINTS)), CHECKPOINTS)
+        write(folder / f"{number}.parquet", id=share[sample] * 3, checkpoint=at, loss=losses_WN[at, share[sample]])
 
 
 def write_buckets(folder: Path, documents: int) -> None:
@@ -144,7 +153,13 @@ def write_buckets(folder: Path, documents: int) -> None:
         write(folder / f"{number}.parquet", id=sample * 3, checkpoint=at, loss=losses_WN[at, sample])
 
 
-LAYOUTS = {"rows": write_rows, "checkpoints": write_checkpoints, "files": write_files, "buckets": write_buckets}
+LAYOUTS = {
+    "rows": write_rows,
+    "checkpoints": write_checkpoints,
+    "blocks": write_blocks,
+    "files": write_files,
+    "buckets": write_buckets,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -125,7 +125,7 @@ def test_curation_is_timed_in_each_layout_and_compared_with_the_packages_scores(
     small = ("--documents", "3000", "--memory", "200MB")
     status, rows = rows_of(bench_curate, tmp_path, *small)
     assert status == 0
-    assert [row["step"] for row in rows] == ["rows", "checkpoints", "files", "buckets"]
+    assert [row["step"] for row in rows] == ["rows", "checkpoints", "blocks", "files", "buckets"]
     assert "1e+10 documents on 100 nodes" in capsys.readouterr().out
     monkeypatch.setattr(bench_curate, "LAYOUTS", {"rows": bench_curate.write_rows})
     monkeypatch.setattr(bench_curate, "CLOSE", -1)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -30,7 +31,7 @@ from harness import contents, missing, sentence_of, truncate
 CLOSE = 1e-6
 CONNECTION = duckdb.connect(config={"threads": 1})
 FORMULAS = {"das": pearson, "spearman": spearman, "cosine": cosine}
-LAYOUTS = ("rows", "checkpoints", "files", "buckets")
+LAYOUTS = ("rows", "checkpoints", "blocks", "files", "buckets")
 
 
 # ---- what is expected: the package's own scores, in float64 ----------------------------------------------------------
@@ -155,6 +156,10 @@ def lay_out(how, ids, losses_NW, files=2, folder=Path("losses")):
                 write(
                     folder / f"at{k}" / f"{number}.parquet", id=ids[share], checkpoint=[AT[k]] * len(share), loss=loss
                 )
+        elif how == "blocks":
+            loss = pa.array(losses_NW[share].ravel(), mask=np.isnan(losses_NW[share].ravel()))
+            at = np.tile(AT, len(share))
+            write(folder / f"{number}.parquet", id=np.repeat(ids[share], width), checkpoint=at, loss=loss)
         else:
             mine = everything[number::files] if how == "buckets" else everything[np.isin(everything // width, share)]
             write_rows(folder / f"{number}.parquet", ids, losses_NW, mine)
@@ -199,7 +204,7 @@ def test_each_layout_has_the_packages_scores_and_keeps_the_best(place, capsys, h
     losses_NW[7] = 2.5  # constant
     losses_NW[9, 1:] = np.nan if share else 3  # alone at its checkpoint
     losses = lay_out(how, ids, losses_NW)
-    seen = ~np.isnan(losses_NW).all(1) | (how in ("rows", "checkpoints"))  # the others have no row at all
+    seen = ~np.isnan(losses_NW).all(1) | (how in ("rows", "checkpoints", "blocks"))  # the others have no row at all
     gaps = ["--gaps"] if share else []
     assert curate(losses, "--reference", write_reference(reference), "--score", score, *gaps) == 0
     summary = check_found(score, ids[seen], losses_NW[seen], reference, 0.6)
@@ -231,6 +236,40 @@ def test_rows_beside_each_other_are_read_in_ranges_of_row_groups(place, monkeypa
     assert curate("losses", "--reference", write_reference(reference)) == 0
     assert len(list(Path("keep/scores").iterdir())) == 4
     assert check_found("das", ids, losses_NW, reference, 0.6)["layout"] == "checkpoints"
+
+
+@given(st.lists(st.tuples(st.integers(0, 47), st.integers(0, 47)), max_size=3), st.sampled_from(["swapped", "copied"]))
+@settings(max_examples=30)
+def test_blocks_are_scored_as_such_where_every_row_is_where_it_is_due(moves, how):
+    ids, losses_NW, reference = drawn(n=8)
+    order = np.arange(losses_NW.size)
+    for here, there in moves:
+        order[here], order[there] = order[there], order[here] if how == "swapped" else order[there]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(scoring, "BEGINNING", 6)
+        write_rows(Path("losses/0.parquet"), ids, losses_NW, order)
+        status = curate("losses", "--reference", write_reference(reference))
+        assert (status == 0) == (len(set(order)) == len(order))
+        if status == 0:
+            blocks_NW = order.reshape(-1, 6)
+            right = (blocks_NW % 6 == np.arange(6)).all() and (blocks_NW // 6 == blocks_NW[:, :1] // 6).all()
+            assert check_found("das", ids, losses_NW, reference, 0.6)["layout"] == ("blocks" if right else "files")
+
+
+def test_blocks_in_any_order_are_blocks_and_an_id_has_one(place, capsys):
+    ids, losses_NW, reference = drawn()
+    blocks = np.random.default_rng(0).permutation(len(ids))
+    rows = (blocks[:, None] * 6 + np.arange(6)).ravel()
+    write_rows(Path("losses/0.parquet"), ids, losses_NW, rows[:1200])
+    write_rows(Path("losses/1.parquet"), ids, losses_NW, rows[1200:])
+    asked = ("losses", "--reference", write_reference(reference))
+    assert curate(*asked) == 0
+    assert check_found("das", ids, losses_NW, reference, 0.6)["layout"] == "blocks"
+    assert pq.read_table("keep/scores/0.parquet")["id"].to_pylist() == ids[blocks[:200]].tolist()
+    write_rows(Path("losses/1.parquet"), ids, losses_NW, rows[1194:])
+    assert curate(*asked, "--force") == 2
+    assert not missing([f"id {ids[blocks[199]]} is there twice"], sentence_of(capsys.readouterr().err))
 
 
 def test_checkpoints_in_different_orders_are_divided_instead(place, capsys):

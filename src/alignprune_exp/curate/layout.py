@@ -3,6 +3,8 @@
 rows         (id, [losses]): every row has its trajectory; a part is a file
 checkpoints  a file a checkpoint, with the same ids in the same order: rows of one number are a trajectory; a part is a
              range of rows
+blocks       the rows of an id follow each other, one a checkpoint, in order: so many rows are a trajectory; a part is a
+             file
 files        every file has all of its ids' losses, as disjoint ranges of ids prove: a part is a file, grouped by id
 buckets      no order: the rows are first divided by a hash of the id; a part is a bucket, grouped by id
 """
@@ -130,6 +132,30 @@ def _beside(row: Sequence[File], start: int, end: int, question: Question) -> st
     losses = ", ".join(f"l{k}" for k in range(len(row)))
     joined = "\nPOSITIONAL JOIN ".join(tables)
     return f"SELECT i0 AS id, {losses}, 0 AS again, ({' OR '.join([*differ, 'FALSE'])}) AS apart\nFROM {joined}"
+
+
+def by_blocks(files: Sequence[File], question: Question) -> list[Part] | None:
+    """Return a part a file, or None where a file has no whole number of trajectories."""
+    if any(file.total % len(question.checkpoints) for file in files):
+        return None
+    names = relative([file.path for file in files])
+    return [Part(names[file.path], (file,), _in_blocks(file, question)) for file in files]
+
+
+def _in_blocks(file: File, question: Question) -> str:
+    """Return the source of a file's blocks; rows with another checkpoint or id than is due are apart."""
+    id_, checkpoint, loss = map(name, question.columns)
+    width = len(question.checkpoints)
+    at = f"[{', '.join(map(literal, question.checkpoints))}]::{file.types[1]}[]"
+    losses = [f"lead({loss}, {k}) OVER ()::DOUBLE AS l{k}" for k in range(width)]
+    rows = ", ".join([f"{id_} AS id", *losses, f"{checkpoint} AS step", f"lag({id_}) OVER () AS before"])
+    apart = f"step IS DISTINCT FROM ({at})[place + 1] OR (place > 0 AND id IS DISTINCT FROM before)"
+    return (
+        f"SELECT * EXCLUDE (step, before, place), 0 AS again\n"
+        f"FROM (SELECT *, {apart} AS apart\n"
+        f"FROM (SELECT {rows}, (row_number() OVER () - 1) % {width} AS place FROM {parquet([file.path])}))\n"
+        f"WHERE place = 0 OR apart"
+    )
 
 
 def by_files(files: Sequence[File], question: Question) -> list[Part] | None:

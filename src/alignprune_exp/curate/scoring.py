@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import duckdb
+
 from ..runs import run_id
 from . import formulas
 from .engine import Engine, Workers
@@ -21,11 +23,12 @@ from .inspect import File, parquet, text
 from .layout import Part, Question, by_batches, by_bucket
 
 PIECES = 1 << 12  # that the range of scores is cut into at each look for the threshold
+BEGINNING = 1000  # rows that are looked at before a part is scored as in order
 SORTED = 1 << 17  # scores among which it is found by sorting them
 
 
 class ApartError(Exception):
-    """Rows of the same number are of different ids: the files of the checkpoints are not in the same order."""
+    """Rows that a layout takes for one id's are of different ones: they are not in the order that it needs."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,14 @@ def _scored(engine: Engine, part: Part, path: Path, gappy: bool) -> Scored | Non
     if bad and not gappy:
         return None
     return Scored(part, path, gappy, rows, gaps, bad, again, unnamed, (least, most), rising)
+
+
+def begins(engine: Engine, part: Part) -> bool:
+    """Return whether the first rows of a part are in the order that it needs; scoring it finds out of the others."""
+    try:
+        return not engine.one(f"SELECT bool_or(apart) FROM (SELECT apart FROM ({part.source}) LIMIT {BEGINNING})")[0]
+    except duckdb.Error:
+        return True  # scoring it will say what is wrong with its file
 
 
 def divide(workers: Workers, work: Path, question: Question, files: Sequence[File], buckets: int) -> list[Part]:

@@ -138,22 +138,25 @@ def score_all(
 ) -> tuple[str, list[Scored]]:
     """Score all files; return how they were laid out, and the parts in order. Raises BrokenError and UsageError."""
     try:
-        laid, parts = plan(workers, work, question, files, in_order=True)
+        laid, parts = plan(engine, workers, work, question, files, in_order=True)
         return laid, score_parts(engine, workers, work, question, parts, order, show)
     except ApartError:
-        say("the files of the checkpoints have their ids in different orders; they are divided by a hash of the id")
-        laid, parts = plan(workers, work, question, files, in_order=False)
+        if laid == "checkpoints":
+            say("the files of the checkpoints have their ids in different orders; they are divided by a hash of the id")
+        laid, parts = plan(engine, workers, work, question, files, in_order=False)
         return laid, score_parts(engine, workers, work, question, parts, order, show)
 
 
 def plan(
-    workers: Workers, work: Path, question: Question, files: Sequence[File], in_order: bool
+    engine: Engine, workers: Workers, work: Path, question: Question, files: Sequence[File], in_order: bool
 ) -> tuple[str, list[Part]]:
     """Return the first layout that the files allow, of those that `layout` lists, and its parts."""
     if question.lists:
         return "rows", layout.by_rows(files, question)
     if in_order and (parts := layout.by_checkpoints(files, question)) is not None:
         return "checkpoints", parts
+    if in_order and (parts := layout.by_blocks(files, question)) is not None and scoring.begins(engine, parts[0]):
+        return "blocks", parts
     if (parts := layout.by_files(files, question)) is not None:
         return "files", parts
     count = layout.buckets(files, question, workers.memory)
