@@ -47,7 +47,15 @@ class OptimizerKeys(Named):
 
 
 # The most of a pruner's settings of which its own class knows no most: what lies beyond can only be a slip.
-MOST = {"warmup": EPOCHS, "every": EPOCHS, "groups": 10_000, "rounds": 10_000, "neighbours": 10_000, "eta": 1e6, "c": 1e6}
+MOST = {
+    "warmup": EPOCHS,
+    "every": EPOCHS,
+    "groups": 10_000,
+    "rounds": 10_000,
+    "neighbours": 10_000,
+    "eta": 1e6,
+    "c": 1e6,
+}
 
 
 def _seam(kind: str, base: str, builtin: str, common: type[Named] = Named, **more: Any) -> Registry[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from alignprune_exp.data.source import Unreadable, brief
+from alignprune_exp.data.source import Unreadable, brief, fits_into_memory
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -32,6 +32,12 @@ def glance(image: Image.Image) -> Image.Image:
     """Return an image at the lowest resolution that it has, all of it being read."""
     image.draft(None, (1, 1))
     return rgb(image)
+
+
+def refuse_too_many(images: int, bytes_a_pixel: int, image_size: int) -> None:
+    """Raise UsageError for squares of ``image_size`` that would fill more than half of this machine's memory."""
+    what = f"{images} images of {image_size} pixels take"
+    fits_into_memory(images * bytes_a_pixel * image_size**2, what, "type a smaller dataset.image_size")
 
 
 @dataclass(frozen=True)

@@ -92,13 +92,13 @@ class Survey:
 
     def stamp(self, path: Path | str) -> None:
         """Remember when a folder or list has changed; to be called before it is read."""
-        with _there(path):
+        with there(path):
             self.stamps.setdefault(str(path), os.stat(path).st_mtime_ns)
 
     def lines(self, file: Path) -> Iterator[tuple[int, bytes]]:
         """Yield the number, from 1, and the content of every line that is not empty."""
         self.stamp(file)
-        with _there(file), file.open("rb") as lines:
+        with there(file), file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if content := line.strip():
                     yield number, content
@@ -139,7 +139,7 @@ class Survey:
     def _entries(self, folder: str) -> list[os.DirEntry[bytes]]:
         """Return what a folder has, in order, but for what is hidden."""
         self.stamp(self.root / folder)
-        with _there(self.root / folder), os.scandir(os.fsencode(self.root / folder)) as entries:
+        with there(self.root / folder), os.scandir(os.fsencode(self.root / folder)) as entries:
             return sorted((entry for entry in entries if entry.name[:1] != b"."), key=lambda entry: entry.name)
 
     def _size(self, path: bytes, remedy: str, *where: Any) -> int | None:
@@ -197,7 +197,7 @@ class Survey:
 
 
 @contextmanager
-def _there(path: Path | str) -> Iterator[None]:
+def there(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,9 +25,9 @@ from ..config import MODEL, Config
 from ..console import Progress
 from ..data.augment import Augmentation
 from ..data.batches import Batch, Batches
-from ..data.images import IMAGE_FORMATS, Fit
+from ..data.images import IMAGE_FORMATS, Fit, refuse_too_many
 from ..data.parts import Parts
-from ..data.source import DataSet, Root, brief, existing, fits_into_memory
+from ..data.source import DataSet, Root, brief, existing
 from ..data.sources.digits import Digits, shipped
 from ..errors import UsageError
 from ..files import printable
@@ -92,7 +92,7 @@ class Segmentation(Task):
         return {"": self._batches(test.images[rows], test.masks[rows])}
 
     def _batches(self, images: np.ndarray, masks: np.ndarray, flip: bool = False) -> Batches:
-        return SceneBatches(self, torch.from_numpy(images), torch.from_numpy(masks), flip)
+        return SceneBatches(self, self.mean, self.std, torch.from_numpy(images), torch.from_numpy(masks), flip)
 
     def network(self) -> nn.Module:
         """Return a freshly initialised network: from images (B, 3, H, W) to logits (B, C, H, W)."""
@@ -134,34 +134,45 @@ class SceneBatches(Batches):
 
     Args:
         task: whose they are.
+        mean, std: of pixels by channel, in 0..1 units, (3,).
         images: uint8 (n, 3, H, W).
-        masks: uint8 (n, H, W).
+        masks: uint8 (n, H, W), or other targets, where a subclass says how to `mirror` them.
         flip: whether training mirrors each left to right with probability ½, by (seed, epoch, sample).
     """
 
-    def __init__(self, task: Segmentation, images: Tensor, masks: Tensor, flip: bool) -> None:
+    def __init__(
+        self, task: Task, mean: np.ndarray, std: np.ndarray, images: Tensor, masks: Tensor, flip: bool
+    ) -> None:
         super().__init__(masks, task.config.batch_size, task.device)
         self._images, self._dtype = images.to(self.device), task.dtype
         self._layout = torch.channels_last if task.config.channels_last else torch.contiguous_format
         self._augmentation = Augmentation(task.config.seed, flip=flip, crop=0)
-        mean, std = (torch.from_numpy(each).float().view(3, 1, 1).to(self.device) for each in (task.mean, task.std))
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        centre, spread = (torch.from_numpy(each).float().view(3, 1, 1).to(self.device) for each in (mean, std))
+        self._scale, self._shift = 1 / (255 * spread), -centre / spread
 
     def inputs(self, parts: list[Tensor], epoch: int | None, views: int, strongly: bool) -> Iterator[Tensor]:
         for part in parts:
             images = self._images.index_select(0, part.to(self.device, non_blocking=True))
-            x = self._mirrored(images, part, epoch) * self._scale + self._shift
+            x = self._mirrored(images, part, epoch, left_to_right) * self._scale + self._shift
             yield x.repeat(views, 1, 1, 1).to(self._dtype, memory_format=self._layout)
 
     def targets(self, part: Tensor, epoch: int | None) -> Tensor:
-        return self._mirrored(super().targets(part, epoch), part, epoch)
+        return self._mirrored(super().targets(part, epoch), part, epoch, self.mirror)
 
-    def _mirrored(self, values: Tensor, part: Tensor, epoch: int | None) -> Tensor:
-        """Return images or masks (B, …, W), those mirrored that are to be."""
+    def mirror(self, targets: Tensor) -> Tensor:
+        """Return all targets (B, …) as those of mirrored images."""
+        return left_to_right(targets)
+
+    def _mirrored(self, values: Tensor, part: Tensor, epoch: int | None, mirror: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return images or targets (B, …), those mirrored that are to be."""
         if epoch is None or not self._augmentation.flip:
             return values
         flips = self._augmentation.draw(part, epoch)[2].to(self.device, non_blocking=True)
-        return torch.where(flips.view(-1, *[1] * (values.dim() - 1)), values.flip(-1), values)
+        return torch.where(flips.view(-1, *[1] * (values.dim() - 1)), mirror(values), values)
+
+
+def left_to_right(images: Tensor) -> Tensor:
+    return images.flip(-1)
 
 
 # --- what can be wrong with a mask
@@ -282,13 +293,7 @@ class DigitScenes(DataSet):
     task: ClassVar[str] = "segmentation"
 
     def open(self) -> Scenes:
-        digits = Digits(name=self.name).open()
-        left, right = [], []
-        for name in ("china", "flower"):
-            photograph = np.asarray(Image.open(shipped("images", f"{name}.jpg")))
-            border = round(0.7 * photograph.shape[1])
-            left.append(photograph[:, :border])
-            right.append(photograph[:, border:])
+        digits, (left, right) = Digits(name=self.name).open(), photographs()
         train = self._made("train", self.scenes, digits.train, left)
         test = self._made("test", max(self.scenes // 5, 1), digits.test, right)
         return Scenes(train, test, ("background", *digits.classes), clean=True)
@@ -307,21 +312,42 @@ class DigitScenes(DataSet):
     def _scene(
         self, photograph: np.ndarray, digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return an image, uint8 (side, side, 3), and its mask; the digits (8, 8) stand out against what is below."""
+        """Return an image, uint8 (side, side, 3), and its mask."""
         side = self.side
-        top, left = (int(rng.integers(0, size - side + 1)) for size in photograph.shape[:2])
-        image = photograph[top : top + side, left : left + side].astype(np.float32)
+        image = cut_out(photograph, side, rng)
         mask = np.full((side, side), BACKGROUND, np.uint8)
         for _ in range(rng.integers(1, self.most + 1)):
             which, size = int(rng.integers(len(digits))), int(rng.integers(side // 2, 3 * side // 4 + 1))
-            large = Image.fromarray(digits[which]).resize((size, size), Image.Resampling.BILINEAR)
-            ink = np.asarray(large, np.float32)[..., None] / 255
             top, left = (int(rng.integers(0, side - size + 1)) for _ in range(2))
-            below = image[top : top + size, left : left + size]
-            colour = rng.uniform(0, 80, 3) + (175 if below.mean() < 128 else 0)
-            below += ink * (colour - below)
-            mask[top : top + size, left : left + size][ink[..., 0] > 0.5] = 1 + labels[which]
+            ink = painted(image[top : top + size, left : left + size], digits[which], rng)
+            mask[top : top + size, left : left + size][ink] = 1 + labels[which]
         return np.rint(image).astype(np.uint8), mask
+
+
+def photographs() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the parts of scikit-learn's two photographs for training and for test scenes, uint8 (H, W, 3) each."""
+    left, right = [], []
+    for name in ("china", "flower"):
+        photograph = np.asarray(Image.open(shipped("images", f"{name}.jpg")))
+        border = round(0.7 * photograph.shape[1])
+        left.append(photograph[:, :border])
+        right.append(photograph[:, border:])
+    return left, right
+
+
+def cut_out(photograph: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a square of a photograph, float32 (side, side, 3)."""
+    top, left = (int(rng.integers(0, size - side + 1)) for size in photograph.shape[:2])
+    return photograph[top : top + side, left : left + side].astype(np.float32)
+
+
+def painted(below: np.ndarray, digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Paint a digit (8, 8) over a square, float32 (S, S, 3), so that it stands out; return its ink, bool (S, S)."""
+    large = Image.fromarray(digit).resize(below.shape[:2], Image.Resampling.BILINEAR)
+    ink = np.asarray(large, np.float32)[..., None] / 255
+    colour = rng.uniform(0, 80, 3) + (175 if below.mean() < 128 else 0)
+    below += ink * (colour - below)
+    return ink[..., 0] > 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,9 +379,7 @@ class MaskFiles(DataSet):
 
     def open(self) -> Scenes:
         train, test = (self._listed(self.folder / name) for name in self.lists)
-        images = len(train) + len(test)
-        what = f"{images} images of {self.image_size} pixels take"
-        fits_into_memory(4 * self.image_size**2 * images, what, "type a smaller dataset.image_size")
+        refuse_too_many(len(train) + len(test), 4, self.image_size)
         return Scenes(self._read(train), self._read(test), self.classes, clean=False)
 
     def _listed(self, file: Path) -> list[str]:
