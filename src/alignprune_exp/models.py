@@ -73,6 +73,8 @@ MODELS: dict[str, Callable[..., nn.Module] | str] = {
     "unet": "tasks.segmentation.unet",
     "lraspp": "tasks.segmentation.lraspp",
     "deeplabv3": "tasks.segmentation.deeplabv3",
+    "fcos_small": "tasks.detection.fcos_small",
+    "fcos": "tasks.detection.fcos",
     "mlp": "tasks.regression.mlp",
 }
 

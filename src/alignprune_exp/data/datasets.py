@@ -24,6 +24,9 @@ DATASETS: dict[str, type[DataSet] | str] = {
     "digit_scenes": "tasks.segmentation.DigitScenes",
     "voc": "tasks.segmentation.Voc",
     "pets": "tasks.segmentation.Pets",
+    "digit_boxes": "tasks.detection.DigitBoxes",
+    "coco": "tasks.detection.Coco",
+    "voc_boxes": "tasks.detection.VocBoxes",
     "diabetes": "tasks.regression.Diabetes",
     "table": "tasks.regression.ParquetTable",
 }

@@ -13,5 +13,6 @@ TASKS: dict[str, type[Task] | str] = {
     "classification": Classification,
     "language": "tasks.language.Language",
     "segmentation": "tasks.segmentation.Segmentation",
+    "detection": "tasks.detection.Detection",
     "regression": "tasks.regression.Regression",
 }

@@ -1,0 +1,786 @@
+"""Detection: a sample is an image, its loss the sum of FCOS's parts over its own positives; the headline is the mAP.
+
+Shape legend: n samples, B samples of a batch, M boxes at the most, P places of all levels, C classes, k any number.
+A box is a row (x0, y0, x1, y1, class, crowd), in pixels; one of a crowd is neither learnt nor counted as missed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import MODEL, Config
+from ..console import Progress
+from ..data.batches import Batch, Batches
+from ..data.images import Files, refuse_too_many, rgb
+from ..data.index import Survey, there
+from ..data.parts import Parts
+from ..data.source import DataSet, Root, Unreadable, brief, existing
+from ..data.sources.digits import Digits
+from ..errors import UsageError
+from ..files import printable
+from ..models import Kind, Norm, Width, normalisation, synchronised
+from ..pruning.seeding import generator
+from ..records import Metric
+from ..schema import Aside, Side
+from .base import Task, needed
+from .segmentation import SceneBatches, Voc, cut_out, painted, photographs
+
+if TYPE_CHECKING:
+    from ..distributed import Processes
+    from ..network import Network
+
+NO_BOX = -1  # the class of a row that only fills up
+CENTRE = 1.5  # of FCOS: a place is positive within so many strides of a box's centre
+WORST_SCORE, OVERLAP, CANDIDATES, DETECTIONS = 0.05, 0.6, 1000, 100  # of an image's detections, as FCOS has them
+MOVED, APART = 0.5, 0.3  # the IoU that a moved box stays below with itself, and an invented one with every other
+ATTEMPTS = 50
+MEND = "mend or delete it"
+
+
+class Detection(Task):
+    """Images with some boxes each, every one with its class.
+
+    Attributes:
+        boxes: those trained on, wrong ones among them, float32 (k, 6) for each of n.
+    """
+
+    metrics = (Metric("map", "test mAP", "%"), Metric("map50", "test mAP at IoU 0.5", "%"))
+    chance_loss = 2.8  # one class in a hundred, boxes that miss, and a centre-ness of one half
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, device, dtype)
+        for module in ("torchmetrics", "pycocotools"):
+            needed(module, config.task.name)
+        self.pictures: Pictures = self.opened()
+        train, test = self.pictures.train, self.pictures.test
+        self.parts = parts = Parts.of(config, len(train), len(test), self.pictures.clean)
+        self.n, self.held_out, self.fingerprint = len(parts.train), len(parts.reference), self.pictures.fingerprint
+        self.corrupted, self.skipped = parts.corrupted, self.pictures.skipped
+        for what, boxes, rows in (("train", train.boxes, parts.train), ("evaluate", test.boxes, parts.test)):
+            if not any((boxes[row][:, 5] == 0).any() for row in rows):
+                raise UsageError(f"none of the {len(rows)} images to {what} on has a box: give it others, or more")
+        self.boxes = self._given(parts.train, parts.wrong)
+        pixels = train.images[parts.train].transpose(1, 0, 2, 3).reshape(3, -1)
+        self.mean, self.std = pixels.mean(1) / 255, np.maximum(pixels.std(1) / 255, 1e-3)
+
+    def _given(self, rows: np.ndarray, wrong: np.ndarray) -> list[np.ndarray]:
+        """Return the boxes of some rows, those that are ``wrong`` corrupted by (seed, row)."""
+        boxes, side = [self.pictures.train.boxes[row] for row in rows], self.pictures.train.images.shape[-1]
+        for place in np.flatnonzero(wrong):
+            rng = generator(self.config.seed, "corruption", int(rows[place]))
+            boxes[place] = corrupt(boxes[place], len(self.pictures.classes), side, rng)
+        return boxes
+
+    @cached_property
+    def train(self) -> Batches:  # type: ignore[override]
+        return self._batches(self.pictures.train.images[self.parts.train], self.boxes, self.config.dataset.flip)
+
+    @cached_property
+    def reference(self) -> Batches:  # type: ignore[override]
+        parts = self.parts
+        if not self.held_out:
+            return self.train
+        return self._batches(self.pictures.train.images[parts.reference], self._given(parts.reference, parts.doubted))
+
+    @cached_property
+    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
+        test, rows = self.pictures.test, self.parts.test
+        return {"": self._batches(test.images[rows], [test.boxes[row] for row in rows])}
+
+    def _batches(self, images: np.ndarray, boxes: list[np.ndarray], flip: bool = False) -> Batches:
+        return BoxBatches(self, self.mean, self.std, torch.from_numpy(images), padded(boxes), flip)
+
+    def network(self) -> nn.Module:
+        """Return a freshly initialised network: from images (B, 3, H, W) to what `Said` reads, (B, P, 9 + C)."""
+        return self.fitted(MODEL.make(self.config.model, 3, len(self.pictures.classes)))
+
+    def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        losses = fcos_losses(Said.of(outputs, len(self.pictures.classes)), targets)
+        return losses, losses, None
+
+    @torch.no_grad()
+    def evaluate(self, network: Network, batches: Iterable[Batch], n: int, processes: Processes) -> dict[str, float]:
+        """Return COCO's mAP of all images, that at an IoU of one half, both in per cent, and the mean loss."""
+        loss = torch.zeros((), dtype=torch.float64, device=network.device)
+        found, given = ([torch.empty(0, 7, device=network.device)] for _ in range(2))
+        for index, images, boxes in batches:
+            outputs = network.logits(images)
+            loss += self.losses(outputs, boxes)[0].double().sum()
+            said = Said.of(outputs, len(self.pictures.classes))
+            for row, number in enumerate(index.tolist()):
+                found.append(F.pad(detections(said, row, images.shape[-1]), (1, 0), value=number))
+                given.append(F.pad(boxes[row][boxes[row, :, 4] != NO_BOX], (1, 0), value=number))
+        all_found, all_given = (processes.gather(torch.cat(each)).cpu() for each in (found, given))
+        return {**average_precision(all_found, all_given, n), "loss": processes.sum(loss).item() / n}
+
+    def columns(self) -> dict[str, Any]:
+        import pandas as pd
+
+        names = [printable(self.pictures.train.names[row]) for row in self.parts.train]
+        return {"index": self.parts.train, "path": pd.array(names, dtype="string"), "corrupted": self.corrupted}
+
+    def reference_noise(self) -> float | None:
+        return self.parts.reference_noise
+
+
+def padded(boxes: Sequence[np.ndarray]) -> Tensor:
+    """Return the boxes (k, 6) of n images as float32 (n, M, 6), rows of the class `NO_BOX` behind them."""
+    most = max((len(each) for each in boxes), default=0)
+    filled = torch.zeros(len(boxes), max(most, 1), 6)
+    filled[..., 4] = NO_BOX
+    for row, each in enumerate(boxes):
+        filled[row, : len(each)] = torch.from_numpy(each)
+    return filled
+
+
+class BoxBatches(SceneBatches):
+    """Batches of normalised images (B, 3, H, W) and boxes (B, M, 6), which are mirrored together."""
+
+    def mirror(self, targets: Tensor) -> Tensor:
+        width = self._images.shape[-1]
+        x0, y0, x1, y1, *what = targets.unbind(-1)
+        return torch.stack([width - x1, y0, width - x0, y1, *what], -1)
+
+
+# --- what a network says, its losses and its detections
+
+
+class Said(NamedTuple):
+    """What a network says of the places of an image, as torchvision's FCOS does.
+
+    Attributes:
+        anchors: the square of one stride around each place, in pixels (B, P, 4).
+        distances: of the box's sides from the place, to the left, above, to the right and below, in strides (B, P, 4).
+        centred: logit of how central the place is in its box (B, P).
+        logits: of the classes (B, P, C).
+    """
+
+    anchors: Tensor
+    distances: Tensor
+    centred: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, outputs: Tensor, classes: int) -> Said:
+        """Read a network's outputs, float32 (B, P, 9 + C). Raises ValueError for those of another form."""
+        if outputs.dim() != 3 or outputs.shape[-1] != 9 + classes:
+            raise ValueError("the outputs are not a square, four distances, centre-ness and classes for each place")
+        anchors, distances, centred, logits = outputs.split((4, 4, 1, classes), -1)
+        return cls(anchors.detach(), distances, centred[..., 0], logits)
+
+    @property
+    def places(self) -> Tensor:
+        """In pixels (B, P, 2)."""
+        return (self.anchors[..., :2] + self.anchors[..., 2:]) / 2
+
+    @property
+    def strides(self) -> Tensor:
+        """(B, P)."""
+        return self.anchors[..., 2] - self.anchors[..., 0]
+
+    @property
+    def boxes(self) -> Tensor:
+        """In pixels (B, P, 4)."""
+        reach = self.distances * self.strides[..., None]
+        return torch.cat([self.places - reach[..., :2], self.places + reach[..., 2:]], -1)
+
+
+def fcos_losses(said: Said, targets: Tensor) -> Tensor:
+    """Return the loss (B,) of each image, given its boxes (B, M, 6), as torchvision's FCOS has that of one alone.
+
+    Focal loss of the classes of all places, GIoU and centre-ness of the positive ones, all divided by how many of these
+    the image has, and by one where it has none (Tian et al., ICCV 2019). Places in a crowd that are not positive are no
+    part of it.
+    """
+    from torchvision.ops import sigmoid_focal_loss
+
+    which, positive, ignored = assigned(said, targets)
+    own = targets.gather(1, which[..., None].expand(-1, -1, 6))
+    true = torch.where(positive[..., None], own[..., :4], said.anchors)
+    hot = (own[..., 4, None] == torch.arange(said.logits.shape[-1], device=own.device)) & positive[..., None]
+    focal = sigmoid_focal_loss(said.logits, hot.float()).sum(-1).masked_fill(ignored, 0)
+    missed = 1 - generalized_ious(said.boxes, true)
+    reach = torch.cat([said.places - true[..., :2], true[..., 2:] - said.places], -1).unflatten(-1, (2, 2))
+    central = (reach.amin(-2) / reach.amax(-2)).prod(-1).sqrt()
+    centred = F.binary_cross_entropy_with_logits(said.centred, central, reduction="none")
+    parts = focal + (missed + centred).masked_fill(~positive, 0)
+    return parts.sum(1) / positive.sum(1).clamp(min=1)
+
+
+def generalized_ious(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return the generalized IoU (…) of boxes (…, 4), each with its other (Rezatofighi et al., CVPR 2019).
+
+    torchvision's loss has the same numbers, and a mask for which a GPU waits: no step with it could be a CUDA graph.
+    """
+    ends = torch.stack([boxes, others])
+    lower, upper = ends[..., :2], ends[..., 2:]
+    both = (upper.amin(0) - lower.amax(0)).clamp(min=0).prod(-1)
+    either = (upper - lower).prod(-1).sum(0) - both
+    hull = (upper.amax(0) - lower.amin(0)).prod(-1)
+    return both / (either + 1e-7) - (hull - either) / (hull + 1e-7)
+
+
+@torch.no_grad()
+def assigned(said: Said, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each place (B, P): the box that is its own, whether it has one, and whether it is to be ignored.
+
+    That is the smallest of those that it lies in, near the centre of, and that are of its level's size: reaching from
+    it 4 to 8 strides, on the first level also less and on the last one also more.
+    """
+    boxes, strides = targets[:, None, :, :4], said.strides[..., None]
+    there, crowd = (targets[:, None, :, 4] != NO_BOX), targets[:, None, :, 5] != 0
+    places = said.places[:, :, None]
+    reach = torch.cat([places - boxes[..., :2], boxes[..., 2:] - places], -1)
+    within, far = reach.amin(-1) > 0, reach.amax(-1)
+    near = (places - (boxes[..., :2] + boxes[..., 2:]) / 2).abs().amax(-1) < CENTRE * strides
+    least = torch.where(strides == strides.amin(1, keepdim=True), 0, 4 * strides)
+    most = torch.where(strides == strides.amax(1, keepdim=True), torch.inf, 8 * strides)
+    fits = there & ~crowd & within & near & (far > least) & (far < most)
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    smallest, which = torch.where(fits, area, torch.inf).min(-1)
+    positive = smallest < torch.inf
+    return which, positive, (there & crowd & within).any(-1) & ~positive
+
+
+def detections(said: Said, row: int, side: int) -> Tensor:
+    """Return what is found in one image, best first: (x0, y0, x1, y1, class, score), float32 (k, 6)."""
+    from torchvision.ops import batched_nms, clip_boxes_to_image
+
+    scores = (said.logits[row].sigmoid() * said.centred[row, :, None].sigmoid()).sqrt()
+    place, label = (scores > WORST_SCORE).nonzero(as_tuple=True)
+    best = scores[place, label].sort(descending=True, stable=True)[1][:CANDIDATES]
+    place, label = place[best], label[best]
+    boxes, scores = clip_boxes_to_image(said.boxes[row, place], (side, side)), scores[place, label]
+    kept = batched_nms(boxes, scores, label, OVERLAP)[:DETECTIONS]
+    return torch.cat([boxes[kept], label[kept, None].float(), scores[kept, None]], -1)
+
+
+def average_precision(found: Tensor, given: Tensor, n: int) -> dict[str, float]:
+    """Return ``map``, over IoUs from 0.5 to 0.95, and ``map50``, in per cent, as COCO computes them.
+
+    Args:
+        found: detections (k, 7), the number of the image, in 0..n-1 and ascending, before what `detections` returns.
+        given: boxes (k, 7) likewise.
+        n: images.
+    """
+    from torchmetrics.detection import MeanAveragePrecision
+
+    def of_images(rows: Tensor, last: str, kind: torch.dtype) -> list[dict[str, Tensor]]:
+        parts = rows.split(rows[:, 0].long().bincount(minlength=n).tolist())
+        return [{"boxes": each[:, 1:5], "labels": each[:, 5].long(), last: each[:, 6].to(kind)} for each in parts]
+
+    # COCO's own numbers; torchmetrics rounds them to float32, so that a recall of 0.6 misses the threshold of 0.6.
+    exact = {"iou_thresholds": np.linspace(0.5, 0.95, 10).tolist(), "rec_thresholds": np.linspace(0, 1, 101).tolist()}
+    metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False, **exact)
+    metric.update(of_images(found, "scores", torch.float32), of_images(given, "iscrowd", torch.int64))
+    of_all = metric.compute()
+    return {"map": 100 * of_all["map"].item(), "map50": 100 * of_all["map_50"].item()}
+
+
+# --- what can be wrong with boxes
+
+
+def corrupt(boxes: np.ndarray, classes: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the boxes (k, 6) of an image of ``side`` pixels with some renamed, moved, dropped, or invented.
+
+    They differ in any case, and visibly; those of crowds stay as they are.
+    """
+    single, crowds = boxes[boxes[:, 5] == 0], boxes[boxes[:, 5] != 0]
+    kinds = [(renamed, moved, dropped, invented)[kind] for kind in rng.permutation(4)]
+    for kind in (*kinds, invented):
+        changed = kind(single, classes, side, rng)
+        if changed.shape != single.shape or (changed != single).any():
+            break
+    return np.concatenate([changed, crowds]).astype(np.float32)
+
+
+def _some(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw which of some boxes are wrong, bool (count,): half of them on average, and at least one."""
+    drawn = rng.random(count) < 0.5
+    drawn[rng.integers(count, size=min(count, 1))] = True
+    return drawn
+
+
+def renamed(boxes: np.ndarray, classes: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Return boxes of which some have another class."""
+    if classes == 1:
+        return boxes
+    changed, some = boxes.copy(), _some(len(boxes), rng)
+    changed[some, 4] = (boxes[some, 4] + rng.integers(1, classes, some.sum())) % classes
+    return changed
+
+
+def moved(boxes: np.ndarray, classes: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Return boxes of which some have moved and are of another size, with an IoU below `MOVED` with what they were."""
+    changed = boxes.copy()
+    for row in np.flatnonzero(_some(len(boxes), rng)):
+        box = boxes[row, :4]
+        middle, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+        for _ in range(ATTEMPTS):
+            place, half = middle + size * rng.uniform(-0.5, 0.5, 2), size * np.exp(rng.uniform(-0.5, 0.5, 2)) / 2
+            other = np.concatenate([place - half, place + half]).clip(0, side).astype(np.float32)
+            if 0 < _ious(other, box[None])[0] < MOVED:
+                break
+        else:
+            other = np.concatenate([box[:2], middle])  # a quarter of it
+        changed[row, :4] = other
+    return changed
+
+
+def dropped(boxes: np.ndarray, classes: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Return boxes without some of them."""
+    return boxes[~_some(len(boxes), rng)]
+
+
+def invented(boxes: np.ndarray, classes: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Return boxes and as many more at the most, about as large, each with an IoU below `APART` with every other."""
+    for _ in range(rng.integers(1, max(len(boxes), 1) + 1)):
+        for _ in range(ATTEMPTS):
+            size = rng.uniform(side / 8, side / 2, 2)
+            if len(boxes):
+                like = boxes[rng.integers(len(boxes)), :4]
+                size = ((like[2:] - like[:2]) * np.exp(rng.uniform(-0.7, 0.3, 2))).clip(max=side)
+            corner = rng.uniform(0, side - size)
+            box = np.array([*corner, *corner + size, rng.integers(classes), 0], np.float32)
+            if (_ious(box[:4], boxes[:, :4]) < APART).all():
+                boxes = np.concatenate([boxes, box[None]])
+                break
+    return boxes
+
+
+def _ious(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return the IoU of a box (4,) with each of some, (k,)."""
+    both = (np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])).clip(0).prod(1)
+    return both / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - both)
+
+
+# --- data sets
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """Images and their boxes.
+
+    Attributes:
+        images: uint8 (n, 3, S, S).
+        boxes: of each, float32 (k, 6).
+        names: of each.
+    """
+
+    images: np.ndarray
+    boxes: list[np.ndarray]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is trained and evaluated on.
+
+    Attributes:
+        train, test: of one size.
+        classes: their names.
+        clean: whether the boxes count as clean where no noise is injected.
+        skipped: what was left out since it could not be read, one line each.
+    """
+
+    train: Boxed
+    test: Boxed
+    classes: Sequence[str]
+    clean: bool
+    skipped: Sequence[str] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, as hex, of every pixel and box."""
+        digest = hashlib.sha256(str([len(self.classes), len(self.train), len(self.test)]).encode())
+        for part in (self.train, self.test):
+            digest.update(f"{part.images.shape}{[len(each) for each in part.boxes]}".encode() + part.images.tobytes())
+            digest.update(b"".join(each.tobytes() for each in part.boxes))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitBoxes(DataSet):
+    """scikit-learn's digits beside each other on cuts of its two sample photographs, as `DigitScenes` has them.
+
+    Each is whole, and its box the tightest. Training and test scenes share neither a digit nor a pixel.
+    """
+
+    name: str
+    side: Annotated[int, Field(ge=32, le=192)]
+    scenes: Annotated[int, Field(ge=10, le=10**6)]
+    most: Annotated[int, Field(ge=1, le=9)]
+
+    task: ClassVar[str] = "detection"
+
+    def open(self) -> Pictures:
+        digits, (left, right) = Digits(name=self.name).open(), photographs()
+        train = self._made("train", self.scenes, digits.train, left)
+        test = self._made("test", max(self.scenes // 5, 1), digits.test, right)
+        return Pictures(train, test, digits.classes, clean=True)
+
+    def _made(self, split: str, n: int, digits: Any, photographs: list[np.ndarray]) -> Boxed:
+        images, boxes = np.empty((n, 3, self.side, self.side), np.uint8), []
+        grey, labels = digits.pixels(np.arange(len(digits))).numpy()[:, 0], digits.labels
+        for row in range(n):
+            rng = generator(0, f"{split} boxes", row)
+            scene, found = self._scene(photographs[rng.integers(len(photographs))], grey, labels, rng)
+            images[row] = scene.transpose(2, 0, 1)
+            boxes.append(found)
+        return Boxed(images, boxes, [f"{split} scene {row}" for row in range(n)])
+
+    def _scene(
+        self, photograph: np.ndarray, digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image, uint8 (side, side, 3), and its boxes (k, 6); what finds no free place is left out."""
+        image = cut_out(photograph, self.side, rng)
+        free, boxes = np.ones(image.shape[:2], bool), []
+        for _ in range(rng.integers(1, self.most + 1)):
+            which, size = int(rng.integers(len(digits))), int(rng.integers(self.side // 3, self.side // 2 + 1))
+            for _ in range(ATTEMPTS):
+                top, left = (int(rng.integers(0, self.side - size + 1)) for _ in range(2))
+                square = slice(top, top + size), slice(left, left + size)
+                if free[square].all():
+                    free[square] = False
+                    rows, columns = painted(image[square], digits[which], rng).nonzero()
+                    corners = left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1
+                    boxes.append((*corners, labels[which], 0))
+                    break
+        return np.rint(image).astype(np.uint8), np.array(boxes, np.float32)
+
+
+class Entry(NamedTuple):
+    """What is said of an image.
+
+    Attributes:
+        path: of its file, relative to the data set's folder.
+        size: its width and height.
+        boxes: in its own pixels, float64 (k, 6).
+    """
+
+    path: str
+    size: tuple[int, int]
+    boxes: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxFiles(DataSet):
+    """Images in files of their own, held in memory, each scaled to fit a square with black around it.
+
+    Attributes:
+        train, test: the names of what is trained and evaluated on.
+        image_size: side of the square, in pixels.
+        on_error: ``skip`` leaves out images with which anything is wrong.
+    """
+
+    name: str
+    root: Root
+    train: Annotated[str, Field(min_length=1)]
+    test: Annotated[str, Field(min_length=1)]
+    image_size: Side
+    on_error: Annotated[Literal["stop", "skip"], Aside()]
+
+    task: ClassVar[str] = "detection"
+    holds: ClassVar[str]
+
+    @cached_property
+    def folder(self) -> Path:
+        return existing(self.name, self.root, self.holds)
+
+    def entries(self, survey: Survey) -> tuple[Sequence[str], list[Entry], list[Entry]]:
+        """Return the classes, and what is said of the images to train and to evaluate on."""
+        raise NotImplementedError
+
+    def open(self) -> Pictures:
+        survey = Survey(self.folder, self.on_error)
+        classes, *both = self.entries(survey)
+        if shared := set.intersection(*({entry.path for entry in each} for each in both)):
+            raise UsageError(
+                f"{self.train} and {self.test} share {len(shared)} images, such as {min(shared)}: type others for "
+                "dataset.train and dataset.test"
+            )
+        refuse_too_many(sum(map(len, both)), 3, self.image_size)
+        train, test = (self._read(each, survey) for each in both)
+        return Pictures(train, test, classes, clean=False, skipped=survey.skipped)
+
+    def _read(self, entries: list[Entry], survey: Survey) -> Boxed:
+        images = np.empty((len(entries), 3, self.image_size, self.image_size), np.uint8)
+        files = Files(self.folder, np.array([os.fsencode(entry.path) for entry in entries]), rgb)
+
+        def one(row: int) -> tuple[np.ndarray, np.ndarray] | str:
+            try:
+                return self._fitted(files.read(row), entries[row])
+            except Unreadable as error:
+                return str(error)
+
+        boxes, progress = [], Progress()
+        names: list[str] = []
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for row, read in enumerate(pool.map(one, range(len(entries)))):
+                progress.show(f"reading images: {row}/{len(entries)}")
+                if isinstance(read, str):
+                    survey.refuse(read, MEND)
+                else:
+                    images[len(names)], found = read
+                    boxes.append(found)
+                    names.append(entries[row].path)
+        if not names:
+            raise UsageError(f"{self.folder} lists no image that can be read: fetch {self.holds} again")
+        return Boxed(images[: len(names)], boxes, names)
+
+    def _fitted(self, pixels: np.ndarray, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image, uint8 (3, H, W), and its boxes as the network sees them. Raises Unreadable for a wrong one.
+
+        What reaches less than a pixel out of the image, as after rounding, is cut off.
+        """
+        size = np.array([pixels.shape[2], pixels.shape[1]])
+        if tuple(size) != entry.size:
+            sizes = ["x".join(map(str, each)) for each in (size, entry.size)]
+            raise Unreadable(f"{self.folder / entry.path} is {sizes[0]} pixels where its annotation says {sizes[1]}")
+        boxes, side = entry.boxes.copy(), self.image_size
+        corners = boxes[:, :4].reshape(-1, 2, 2)
+        for box in corners:
+            ends = " to ".join(f"({x:g}, {y:g})" for x, y in box)
+            said = f"{entry.path} has a box from {ends}, which"
+            if not ((box[0] >= -1).all() and (box[1] <= size + 1).all()):  # nor is NaN
+                raise Unreadable(f"{said} reaches out of its {size[0]}x{size[1]} pixels")
+            if not (box.clip(0, size)[0] < box.clip(0, size)[1]).all():
+                raise Unreadable(f"{said} has no area")
+        scaled = np.maximum(np.rint(size * (side / size.max())).astype(int), 1)
+        beside = (side - scaled) // 2
+        square = Image.new("RGB", (side, side))
+        whole = Image.fromarray(pixels.transpose(1, 2, 0))
+        square.paste(whole.resize(tuple(scaled.tolist()), Image.Resampling.BILINEAR), tuple(beside.tolist()))
+        boxes[:, :4] = (corners.clip(0, size) * (scaled / size) + beside).reshape(-1, 4)
+        return np.asarray(square).transpose(2, 0, 1), boxes.astype(np.float32)
+
+
+class Annotations(BaseModel):
+    """What this reads of a COCO file."""
+
+    class Picture(BaseModel):
+        id: int
+        file_name: Annotated[str, Field(min_length=1)]
+        width: int
+        height: int
+
+    class Box(BaseModel):
+        model_config = ConfigDict(allow_inf_nan=False)
+        id: int
+        image_id: int
+        category_id: int
+        bbox: tuple[float, float, float, float]
+        iscrowd: Literal[0, 1] = 0
+
+    class Category(BaseModel):
+        id: int
+        name: str
+
+    images: list[Picture]
+    annotations: list[Box]
+    categories: Annotated[list[Category], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coco(BoxFiles):
+    """COCO's layout."""
+
+    @property
+    def holds(self) -> str:  # type: ignore[override]
+        names = [f"annotations/instances_{name}.json" for name in (self.train, self.test)]
+        return f"{names[0]} and {names[1]}, and their images in {self.train}/ and {self.test}/, or in images/"
+
+    def entries(self, survey: Survey) -> tuple[Sequence[str], list[Entry], list[Entry]]:
+        train, test = (self._annotations(name) for name in (self.train, self.test))
+        if train.categories != test.categories:
+            raise UsageError(f"{self._file(self.train)} and {self._file(self.test)} differ in categories: mend one")
+        names = [category.name for category in sorted(train.categories, key=lambda each: each.id)]
+        return names, self._entries(self.train, train, survey), self._entries(self.test, test, survey)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / "annotations" / f"instances_{name}.json"
+
+    def _annotations(self, name: str) -> Annotations:
+        file = self._file(name)
+        with there(file):
+            text = file.read_bytes()
+        try:
+            read = Annotations.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            reason = f"{where}: {first['msg']}" if where else first["msg"]
+            raise UsageError(f"{file} does not hold annotations as COCO has them ({reason}): fetch it again") from None
+        for what in ("images", "annotations", "categories"):
+            ids = Counter(each.id for each in getattr(read, what))
+            if ids and (most := ids.most_common(1)[0])[1] > 1:
+                raise UsageError(f"{file} has {most[1]} {what} of the id {most[0]}: fetch it again")
+        return read
+
+    def _entries(self, name: str, read: Annotations, survey: Survey) -> list[Entry]:
+        file = self._file(name)
+        folder = next((each for each in (name, f"images/{name}", "images") if (self.folder / each).is_dir()), None)
+        if folder is None:
+            raise UsageError(
+                f"{self.folder} has no folder {name}, images/{name} or images: put the images of {file} there"
+            )
+        numbers = {id: number for number, id in enumerate(sorted(category.id for category in read.categories))}
+        boxes: dict[int, list[tuple[float, ...]]] = {image.id: [] for image in read.images}
+        wrong = set()
+        for box in read.annotations:
+            if box.image_id not in boxes:
+                survey.refuse(f"annotation {box.id} of {file} is of image {box.image_id}, which it does not list", MEND)
+            elif box.category_id not in numbers:
+                survey.refuse(
+                    f"annotation {box.id} of {file} is of category {box.category_id}, which it does not list", MEND
+                )
+                wrong.add(box.image_id)
+            else:
+                x, y, width, height = box.bbox
+                boxes[box.image_id].append((x, y, x + width, y + height, numbers[box.category_id], box.iscrowd))
+        return [
+            Entry(f"{folder}/{image.file_name}", (image.width, image.height), _rows(boxes[image.id]))
+            for image in read.images
+            if image.id not in wrong
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocBoxes(BoxFiles):
+    """Pascal VOC, as it ships. What it calls difficult counts as a crowd."""
+
+    @property
+    def holds(self) -> str:  # type: ignore[override]
+        return f"JPEGImages/, Annotations/ and ImageSets/Main/{self.train}.txt and {self.test}.txt"
+
+    def entries(self, survey: Survey) -> tuple[Sequence[str], list[Entry], list[Entry]]:
+        classes = Voc.classes[1:]
+        return classes, self._entries(self.train, classes, survey), self._entries(self.test, classes, survey)
+
+    def _entries(self, name: str, classes: Sequence[str], survey: Survey) -> list[Entry]:
+        entries = []
+        for _, line in survey.lines(self.folder / "ImageSets" / "Main" / f"{name}.txt"):
+            try:
+                entries.append(self._entry(os.fsdecode(line.split()[0]), classes))
+            except Unreadable as error:
+                survey.refuse(str(error), MEND)
+        return entries
+
+    def _entry(self, name: str, classes: Sequence[str]) -> Entry:
+        """Return what an image's file says of it. Raises Unreadable for what is not of VOC."""
+        file, boxes = self.folder / "Annotations" / f"{name}.xml", []
+        try:
+            root = ET.fromstring(file.read_bytes())
+            width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
+            for found in root.iter("object"):
+                x0, y0, x1, y1 = (float(found.findtext(f"bndbox/{at}", "")) for at in ("xmin", "ymin", "xmax", "ymax"))
+                label, crowd = found.findtext("name", ""), found.findtext("difficult", "0").strip() == "1"
+                if label not in classes:
+                    raise Unreadable(f"{file} has an object of the class {label!r}, which VOC has not")
+                boxes.append((x0 - 1, y0 - 1, x1, y1, classes.index(label), crowd))  # which count from 1, both included
+        except (OSError, ET.ParseError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else brief(error)
+            raise Unreadable(f"{file} cannot be read as an annotation of VOC ({reason})") from None
+        return Entry(f"JPEGImages/{name}.jpg", (width, height), _rows(boxes))
+
+
+def _rows(boxes: Sequence[Sequence[float]]) -> np.ndarray:
+    return np.array(boxes, np.float64).reshape(-1, 6)
+
+
+# --- networks
+
+
+def fcos(channels: int, classes: int) -> nn.Module:
+    """torchvision's FCOS with ResNet-50 and a feature pyramid, freshly initialised."""
+    from torchvision.models.detection import fcos_resnet50_fpn
+
+    made = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=classes)
+    return Fcos(made.backbone, made.head.classification_head, made.head.regression_head, (8, 16, 32, 64, 128))
+
+
+def fcos_small(
+    channels: int, classes: int, *, width: Width, convs: Annotated[int, Field(ge=0, le=8)], norm: Kind
+) -> nn.Module:
+    """FCOS of stride 4 on a narrow residual network, with torchvision's heads."""
+    from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
+
+    normed = normalisation(norm)
+    logits = FCOSClassificationHead(2 * width, 1, classes, convs, norm_layer=normed)
+    distances = FCOSRegressionHead(2 * width, 1, convs, norm_layer=normed)
+    nn.init.ones_(distances.bbox_reg.bias)  # from 0 on, half of the distances would begin without a gradient
+    return synchronised(Fcos(Backbone(channels, width, normed), logits, distances, (4,)), norm)
+
+
+class Fcos(nn.Module):
+    """torchvision's FCOS (Tian et al., ICCV 2019) without its losses: images (B, 3, H, W) to what `Said` reads.
+
+    Args:
+        backbone: from images to features by name, one (B, D, H / stride, W / stride) for each stride.
+        logits: torchvision's classification head of these.
+        distances: its regression head.
+        strides: ascending, in pixels.
+    """
+
+    def __init__(self, backbone: nn.Module, logits: nn.Module, distances: nn.Module, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.backbone, self.logits, self.distances, self.strides = backbone, logits, distances, tuple(strides)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        features = list(self.backbone(x_BCHW).values())
+        squares = [_squares(level, stride) for level, stride in zip(features, self.strides, strict=True)]
+        anchors = torch.cat(squares).expand(len(x_BCHW), -1, -1)
+        return torch.cat([anchors, *self.distances(features), self.logits(features)], -1)
+
+
+def _squares(level: Tensor, stride: int) -> Tensor:
+    """Return the square around each place of a level (B, D, H, W), as torchvision has them: float32 (H · W, 4)."""
+    down, right = (stride * torch.arange(side, device=level.device).float() for side in level.shape[-2:])
+    y, x = (each.flatten() for each in torch.meshgrid(down, right, indexing="ij"))
+    return torch.stack([x - stride / 2, y - stride / 2, x + stride / 2, y + stride / 2], -1)
+
+
+class Backbone(nn.Module):
+    """Residual stages of strides 4 and 8, the coarse one carried back to the fine one: {"0": (B, 2 · width, …)}."""
+
+    def __init__(self, channels: int, width: int, normed: Norm) -> None:
+        from torchvision.models.resnet import BasicBlock
+
+        super().__init__()
+
+        def halved(before: int, after: int) -> nn.Module:
+            shortcut = nn.Sequential(nn.Conv2d(before, after, 1, 2, bias=False), normed(after))
+            return BasicBlock(before, after, 2, shortcut, norm_layer=normed)
+
+        def convolved(before: int, after: int, stride: int = 1) -> nn.Module:
+            return nn.Sequential(
+                nn.Conv2d(before, after, 3, stride, 1, bias=False), normed(after), nn.ReLU(inplace=True)
+            )
+
+        self.stem = convolved(channels, width, 2)
+        self.fine, self.coarse = halved(width, 2 * width), halved(2 * width, 4 * width)
+        self.together = convolved(6 * width, 2 * width)
+
+    def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
+        fine = self.fine(self.stem(x_BCHW))
+        coarse = F.interpolate(self.coarse(fine), fine.shape[-2:])
+        return {"0": self.together(torch.cat([fine, coarse], 1))}
