@@ -37,7 +37,7 @@ from alignprune_exp.tasks.detection import (
     padded,
     renamed,
 )
-from alignprune_exp.tasks.segmentation import photographs
+from alignprune_exp.tasks.scenes import photographs
 from harness import Stop, assert_same_results, composed, config_of, launch, only_run, rows_of, samples_of, summary_of
 from pretended import pretended
 
@@ -77,15 +77,15 @@ def ious(some, others):
 
 def test_the_share_asked_for_is_corrupted_and_known(task):
     assert task.corrupted.sum() == round(0.25 * task.n)
-    clean = [task.pictures.train.boxes[row] for row in task.parts.train]
-    differs = [len(ours) != len(true) or (ours != true).any() for ours, true in zip(task.boxes, clean, strict=True)]
+    clean = [task.scenes.train.targets[row] for row in task.parts.train]
+    differs = [len(ours) != len(true) or (ours != true).any() for ours, true in zip(task.given, clean, strict=True)]
     assert (np.array(differs) == task.corrupted).all()
     assert not set(task.parts.train) & set(task.parts.reference)
     given = torch.cat([boxes for _, _, boxes in task.reference.evaluation()])
-    assert torch.equal(given, padded([task.pictures.train.boxes[row] for row in task.parts.reference]))
+    assert torch.equal(given, padded([task.scenes.train.targets[row] for row in task.parts.reference]))
     assert task.reference_noise() == 0
     again = open_task(composed(*TINY, "noise=sym", "noise.rate=0.25"))
-    assert all((ours == theirs).all() for ours, theirs in zip(task.boxes, again.boxes, strict=True))
+    assert all((ours == theirs).all() for ours, theirs in zip(task.given, again.given, strict=True))
 
 
 @given(boxes(), st.integers(0, 99), st.integers(1, CLASSES))
@@ -330,7 +330,7 @@ class Told:
 
     def __init__(self, task):
         ((_, images, self.boxes),) = task.tests[""].evaluation()
-        self.keys, self.classes = [image.sum() for image in images], len(task.pictures.classes)
+        self.keys, self.classes = [image.sum() for image in images], len(task.scenes.classes)
 
     def logits(self, images):
         return torch.cat([self.of_one(self.keys.index(image.sum())) for image in images])
@@ -351,7 +351,7 @@ def test_what_is_evaluated_is_what_is_found_in_every_image(task):
     tests, told = task.tests[""], Told(task)
     found = task.evaluate(told, tests.evaluation(), len(tests), Processes())
     ((_, images, boxes),) = tests.evaluation()
-    said, classes = told.logits(images), len(task.pictures.classes)
+    said, classes = told.logits(images), len(task.scenes.classes)
     rows = [[row, *one] for row in range(10) for one in detections(Said.of(said, classes), row, 32).tolist()]
     given = [[row, *one] for row in range(10) for one in boxes[row].tolist() if one[4] != NO_BOX]
     expected = average_precision(torch.tensor(rows), torch.tensor(given), len(tests))
@@ -384,14 +384,14 @@ def test_images_and_boxes_are_mirrored_together():
 
 
 def test_each_digit_of_a_scene_is_whole_and_its_box_the_tightest(task):
-    train, test = task.pictures.train, task.pictures.test
+    train, test = task.scenes.train, task.scenes.test
     assert train.images.shape == (70, 3, 32, 32)
     assert len(test) == 14
     seen = {image.tobytes() for image in train.images}
     assert len(seen) == 70
     assert not seen & {image.tobytes() for image in test.images}
-    assert {int(label) for found in train.boxes for label in found[:, 4]} == set(range(10))
-    for found in train.boxes:
+    assert {int(label) for found in train.targets for label in found[:, 4]} == set(range(10))
+    for found in train.targets:
         assert 1 <= len(found) <= 3
         assert (ious(found, found) <= np.eye(len(found))).all()
         assert (found[:, :4] >= 0).all()
@@ -499,13 +499,13 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
     root, boxes = ships(kind)
     line = ("task=detection", f"dataset={kind}", f"dataset.root={root}", "dataset.image_size=60", "reference.size=2")
     task = open_task(composed(*line))
-    pictures, names = task.pictures, list(task.pictures.classes)
+    pictures, names = task.scenes, list(task.scenes.classes)
     assert (len(pictures.train), len(pictures.test), task.n) == (8, 4, 6)
     order = ["sofa", "cat", "dog"] if kind == "coco" else [*NAMES[kind]]  # COCO's by their ids
     assert [name for name in names if name in NAMES[kind]] == order
     assert len(names) == (3 if kind == "coco" else 20)
     for part, first in ((pictures.train, 0), (pictures.test, 8)):
-        for row, found in enumerate(part.boxes):
+        for row, found in enumerate(part.targets):
             expected = boxes[first + row].astype(float)
             scale, beside = (1.5, [0, 7, 0, 7]) if (first + row) % 2 else (1.2, [12, 0, 12, 0])
             assert part.names[row].endswith(f"a_{first + row}.jpg")
@@ -620,8 +620,8 @@ def test_images_with_which_anything_is_wrong_are_skipped_where_one_asks_for_it(t
     assert refusal.endswith("or type dataset.on_error=skip to train without such images")
     task = open_task(composed(*line, "dataset.on_error=skip"))
     left = [2, 3, 5, 6, 7]
-    assert task.pictures.train.names == [f"train2017/a_{number}.jpg" for number in left]
-    assert [len(found) for found in task.pictures.train.boxes] == [len(boxes[number]) for number in left]
+    assert task.scenes.train.names == [f"train2017/a_{number}.jpg" for number in left]
+    assert [len(found) for found in task.scenes.train.targets] == [len(boxes[number]) for number in left]
     assert len(task.skipped) == 3
     assert all(any(f"a_{number}.jpg" in each for each in task.skipped) for number in (1, 4))
     assert any("category 91" in each for each in task.skipped)

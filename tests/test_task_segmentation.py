@@ -57,11 +57,11 @@ def ships(tmp_path):
 
 def test_the_share_asked_for_is_corrupted_and_known(task):
     assert task.corrupted.sum() == round(0.25 * task.n)
-    clean = task.scenes.train.masks[task.parts.train]
-    assert ((task.masks != clean).any((1, 2)) == task.corrupted).all()
+    clean = task.scenes.train.targets[task.parts.train]
+    assert ((np.stack(task.given) != clean).any((1, 2)) == task.corrupted).all()
     assert not set(task.parts.train) & set(task.parts.reference)
     given = torch.cat([masks for _, _, masks in task.reference.evaluation()]).numpy()
-    assert (given == task.scenes.train.masks[task.parts.reference]).all()
+    assert (given == task.scenes.train.targets[task.parts.reference]).all()
     assert task.reference_noise() == 0
 
 
@@ -157,7 +157,7 @@ def test_training_and_test_scenes_share_no_pixel_of_a_photograph_and_no_digit(ta
     train, test = task.scenes.train, task.scenes.test
     assert train.images.shape == (70, 3, 32, 32)
     assert len(test) == 14
-    assert set(np.unique(train.masks)) == set(range(11))
+    assert set(np.unique(train.targets)) == set(range(11))
     seen = {image.tobytes() for image in train.images}
     assert len(seen) == 70
     assert not seen & {image.tobytes() for image in test.images}
@@ -205,7 +205,7 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
     assert scenes.train.names == [f"a_{number}" for number in range(8)]
     written = np.asarray(Image.open(root / PHOTOGRAPHS[kind][1].format("a_3")))[:, 5:35]
     expected = written if kind == "voc" else np.select([written == 1, written == 2], [1, 0], IGNORED)
-    assert (scenes.train.masks[3] == expected).all()
+    assert (scenes.train.targets[3] == expected).all()
     image = np.asarray(Image.open(root / PHOTOGRAPHS[kind][0].format("a_3")))[:, 5:35].transpose(2, 0, 1)
     assert (scenes.train.images[3] == image).all()
     assert task.corrupted.sum() == 3

@@ -6,7 +6,6 @@ A box is a row (x0, y0, x1, y1, class, crowd), in pixels; one of a crowd is neit
 
 from __future__ import annotations
 
-import hashlib
 import os
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -26,20 +25,18 @@ from torch.nn import functional as F
 
 from ..config import MODEL, Config
 from ..console import Progress
-from ..data.batches import Batch, Batches
+from ..data.batches import Batch
 from ..data.images import Files, refuse_too_many, rgb
 from ..data.index import Survey, there
-from ..data.parts import Parts
 from ..data.source import DataSet, Root, Unreadable, brief, existing
 from ..data.sources.digits import Digits
 from ..errors import UsageError
-from ..files import printable
 from ..models import Kind, Norm, Width, normalisation, synchronised
 from ..pruning.seeding import generator
 from ..records import Metric
 from ..schema import Aside, Side
-from .base import Task, needed
-from .segmentation import SceneBatches, Voc, cut_out, painted, photographs
+from .scenes import Pictured, Scenes, SceneTask, cut_out, painted, photographs
+from .segmentation import Voc
 
 if TYPE_CHECKING:
     from ..distributed import Processes
@@ -53,65 +50,37 @@ ATTEMPTS = 50
 MEND = "mend or delete it"
 
 
-class Detection(Task):
-    """Images with some boxes each, every one with its class.
-
-    Attributes:
-        boxes: those trained on, wrong ones among them, float32 (k, 6) for each of n.
-    """
+class Detection(SceneTask):
+    """Images with some boxes each, float32 (k, 6), every one with its class."""
 
     metrics = (Metric("map", "test mAP", "%"), Metric("map50", "test mAP at IoU 0.5", "%"))
+    packages = ("torchmetrics", "pycocotools")
     chance_loss = 2.8  # one class in a hundred, boxes that miss, and a centre-ness of one half
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
-        for module in ("torchmetrics", "pycocotools"):
-            needed(module, config.task.name)
-        self.pictures: Pictures = self.opened()
-        train, test = self.pictures.train, self.pictures.test
-        self.parts = parts = Parts.of(config, len(train), len(test), self.pictures.clean)
-        self.n, self.held_out, self.fingerprint = len(parts.train), len(parts.reference), self.pictures.fingerprint
-        self.corrupted, self.skipped = parts.corrupted, self.pictures.skipped
-        for what, boxes, rows in (("train", train.boxes, parts.train), ("evaluate", test.boxes, parts.test)):
+        parts, train, test = self.parts, self.scenes.train, self.scenes.test
+        for what, boxes, rows in (("train", train.targets, parts.train), ("evaluate", test.targets, parts.test)):
             if not any((boxes[row][:, 5] == 0).any() for row in rows):
                 raise UsageError(f"none of the {len(rows)} images to {what} on has a box: give it others, or more")
-        self.boxes = self._given(parts.train, parts.wrong)
-        pixels = train.images[parts.train].transpose(1, 0, 2, 3).reshape(3, -1)
-        self.mean, self.std = pixels.mean(1) / 255, np.maximum(pixels.std(1) / 255, 1e-3)
 
-    def _given(self, rows: np.ndarray, wrong: np.ndarray) -> list[np.ndarray]:
-        """Return the boxes of some rows, those that are ``wrong`` corrupted by (seed, row)."""
-        boxes, side = [self.pictures.train.boxes[row] for row in rows], self.pictures.train.images.shape[-1]
-        for place in np.flatnonzero(wrong):
-            rng = generator(self.config.seed, "corruption", int(rows[place]))
-            boxes[place] = corrupt(boxes[place], len(self.pictures.classes), side, rng)
-        return boxes
+    def wrong(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return corrupt(target, len(self.scenes.classes), self.scenes.train.images.shape[-1], rng)
 
-    @cached_property
-    def train(self) -> Batches:  # type: ignore[override]
-        return self._batches(self.pictures.train.images[self.parts.train], self.boxes, self.config.dataset.flip)
+    def mirrored(self, targets: Tensor) -> Tensor:
+        width = self.scenes.train.images.shape[-1]
+        x0, y0, x1, y1, *what = targets.unbind(-1)
+        return torch.stack([width - x1, y0, width - x0, y1, *what], -1)
 
-    @cached_property
-    def reference(self) -> Batches:  # type: ignore[override]
-        parts = self.parts
-        if not self.held_out:
-            return self.train
-        return self._batches(self.pictures.train.images[parts.reference], self._given(parts.reference, parts.doubted))
-
-    @cached_property
-    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
-        test, rows = self.pictures.test, self.parts.test
-        return {"": self._batches(test.images[rows], [test.boxes[row] for row in rows])}
-
-    def _batches(self, images: np.ndarray, boxes: list[np.ndarray], flip: bool = False) -> Batches:
-        return BoxBatches(self, self.mean, self.std, torch.from_numpy(images), padded(boxes), flip)
+    def together(self, targets: Sequence[np.ndarray]) -> Tensor:
+        return padded(targets)
 
     def network(self) -> nn.Module:
         """Return a freshly initialised network: from images (B, 3, H, W) to what `Said` reads, (B, P, 9 + C)."""
-        return self.fitted(MODEL.make(self.config.model, 3, len(self.pictures.classes)))
+        return self.fitted(MODEL.make(self.config.model, 3, len(self.scenes.classes)))
 
     def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-        losses = fcos_losses(Said.of(outputs, len(self.pictures.classes)), targets)
+        losses = fcos_losses(Said.of(outputs, len(self.scenes.classes)), targets)
         return losses, losses, None
 
     @torch.no_grad()
@@ -122,21 +91,12 @@ class Detection(Task):
         for index, images, boxes in batches:
             outputs = network.logits(images)
             loss += self.losses(outputs, boxes)[0].double().sum()
-            said = Said.of(outputs, len(self.pictures.classes))
+            said = Said.of(outputs, len(self.scenes.classes))
             for row, number in enumerate(index.tolist()):
                 found.append(F.pad(detections(said, row, images.shape[-1]), (1, 0), value=number))
                 given.append(F.pad(boxes[row][boxes[row, :, 4] != NO_BOX], (1, 0), value=number))
         all_found, all_given = (processes.gather(torch.cat(each)).cpu() for each in (found, given))
         return {**average_precision(all_found, all_given, n), "loss": processes.sum(loss).item() / n}
-
-    def columns(self) -> dict[str, Any]:
-        import pandas as pd
-
-        names = [printable(self.pictures.train.names[row]) for row in self.parts.train]
-        return {"index": self.parts.train, "path": pd.array(names, dtype="string"), "corrupted": self.corrupted}
-
-    def reference_noise(self) -> float | None:
-        return self.parts.reference_noise
 
 
 def padded(boxes: Sequence[np.ndarray]) -> Tensor:
@@ -147,15 +107,6 @@ def padded(boxes: Sequence[np.ndarray]) -> Tensor:
     for row, each in enumerate(boxes):
         filled[row, : len(each)] = torch.from_numpy(each)
     return filled
-
-
-class BoxBatches(SceneBatches):
-    """Batches of normalised images (B, 3, H, W) and boxes (B, M, 6), which are mirrored together."""
-
-    def mirror(self, targets: Tensor) -> Tensor:
-        width = self._images.shape[-1]
-        x0, y0, x1, y1, *what = targets.unbind(-1)
-        return torch.stack([width - x1, y0, width - x0, y1, *what], -1)
 
 
 # --- what a network says, its losses and its detections
@@ -373,51 +324,6 @@ def _ious(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 # --- data sets
 
 
-@dataclass(frozen=True)
-class Boxed:
-    """Images and their boxes.
-
-    Attributes:
-        images: uint8 (n, 3, S, S).
-        boxes: of each, float32 (k, 6).
-        names: of each.
-    """
-
-    images: np.ndarray
-    boxes: list[np.ndarray]
-    names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What is trained and evaluated on.
-
-    Attributes:
-        train, test: of one size.
-        classes: their names.
-        clean: whether the boxes count as clean where no noise is injected.
-        skipped: what was left out since it could not be read, one line each.
-    """
-
-    train: Boxed
-    test: Boxed
-    classes: Sequence[str]
-    clean: bool
-    skipped: Sequence[str] = ()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256, as hex, of every pixel and box."""
-        digest = hashlib.sha256(str([len(self.classes), len(self.train), len(self.test)]).encode())
-        for part in (self.train, self.test):
-            digest.update(f"{part.images.shape}{[len(each) for each in part.boxes]}".encode() + part.images.tobytes())
-            digest.update(b"".join(each.tobytes() for each in part.boxes))
-        return digest.hexdigest()
-
-
 @dataclass(frozen=True, kw_only=True)
 class DigitBoxes(DataSet):
     """scikit-learn's digits beside each other on cuts of its two sample photographs, as `DigitScenes` has them.
@@ -432,13 +338,13 @@ class DigitBoxes(DataSet):
 
     task: ClassVar[str] = "detection"
 
-    def open(self) -> Pictures:
+    def open(self) -> Scenes:
         digits, (left, right) = Digits(name=self.name).open(), photographs()
         train = self._made("train", self.scenes, digits.train, left)
         test = self._made("test", max(self.scenes // 5, 1), digits.test, right)
-        return Pictures(train, test, digits.classes, clean=True)
+        return Scenes(train, test, digits.classes, clean=True)
 
-    def _made(self, split: str, n: int, digits: Any, photographs: list[np.ndarray]) -> Boxed:
+    def _made(self, split: str, n: int, digits: Any, photographs: list[np.ndarray]) -> Pictured:
         images, boxes = np.empty((n, 3, self.side, self.side), np.uint8), []
         grey, labels = digits.pixels(np.arange(len(digits))).numpy()[:, 0], digits.labels
         for row in range(n):
@@ -446,7 +352,7 @@ class DigitBoxes(DataSet):
             scene, found = self._scene(photographs[rng.integers(len(photographs))], grey, labels, rng)
             images[row] = scene.transpose(2, 0, 1)
             boxes.append(found)
-        return Boxed(images, boxes, [f"{split} scene {row}" for row in range(n)])
+        return Pictured(images, boxes, [f"{split} scene {row}" for row in range(n)])
 
     def _scene(
         self, photograph: np.ndarray, digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator
@@ -510,7 +416,7 @@ class BoxFiles(DataSet):
         """Return the classes, and what is said of the images to train and to evaluate on."""
         raise NotImplementedError
 
-    def open(self) -> Pictures:
+    def open(self) -> Scenes:
         survey = Survey(self.folder, self.on_error)
         classes, *both = self.entries(survey)
         if shared := set.intersection(*({entry.path for entry in each} for each in both)):
@@ -520,9 +426,9 @@ class BoxFiles(DataSet):
             )
         refuse_too_many(sum(map(len, both)), 3, self.image_size)
         train, test = (self._read(each, survey) for each in both)
-        return Pictures(train, test, classes, clean=False, skipped=survey.skipped)
+        return Scenes(train, test, classes, clean=False, skipped=survey.skipped)
 
-    def _read(self, entries: list[Entry], survey: Survey) -> Boxed:
+    def _read(self, entries: list[Entry], survey: Survey) -> Pictured:
         images = np.empty((len(entries), 3, self.image_size, self.image_size), np.uint8)
         files = Files(self.folder, np.array([os.fsencode(entry.path) for entry in entries]), rgb)
 
@@ -545,7 +451,7 @@ class BoxFiles(DataSet):
                     names.append(entries[row].path)
         if not names:
             raise UsageError(f"{self.folder} lists no image that can be read: fetch {self.holds} again")
-        return Boxed(images[: len(names)], boxes, names)
+        return Pictured(images[: len(names)], boxes, names)
 
     def _fitted(self, pixels: np.ndarray, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
         """Return an image, uint8 (3, H, W), and its boxes as the network sees them. Raises Unreadable for a wrong one.

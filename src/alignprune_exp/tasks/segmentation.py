@@ -5,9 +5,8 @@ Shape legend: n samples, B samples of a batch, C classes, H and W pixels.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,19 +22,17 @@ from torch.nn import functional as F
 
 from ..config import MODEL, Config
 from ..console import Progress
-from ..data.augment import Augmentation
-from ..data.batches import Batch, Batches
+from ..data.batches import Batch
 from ..data.images import IMAGE_FORMATS, Fit, refuse_too_many
-from ..data.parts import Parts
 from ..data.source import DataSet, Root, brief, existing
-from ..data.sources.digits import Digits, shipped
+from ..data.sources.digits import Digits
 from ..errors import UsageError
-from ..files import printable
 from ..models import Kind, Width, normalisation, synchronised
 from ..pruning.seeding import generator
 from ..records import Metric
 from ..schema import Side
-from .base import Task, mean_nats, needed
+from .base import mean_nats
+from .scenes import Pictured, Scenes, SceneTask, cut_out, left_to_right, painted, photographs
 
 if TYPE_CHECKING:
     from ..distributed import Processes
@@ -45,54 +42,24 @@ IGNORED = 255  # what a mask has where a pixel is of no class
 BACKGROUND = 0
 
 
-class Segmentation(Task):
-    """Images with a mask each, which has the class of every pixel.
-
-    Attributes:
-        masks: those trained on, wrong ones among them, uint8 (n, H, W).
-    """
+class Segmentation(SceneTask):
+    """Images with a mask each, uint8 (H, W), which has the class of every pixel; number 0 is the background."""
 
     metrics = (Metric("miou", "test mean IoU", "%"),)
+    packages = ("torchmetrics",)
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
-        needed("torchmetrics", config.task.name)
-        self.scenes: Scenes = self.opened()
-        train, test = self.scenes.train, self.scenes.test
-        self.parts = parts = Parts.of(config, len(train), len(test), self.scenes.clean)
-        self.n, self.held_out, self.fingerprint = len(parts.train), len(parts.reference), self.scenes.fingerprint
-        self.corrupted = parts.corrupted
         self.chance_loss = math.log(len(self.scenes.classes))
-        self.masks = self._given(parts.train, parts.wrong)
-        pixels = train.images[parts.train].transpose(1, 0, 2, 3).reshape(3, -1)
-        self.mean, self.std = pixels.mean(1) / 255, np.maximum(pixels.std(1) / 255, 1e-3)
 
-    def _given(self, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-        """Return the masks of some rows, those that are ``wrong`` corrupted by (seed, row)."""
-        masks = self.scenes.train.masks[rows]
-        for place in np.flatnonzero(wrong):
-            rng = generator(self.config.seed, "corruption", int(rows[place]))
-            masks[place] = corrupt(masks[place], len(self.scenes.classes), rng)
-        return masks
+    def wrong(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return corrupt(target, len(self.scenes.classes), rng)
 
-    @cached_property
-    def train(self) -> Batches:  # type: ignore[override]
-        return self._batches(self.scenes.train.images[self.parts.train], self.masks, self.config.dataset.flip)
+    def mirrored(self, targets: Tensor) -> Tensor:
+        return left_to_right(targets)
 
-    @cached_property
-    def reference(self) -> Batches:  # type: ignore[override]
-        parts = self.parts
-        if not self.held_out:
-            return self.train
-        return self._batches(self.scenes.train.images[parts.reference], self._given(parts.reference, parts.doubted))
-
-    @cached_property
-    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
-        test, rows = self.scenes.test, self.parts.test
-        return {"": self._batches(test.images[rows], test.masks[rows])}
-
-    def _batches(self, images: np.ndarray, masks: np.ndarray, flip: bool = False) -> Batches:
-        return SceneBatches(self, self.mean, self.std, torch.from_numpy(images), torch.from_numpy(masks), flip)
+    def together(self, targets: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(targets))
 
     def network(self) -> nn.Module:
         """Return a freshly initialised network: from images (B, 3, H, W) to logits (B, C, H, W)."""
@@ -118,61 +85,6 @@ class Segmentation(Task):
             iou.update(logits.argmax(1), masks.long())
         iou.confmat = processes.sum(iou.confmat)
         return {"miou": 100 * iou.compute().item(), "loss": processes.sum(loss).item() / n}
-
-    def columns(self) -> dict[str, Any]:
-        import pandas as pd
-
-        names = [printable(self.scenes.train.names[row]) for row in self.parts.train]
-        return {"index": self.parts.train, "path": pd.array(names, dtype="string"), "corrupted": self.corrupted}
-
-    def reference_noise(self) -> float | None:
-        return self.parts.reference_noise
-
-
-class SceneBatches(Batches):
-    """Batches of normalised images (B, 3, H, W) and masks, uint8 (B, H, W), which are mirrored together.
-
-    Args:
-        task: whose they are.
-        mean, std: of pixels by channel, in 0..1 units, (3,).
-        images: uint8 (n, 3, H, W).
-        masks: uint8 (n, H, W), or other targets, where a subclass says how to `mirror` them.
-        flip: whether training mirrors each left to right with probability ½, by (seed, epoch, sample).
-    """
-
-    def __init__(
-        self, task: Task, mean: np.ndarray, std: np.ndarray, images: Tensor, masks: Tensor, flip: bool
-    ) -> None:
-        super().__init__(masks, task.config.batch_size, task.device)
-        self._images, self._dtype = images.to(self.device), task.dtype
-        self._layout = torch.channels_last if task.config.channels_last else torch.contiguous_format
-        self._augmentation = Augmentation(task.config.seed, flip=flip, crop=0)
-        centre, spread = (torch.from_numpy(each).float().view(3, 1, 1).to(self.device) for each in (mean, std))
-        self._scale, self._shift = 1 / (255 * spread), -centre / spread
-
-    def inputs(self, parts: list[Tensor], epoch: int | None, views: int, strongly: bool) -> Iterator[Tensor]:
-        for part in parts:
-            images = self._images.index_select(0, part.to(self.device, non_blocking=True))
-            x = self._mirrored(images, part, epoch, left_to_right) * self._scale + self._shift
-            yield x.repeat(views, 1, 1, 1).to(self._dtype, memory_format=self._layout)
-
-    def targets(self, part: Tensor, epoch: int | None) -> Tensor:
-        return self._mirrored(super().targets(part, epoch), part, epoch, self.mirror)
-
-    def mirror(self, targets: Tensor) -> Tensor:
-        """Return all targets (B, …) as those of mirrored images."""
-        return left_to_right(targets)
-
-    def _mirrored(self, values: Tensor, part: Tensor, epoch: int | None, mirror: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return images or targets (B, …), those mirrored that are to be."""
-        if epoch is None or not self._augmentation.flip:
-            return values
-        flips = self._augmentation.draw(part, epoch)[2].to(self.device, non_blocking=True)
-        return torch.where(flips.view(-1, *[1] * (values.dim() - 1)), mirror(values), values)
-
-
-def left_to_right(images: Tensor) -> Tensor:
-    return images.flip(-1)
 
 
 # --- what can be wrong with a mask
@@ -236,48 +148,6 @@ def swapped(mask: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndar
 # --- data sets
 
 
-@dataclass(frozen=True)
-class Masked:
-    """Images and their masks.
-
-    Attributes:
-        images: uint8 (n, 3, H, W).
-        masks: the class of each pixel, or `IGNORED`, uint8 (n, H, W).
-        names: of each.
-    """
-
-    images: np.ndarray
-    masks: np.ndarray
-    names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """What is trained and evaluated on.
-
-    Attributes:
-        train, test: of one size.
-        classes: their names; number 0 is the background.
-        clean: whether the masks count as clean where no noise is injected.
-    """
-
-    train: Masked
-    test: Masked
-    classes: Sequence[str]
-    clean: bool
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256, as hex, of every pixel."""
-        digest = hashlib.sha256(str([len(self.classes), len(self.train), len(self.test)]).encode())
-        for part in (self.train, self.test):
-            digest.update(str(part.images.shape).encode() + part.images.tobytes() + part.masks.tobytes())
-        return digest.hexdigest()
-
-
 @dataclass(frozen=True, kw_only=True)
 class DigitScenes(DataSet):
     """scikit-learn's digits on cuts of its two sample photographs: made of real images, but no photograph of anything.
@@ -298,7 +168,7 @@ class DigitScenes(DataSet):
         test = self._made("test", max(self.scenes // 5, 1), digits.test, right)
         return Scenes(train, test, ("background", *digits.classes), clean=True)
 
-    def _made(self, split: str, n: int, digits: Any, photographs: list[np.ndarray]) -> Masked:
+    def _made(self, split: str, n: int, digits: Any, photographs: list[np.ndarray]) -> Pictured:
         images = np.empty((n, 3, self.side, self.side), np.uint8)
         masks = np.empty((n, self.side, self.side), np.uint8)
         rows = np.arange(len(digits))
@@ -307,7 +177,7 @@ class DigitScenes(DataSet):
             rng = generator(0, f"{split} scene", row)
             scene, masks[row] = self._scene(photographs[rng.integers(len(photographs))], grey, labels, rng)
             images[row] = scene.transpose(2, 0, 1)
-        return Masked(images, masks, [f"{split} scene {row}" for row in range(n)])
+        return Pictured(images, masks, [f"{split} scene {row}" for row in range(n)])
 
     def _scene(
         self, photograph: np.ndarray, digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator
@@ -322,32 +192,6 @@ class DigitScenes(DataSet):
             ink = painted(image[top : top + size, left : left + size], digits[which], rng)
             mask[top : top + size, left : left + size][ink] = 1 + labels[which]
         return np.rint(image).astype(np.uint8), mask
-
-
-def photographs() -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return the parts of scikit-learn's two photographs for training and for test scenes, uint8 (H, W, 3) each."""
-    left, right = [], []
-    for name in ("china", "flower"):
-        photograph = np.asarray(Image.open(shipped("images", f"{name}.jpg")))
-        border = round(0.7 * photograph.shape[1])
-        left.append(photograph[:, :border])
-        right.append(photograph[:, border:])
-    return left, right
-
-
-def cut_out(photograph: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a square of a photograph, float32 (side, side, 3)."""
-    top, left = (int(rng.integers(0, size - side + 1)) for size in photograph.shape[:2])
-    return photograph[top : top + side, left : left + side].astype(np.float32)
-
-
-def painted(below: np.ndarray, digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Paint a digit (8, 8) over a square, float32 (S, S, 3), so that it stands out; return its ink, bool (S, S)."""
-    large = Image.fromarray(digit).resize(below.shape[:2], Image.Resampling.BILINEAR)
-    ink = np.asarray(large, np.float32)[..., None] / 255
-    colour = rng.uniform(0, 80, 3) + (175 if below.mean() < 128 else 0)
-    below += ink * (colour - below)
-    return ink[..., 0] > 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,7 +238,7 @@ class MaskFiles(DataSet):
             raise UsageError(f"{file} names no image: fetch it again")
         return names
 
-    def _read(self, names: list[str]) -> Masked:
+    def _read(self, names: list[str]) -> Pictured:
         side = (self.image_size, self.image_size)
         images, masks = np.empty((len(names), 3, *side), np.uint8), np.empty((len(names), *side), np.uint8)
         progress = Progress()
@@ -402,7 +246,7 @@ class MaskFiles(DataSet):
             for row, (image, mask) in enumerate(pool.map(self._pair, names)):
                 images[row], masks[row] = image.transpose(2, 0, 1), mask
                 progress.show(f"reading images and masks: {row}/{len(names)}")
-        return Masked(images, masks, names)
+        return Pictured(images, masks, names)
 
     def _pair(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return an image, uint8 (S, S, 3), and its mask, uint8 (S, S). Raises UsageError for what cannot be either."""

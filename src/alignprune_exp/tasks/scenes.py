@@ -1,0 +1,213 @@
+"""What segmentation and detection share: images in memory, each with a target that says more than one class.
+
+Shape legend: n samples, B samples of a batch, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import Config
+from ..data.augment import Augmentation
+from ..data.batches import Batches
+from ..data.parts import Parts
+from ..data.sources.digits import shipped
+from ..files import printable
+from ..pruning.seeding import generator
+from .base import Task, needed
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """Images and their targets.
+
+    Attributes:
+        images: uint8 (n, 3, H, W).
+        targets: of each.
+        names: of each.
+    """
+
+    images: np.ndarray
+    targets: Sequence[np.ndarray] | np.ndarray
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What is trained and evaluated on.
+
+    Attributes:
+        train, test: of one size.
+        classes: their names.
+        clean: whether the targets count as clean where no noise is injected.
+        skipped: what was left out since it could not be read, one line each.
+    """
+
+    train: Pictured
+    test: Pictured
+    classes: Sequence[str]
+    clean: bool
+    skipped: Sequence[str] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, as hex, of every pixel and target."""
+        digest = hashlib.sha256(str([len(self.classes), len(self.train), len(self.test)]).encode())
+        for part in (self.train, self.test):
+            sizes = "" if isinstance(part.targets, np.ndarray) else [len(each) for each in part.targets]
+            digest.update(f"{part.images.shape}{sizes}".encode() + part.images.tobytes())
+            digest.update(b"".join(each.tobytes() for each in part.targets))
+        return digest.hexdigest()
+
+
+class SceneTask(Task):
+    """Images in memory. A subclass says how a target is corrupted, mirrored, and made a tensor of with others.
+
+    Attributes:
+        packages: that it needs.
+        given: the targets trained on, wrong ones among them, one of each sample.
+        mean, std: of the pixels trained on, by channel, in 0..1 units, (3,).
+    """
+
+    packages: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, device, dtype)
+        for module in self.packages:
+            needed(module, config.task.name)
+        self.scenes: Scenes = self.opened()
+        train, test = self.scenes.train, self.scenes.test
+        self.parts = parts = Parts.of(config, len(train), len(test), self.scenes.clean)
+        self.n, self.held_out, self.fingerprint = len(parts.train), len(parts.reference), self.scenes.fingerprint
+        self.corrupted, self.skipped = parts.corrupted, self.scenes.skipped
+        self.given = self._given(parts.train, parts.wrong)
+        pixels = train.images[parts.train].transpose(1, 0, 2, 3).reshape(3, -1)
+        self.mean, self.std = pixels.mean(1) / 255, np.maximum(pixels.std(1) / 255, 1e-3)
+
+    def wrong(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a target with something wrong."""
+        raise NotImplementedError
+
+    def mirrored(self, targets: Tensor) -> Tensor:
+        """Return targets (B, …) as those of mirrored images."""
+        raise NotImplementedError
+
+    def together(self, targets: Sequence[np.ndarray]) -> Tensor:
+        """Return targets as one tensor (n, …)."""
+        raise NotImplementedError
+
+    def _given(self, rows: np.ndarray, wrong: np.ndarray) -> list[np.ndarray]:
+        """Return the targets of some rows, those that are ``wrong`` corrupted by (seed, row)."""
+        targets = [self.scenes.train.targets[row] for row in rows]
+        for place in np.flatnonzero(wrong):
+            targets[place] = self.wrong(targets[place], generator(self.config.seed, "corruption", int(rows[place])))
+        return targets
+
+    @cached_property
+    def train(self) -> Batches:  # type: ignore[override]
+        return self._batches(self.scenes.train.images[self.parts.train], self.given, self.config.dataset.flip)
+
+    @cached_property
+    def reference(self) -> Batches:  # type: ignore[override]
+        parts = self.parts
+        if not self.held_out:
+            return self.train
+        return self._batches(self.scenes.train.images[parts.reference], self._given(parts.reference, parts.doubted))
+
+    @cached_property
+    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
+        test, rows = self.scenes.test, self.parts.test
+        return {"": self._batches(test.images[rows], [test.targets[row] for row in rows])}
+
+    def _batches(self, images: np.ndarray, targets: Sequence[np.ndarray], flip: bool = False) -> Batches:
+        return SceneBatches(self, torch.from_numpy(images), self.together(targets), flip)
+
+    def columns(self) -> dict[str, Any]:
+        import pandas as pd
+
+        names = [printable(self.scenes.train.names[row]) for row in self.parts.train]
+        return {"index": self.parts.train, "path": pd.array(names, dtype="string"), "corrupted": self.corrupted}
+
+    def reference_noise(self) -> float | None:
+        return self.parts.reference_noise
+
+
+class SceneBatches(Batches):
+    """Batches of normalised images (B, 3, H, W) and targets (B, …), which are mirrored together.
+
+    Args:
+        task: whose they are.
+        images: uint8 (n, 3, H, W).
+        targets: (n, …).
+        flip: whether training mirrors each left to right with probability ½, by (seed, epoch, sample).
+    """
+
+    def __init__(self, task: SceneTask, images: Tensor, targets: Tensor, flip: bool) -> None:
+        super().__init__(targets, task.config.batch_size, task.device)
+        self._images, self._dtype = images.to(self.device), task.dtype
+        self._layout = torch.channels_last if task.config.channels_last else torch.contiguous_format
+        self._augmentation = Augmentation(task.config.seed, flip=flip, crop=0)
+        self._mirror = task.mirrored
+        mean, std = (torch.from_numpy(each).float().view(3, 1, 1).to(self.device) for each in (task.mean, task.std))
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+
+    def inputs(self, parts: list[Tensor], epoch: int | None, views: int, strongly: bool) -> Iterator[Tensor]:
+        for part in parts:
+            images = self._images.index_select(0, part.to(self.device, non_blocking=True))
+            x = self._mirrored(images, part, epoch, left_to_right) * self._scale + self._shift
+            yield x.repeat(views, 1, 1, 1).to(self._dtype, memory_format=self._layout)
+
+    def targets(self, part: Tensor, epoch: int | None) -> Tensor:
+        return self._mirrored(super().targets(part, epoch), part, epoch, self._mirror)
+
+    def _mirrored(self, values: Tensor, part: Tensor, epoch: int | None, mirror: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return images or targets (B, …), those mirrored that are to be."""
+        if epoch is None or not self._augmentation.flip:
+            return values
+        flips = self._augmentation.draw(part, epoch)[2].to(self.device, non_blocking=True)
+        return torch.where(flips.view(-1, *[1] * (values.dim() - 1)), mirror(values), values)
+
+
+def left_to_right(images: Tensor) -> Tensor:
+    return images.flip(-1)
+
+
+# --- photographs, and digits on them
+
+
+def photographs() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the parts of scikit-learn's two photographs for training and for test scenes, uint8 (H, W, 3) each."""
+    left, right = [], []
+    for name in ("china", "flower"):
+        photograph = np.asarray(Image.open(shipped("images", f"{name}.jpg")))
+        border = round(0.7 * photograph.shape[1])
+        left.append(photograph[:, :border])
+        right.append(photograph[:, border:])
+    return left, right
+
+
+def cut_out(photograph: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a square of a photograph, float32 (side, side, 3)."""
+    top, left = (int(rng.integers(0, size - side + 1)) for size in photograph.shape[:2])
+    return photograph[top : top + side, left : left + side].astype(np.float32)
+
+
+def painted(below: np.ndarray, digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Paint a digit (8, 8) over a square, float32 (S, S, 3), so that it stands out; return its ink, bool (S, S)."""
+    large = Image.fromarray(digit).resize(below.shape[:2], Image.Resampling.BILINEAR)
+    ink = np.asarray(large, np.float32)[..., None] / 255
+    colour = rng.uniform(0, 80, 3) + (175 if below.mean() < 128 else 0)
+    below += ink * (colour - below)
+    return ink[..., 0] > 0.5
