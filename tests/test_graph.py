@@ -24,6 +24,7 @@ LINES = {
     "lars": ("optimizer=lars",),
     "elr": ("learner=elr",),
     "sop": ("learner=sop",),
+    "refurbish": ("learner=refurbish", "learner.history=2"),
 }
 
 

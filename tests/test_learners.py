@@ -26,7 +26,7 @@ from alignprune_exp.tasks.classification import Classification
 from harness import composed, config_of, metrics_of, only_run, summary_of, trained
 
 N, B, C, PIXELS = 12, 6, 4, 5
-LEARNERS = ("ce", "elr", "sop", "dividemix")
+LEARNERS = ("ce", "elr", "sop", "refurbish", "dividemix")
 TINY = ("epochs=5", "score.window=3", "batch_size=16", "dataset.subset=60", "dataset.test_subset=20")
 SHORT = {"dividemix": ("learner.warmup=2", "learner.rampup=2")}  # so that it divides within a tiny run
 
@@ -83,7 +83,34 @@ def test_what_is_recorded_is_the_plain_cross_entropy_whatever_is_trained_on(lear
     expected = F.cross_entropy(one.networks[0](step.inputs[:B]), step.targets, reduction="none")
     torch.testing.assert_close(plain, expected)
     assert plain.shape == training.shape == (B,)
-    assert torch.equal(plain, training) == (learner == "ce")
+    assert torch.equal(plain, training) == (learner in ("ce", "refurbish"))  # which has no history yet
+
+
+# --- refurbished labels
+
+
+@pytest.mark.parametrize(("history", "uncertainty"), [(1, 0.0), (3, 0.0), (3, 0.5), (4, 0.45), (5, 0.99)])
+def test_labels_are_refurbished_by_the_rule_over_many_steps(history, uncertainty):
+    """Lists of predictions, Python's entropy and its most common one, against buffers and tensors."""
+    one = made("learner=refurbish", f"learner.history={history}", f"learner.uncertainty={uncertainty}")
+    said = [[] for _ in range(N)]
+    changed = 0
+    for number in range(60):
+        step, given = step_of(seed=number), Given(scale=2.0, seed=number % 7)
+        plain, training, predicted = one.losses(step, given)
+        log_p = given.logits.detach().log_softmax(1)
+        for b, (i, label) in enumerate(zip(step.index.tolist(), step.targets.tolist(), strict=True)):
+            last, target = said[i][-history:], label
+            shares = [last.count(c) / history for c in range(C)]
+            entropy = sum(-share * math.log(share) for share in shares if share) / math.log(C)
+            if len(last) == history and entropy <= uncertainty:
+                target = max(range(C), key=lambda c: (shares[c], -c))
+            changed += target != label
+            assert plain[b].item() == pytest.approx(-log_p[b, label].item())
+            assert training[b].item() == pytest.approx(-log_p[b, target].item())
+            assert predicted[b].item() == log_p[b].argmax().item()
+            said[i].append(predicted[b].item())
+    assert changed > 10
 
 
 # --- early-learning regularisation
@@ -501,6 +528,7 @@ def test_every_asymmetric_noise_there_is_has_the_constants_of_asymmetric_noise()
         (("learner=dividemix", "compile=true"), "compile is not for learner=dividemix"),
         (("learner=elr", "learner.beta=1"), "learner.*beta=1.* out of range"),
         (("learner=sop", "learner.std=0"), "learner.*std=0.* out of range"),
+        (("learner=refurbish", "learner.history=0"), "learner.*history=0.* out of range"),
     ],
 )
 def test_a_mistake_is_one_sentence(overrides, words):

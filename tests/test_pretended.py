@@ -33,6 +33,7 @@ RUNS = {  # between them every learner, score, pruner, kind of reference set and
     "elr, spearman, seta, mask": ("learner=elr", "score=spearman", "pruner=seta", "score.unseen=mask"),
     "sop, cosine, refresh, lars": ("learner=sop", "score=cosine", "score.unseen=refresh", "optimizer=lars"),
     "dividemix, loss, rs2": ("learner=dividemix", "learner.warmup=2", "score=loss", "pruner=rs2"),
+    "refurbish, sieve": ("learner=refurbish", "learner.history=2", "pruner=sieve", "score=cleaning"),
     "topk, settled, float16": ("pruner=topk", "score=settled", "score.bank=float16"),
     "random, smoothed": ("pruner=random", "label_smoothing=0.1", "recorded=smoothed"),
     "full, population": ("pruner=full", "reference=population"),

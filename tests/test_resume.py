@@ -51,6 +51,7 @@ RUNS = {  # by what is to be kept over a stop
     "a permutation": ("pruner=rs2", "saved=0.5"),
     "draws": ("score=random",),
     "a target": ("learner=elr",),
+    "predictions of each sample": ("learner=refurbish", "learner.history=2"),
     "an outlier of each sample": ("learner=sop",),
     "two networks": ("learner=dividemix", "learner.warmup=3", "learner.rampup=2"),
     "a chosen reference set": ("reference=pseudo", *PSEUDO),

@@ -9,8 +9,15 @@ from .base import Learner, Step
 from .ce import CrossEntropy
 from .dividemix import DivideMix
 from .elr import ELR
+from .refurbish import Refurbish
 from .sop import SOP
 
 __all__ = ["LEARNERS", "Learner", "Step"]
 
-LEARNERS: dict[str, type[Learner]] = {"ce": CrossEntropy, "elr": ELR, "sop": SOP, "dividemix": DivideMix}
+LEARNERS: dict[str, type[Learner]] = {
+    "ce": CrossEntropy,
+    "elr": ELR,
+    "sop": SOP,
+    "refurbish": Refurbish,
+    "dividemix": DivideMix,
+}
