@@ -179,26 +179,28 @@ def test_how_often_a_run_evaluates_changes_nothing_else(undisturbed):
 
 
 class Observed:
-    """Listens to a run: the logits of each training step, and what each epoch recorded."""
+    """Listens to a run: the logits of each training step, the loss it went down, and what each epoch recorded."""
 
     def __init__(self, one):
-        self.steps, self.returned, self.epochs = [], [], []
-        logits, pruning = [], one.loop.pruning
-        one.loop.network.learner.register_forward_hook(lambda model, _, output: logits.append(output.detach().float()))
-        update, end_epoch = pruning.update, pruning.end_epoch
+        self.steps, self.descended, self.epochs = [], [], []
+        logits, pruning, network = [], one.loop.pruning, one.loop.network
+        network.learner.register_forward_hook(lambda model, _, output: logits.append(output.detach().float()))
+        learn, observe, end_epoch = network.learn, pruning.observe, pruning.end_epoch
 
-        def noted_update(index, *args, **kwargs):
-            loss = update(index, *args, **kwargs)
+        def noted_learn(loss):
+            self.descended.append(loss.item())
+            learn(loss)
+
+        def noted_observe(index, *losses):
+            observe(index, *losses)
             weights = dict(zip(pruning.selection.indices, pruning.selection.weights, strict=True))
             self.steps.append((pruning.epoch, index, logits[-1], torch.tensor([weights[int(i)] for i in index])))
-            self.returned.append(loss.item())
-            return loss
 
         def noted_end(reference_loss):
             end_epoch(reference_loss)
             self.epochs.append(pruning.trajectories.last_N.clone())
 
-        pruning.update, pruning.end_epoch = noted_update, noted_end
+        network.learn, pruning.observe, pruning.end_epoch = noted_learn, noted_observe, noted_end
 
 
 @pytest.mark.parametrize("recorded", ["plain", "smoothed"])
@@ -208,10 +210,10 @@ def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(t
     folder = trained(one)
     labels = torch.from_numpy(one.setup.task.data.train.labels)
     plain_sum = {}
-    for (epoch, index, logits, weights), returned in zip(seen.steps, seen.returned, strict=True):
+    for (epoch, index, logits, weights), descended in zip(seen.steps, seen.descended, strict=True):
         plain = F.cross_entropy(logits, labels[index], reduction="none")
         smoothed = F.cross_entropy(logits, labels[index], reduction="none", label_smoothing=0.2)
-        assert returned == pytest.approx((weights * smoothed).sum().item() / len(index), rel=1e-5)
+        assert descended == pytest.approx((weights * smoothed).sum().item() / len(index), rel=1e-5)
         expected = plain if recorded == "plain" else smoothed
         torch.testing.assert_close(seen.epochs[epoch][index], expected, rtol=1e-5, atol=1e-6)
         plain_sum[epoch] = plain_sum.get(epoch, 0) + plain.double().sum().item()
