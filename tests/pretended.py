@@ -8,6 +8,7 @@ import traceback
 import warnings
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,9 @@ class Pretended(torch.Tensor):
 
     def __repr__(self):
         return f"Pretended({self.held!r})"
+
+    def tolist(self):
+        return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -178,6 +182,7 @@ def pretended():
         }.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.backends.cudnn, "version", lambda: 90000)
+        patch.setattr(torch.accelerator, "current_stream", lambda: SimpleNamespace(is_capturing=lambda: False))
         patch.setattr(torch, "tensor", moved(torch.tensor))
         patch.setattr(torch, "as_tensor", moved(torch.as_tensor))
         torch.__future__.set_overwrite_module_params_on_conversion(True)

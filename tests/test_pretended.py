@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from alignprune_exp import optim
-from alignprune_exp.data.batches import ImageBatches
+from alignprune_exp.data.batches import Batches, ImageBatches
 from alignprune_exp.learners.ce import CrossEntropy
 from alignprune_exp.pruning import DynamicPruning
 from alignprune_exp.run import Run
@@ -69,8 +69,8 @@ def line_of(name):
 def steps(monkeypatch):
     """Have the device watched within steps alone, from a run's first batch of an epoch to its last."""
 
-    def watching(device):
-        device.watched, epoch = False, ImageBatches.epoch
+    def watching(device, batches=ImageBatches):
+        device.watched, epoch = False, batches.epoch
 
         def watched(*given, **more):
             for batch in epoch(*given, **more):
@@ -78,7 +78,7 @@ def steps(monkeypatch):
                 yield batch
             device.watched = False
 
-        monkeypatch.setattr(ImageBatches, "epoch", watched)
+        monkeypatch.setattr(batches, "epoch", watched)
 
     return watching
 
@@ -106,6 +106,28 @@ def test_a_run_does_not_wait_within_a_step_and_comes_to_what_the_cpu_does(tmp_pa
             for each in (row, other)
         )
         np.testing.assert_allclose(*numbers, rtol=1e-5, atol=0.02)  # ties of correlations
+    np.testing.assert_array_equal(samples_of(there)["times_selected"], samples_of(here)["times_selected"])
+
+
+TASKS = {
+    "language": ("model.width=8", "model.heads=2", "model.layers=1", "task.length=16", "task.vocabulary=300"),
+    "segmentation": ("model.width=2", "dataset.scenes=100", "dataset.flip=true"),
+    "regression": ("model.width=4",),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_another_task_does_not_wait_within_a_step_either(tmp_path, steps, task):
+    """With its own optimizer, which is AdamW."""
+    line = ("threads=1", "epochs=4", "score.window=3", "batch_size=16", "dataset.subset=60", "dataset.test_subset=20")
+    line = (f"task={task}", *line, "precision=fp32", "reference.size=6", "pruner.delta=1.0", *TASKS[task])
+    with pretended() as device:
+        steps(device, Batches)
+        there = walked(tmp_path / "there", device, *line)
+    here = trained(Run(config_of(tmp_path / "here", "device=cpu", *line, base=())))
+    for row, other in zip(metrics_of(there), metrics_of(here), strict=True):
+        for key in ("train_loss", "test_loss", "reference_loss", "kept_fraction"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5, nan_ok=True)
     np.testing.assert_array_equal(samples_of(there)["times_selected"], samples_of(here)["times_selected"])
 
 
