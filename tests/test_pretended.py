@@ -112,13 +112,15 @@ def test_a_run_does_not_wait_within_a_step_and_comes_to_what_the_cpu_does(tmp_pa
 TASKS = {
     "language": ("model.width=8", "model.heads=2", "model.layers=1", "task.length=16", "task.vocabulary=300"),
     "segmentation": ("model.width=2", "dataset.scenes=100", "dataset.flip=true"),
+    # A bias ahead of batch norm has no gradient but its rounding, of which AdamW makes whole steps.
+    "detection": ("model.width=2", "optimizer=sgd", "dataset.scenes=100", "dataset.side=32", "dataset.flip=true"),
     "regression": ("model.width=4",),
 }
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_another_task_does_not_wait_within_a_step_either(tmp_path, steps, task):
-    """With its own optimizer, which is AdamW."""
+    """With its own optimizer, which is AdamW, but for detection."""
     line = ("threads=1", "epochs=4", "score.window=3", "batch_size=16", "dataset.subset=60", "dataset.test_subset=20")
     line = (f"task={task}", *line, "precision=fp32", "reference.size=6", "pruner.delta=1.0", *TASKS[task])
     with pretended() as device:
@@ -127,7 +129,7 @@ def test_another_task_does_not_wait_within_a_step_either(tmp_path, steps, task):
     here = trained(Run(config_of(tmp_path / "here", "device=cpu", *line, base=())))
     for row, other in zip(metrics_of(there), metrics_of(here), strict=True):
         for key in ("train_loss", "test_loss", "reference_loss", "kept_fraction"):
-            assert row[key] == pytest.approx(other[key], rel=1e-5, nan_ok=True)
+            assert row[key] == other[key] or row[key] == pytest.approx(other[key], rel=1e-5)
     np.testing.assert_array_equal(samples_of(there)["times_selected"], samples_of(here)["times_selected"])
 
 
