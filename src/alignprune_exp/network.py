@@ -65,7 +65,8 @@ class Network:
         plain, training, predicted = self.learner.losses(step, self.training_logits)
         training = one_a_sample("the loss", training, step.index)
         self.learn(weighted_mean(training, weights) * step.share)
-        return plain.detach(), training.detach(), predicted
+        shown = plain.detach()
+        return shown, shown if training is plain else training.detach(), predicted
 
     def _replays(self, setup: Setup) -> bool:
         """Return whether steps are to be replayed; raise UsageError where that is asked for and cannot be."""
