@@ -166,8 +166,8 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
     """Raise UsageError for a config that asks for ``classes`` or known ``clean`` labels of data without."""
     if config.score.name == "oracle" and not clean:
         raise UsageError("score=oracle needs clean labels, and this data set has none; use another score")
-    asks = PRUNER.make(config.pruner).asks
-    if asks and not clean:
+    plan: Plan = PRUNER.make(config.pruner)
+    if plan.asks and not clean:
         raise UsageError(
             f"pruner={config.pruner.name} asks for clean labels, and this data set has none; use another one"
         )
@@ -181,11 +181,11 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
     name, lacks = config.task.name, "needs class labels, and task="
     if LEARNER.find(config.learner.name).by_class:
         raise UsageError(f"learner={config.learner.name} {lacks}{name} has none; use learner=ce")
-    if asks:
+    if plan.asks:
         raise UsageError(f"pruner={config.pruner.name} {lacks}{name} has none; use one that asks for none")
-    if isinstance(PRUNER.make(config.pruner), Criterion):
+    if isinstance(plan, Criterion):
         raise UsageError(f"pruner={config.pruner.name} {lacks}{name} has none; use one that chooses every epoch")
-    if PRUNER.make(config.pruner).needs_noise_rate:
+    if plan.needs_noise_rate:
         pruner = f"pruner={config.pruner.name} estimates the noise of class labels"
         raise UsageError(f"{pruner}, and task={name} has none; set pruner.exclude=0.3")
     if config.keep_probabilities:

@@ -53,7 +53,7 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
     seen: dict[str, Job] = {}
     finished = 0
     done: dict[str, frozenset[str]] = {}
-    opened: dict[str, tuple[bool, bool]] = {}  # by data: whether these have classes, and known clean labels
+    opened: dict[tuple[object, ...], tuple[bool, bool]] = {}  # whether data have classes, and known clean labels
     progress = Progress()
     for number, overrides in enumerate(grid):
         progress.show(f"checking runs: {number}/{len(grid)}")
@@ -74,10 +74,11 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
         if here:
             with _named(overrides):
                 check_load(config)
-                if (data := repr((config.task, config.dataset, config.noise.name))) not in opened:
+                if (data := (config.task, config.dataset, config.noise.name)) in opened:
+                    check_labels(config, *opened[data])
+                else:
                     task = open_task(config)
                     opened[data] = task.classes is not None, task.corrupted is not None
-                check_labels(config, *opened[data])
         seen.setdefault(id, Job(len(seen) + 1, tuple(overrides), config, group_of(composed)))
     same = len(grid) - finished - len(seen)
     say(
