@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +29,11 @@ from ..data.batches import Batch
 from ..data.images import Files, refuse_too_many, rgb
 from ..data.index import Survey, there
 from ..data.source import DataSet, Root, Unreadable, brief, existing
-from ..data.sources.digits import Digits
 from ..errors import UsageError
 from ..models import Kind, Norm, Width, normalisation, synchronised
-from ..pruning.seeding import generator
 from ..records import Metric
 from ..schema import Aside, Side
-from .scenes import Pictured, Scenes, SceneTask, cut_out, painted, photographs
+from .scenes import DigitPictures, Pictured, Scenes, SceneTask, cut_out, painted
 from .segmentation import Voc
 
 if TYPE_CHECKING:
@@ -325,39 +323,18 @@ def _ious(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitBoxes(DataSet):
-    """scikit-learn's digits beside each other on cuts of its two sample photographs, as `DigitScenes` has them.
+class DigitBoxes(DigitPictures):
+    """Digits beside each other, as `DigitPictures` has them. Each is whole, and its box the tightest."""
 
-    Each is whole, and its box the tightest. Training and test scenes share neither a digit nor a pixel.
-    """
-
-    name: str
     side: Annotated[int, Field(ge=32, le=192)]
-    scenes: Annotated[int, Field(ge=10, le=10**6)]
-    most: Annotated[int, Field(ge=1, le=9)]
 
     task: ClassVar[str] = "detection"
+    purpose: ClassVar[str] = "boxes"
 
-    def open(self) -> Scenes:
-        digits, (left, right) = Digits(name=self.name).open(), photographs()
-        train = self._made("train", self.scenes, digits.train, left)
-        test = self._made("test", max(self.scenes // 5, 1), digits.test, right)
-        return Scenes(train, test, digits.classes, clean=True)
-
-    def _made(self, split: str, n: int, digits: Any, photographs: list[np.ndarray]) -> Pictured:
-        images, boxes = np.empty((n, 3, self.side, self.side), np.uint8), []
-        grey, labels = digits.pixels(np.arange(len(digits))).numpy()[:, 0], digits.labels
-        for row in range(n):
-            rng = generator(0, f"{split} boxes", row)
-            scene, found = self._scene(photographs[rng.integers(len(photographs))], grey, labels, rng)
-            images[row] = scene.transpose(2, 0, 1)
-            boxes.append(found)
-        return Pictured(images, boxes, [f"{split} scene {row}" for row in range(n)])
-
-    def _scene(
+    def scene(
         self, photograph: np.ndarray, digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return an image, uint8 (side, side, 3), and its boxes (k, 6); what finds no free place is left out."""
+        """Return an image and its boxes (k, 6); what finds no free place is left out."""
         image = cut_out(photograph, self.side, rng)
         free, boxes = np.ones(image.shape[:2], bool), []
         for _ in range(rng.integers(1, self.most + 1)):
@@ -371,7 +348,7 @@ class DigitBoxes(DataSet):
                     corners = left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1
                     boxes.append((*corners, labels[which], 0))
                     break
-        return np.rint(image).astype(np.uint8), np.array(boxes, np.float32)
+        return image, np.array(boxes, np.float32)
 
 
 class Entry(NamedTuple):

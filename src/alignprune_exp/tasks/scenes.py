@@ -9,18 +9,20 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from ..config import Config
 from ..data.augment import Augmentation
 from ..data.batches import Batches
 from ..data.parts import Parts
-from ..data.sources.digits import shipped
+from ..data.source import DataSet, Images
+from ..data.sources.digits import Digits, shipped
 from ..files import printable
 from ..pruning.seeding import generator
 from .base import Task, needed
@@ -185,6 +187,52 @@ def left_to_right(images: Tensor) -> Tensor:
 
 
 # --- photographs, and digits on them
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitPictures(DataSet):
+    """scikit-learn's digits on cuts of its two sample photographs: made of real images, but no photograph of anything.
+
+    Training and test scenes share neither a digit nor a pixel of a photograph. A subclass says what a scene is.
+
+    Attributes:
+        scenes: to train on; a fifth as many are evaluated on.
+        most: digits in a scene.
+        purpose: names the random numbers of a scene.
+        before: the classes that come before those of the digits.
+    """
+
+    name: str
+    scenes: Annotated[int, Field(ge=10, le=10**6)]
+    most: Annotated[int, Field(ge=1, le=9)]
+
+    purpose: ClassVar[str]
+    before: ClassVar[tuple[str, ...]] = ()
+
+    def scene(
+        self, photograph: np.ndarray, digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image, float32 (H, W, 3), and its target, made of digits (n, 8, 8) with labels (n,)."""
+        raise NotImplementedError
+
+    def together(self, targets: list[np.ndarray]) -> Sequence[np.ndarray] | np.ndarray:
+        """Return the targets as they are held."""
+        return targets
+
+    def open(self) -> Scenes:
+        digits, (left, right) = Digits(name=self.name).open(), photographs()
+        train = self._made("train", self.scenes, digits.train, left)
+        test = self._made("test", max(self.scenes // 5, 1), digits.test, right)
+        return Scenes(train, test, (*self.before, *digits.classes), clean=True)
+
+    def _made(self, split: str, n: int, digits: Images, photographs: list[np.ndarray]) -> Pictured:
+        grey, images, targets = digits.pixels(np.arange(len(digits))).numpy()[:, 0], [], []
+        for row in range(n):
+            rng = generator(0, f"{split} {self.purpose}", row)
+            image, target = self.scene(photographs[rng.integers(len(photographs))], grey, digits.labels, rng)
+            images.append(np.rint(image).astype(np.uint8).transpose(2, 0, 1))
+            targets.append(target)
+        return Pictured(np.stack(images), self.together(targets), [f"{split} scene {row}" for row in range(n)])
 
 
 def photographs() -> tuple[list[np.ndarray], list[np.ndarray]]:

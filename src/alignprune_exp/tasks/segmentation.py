@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,14 +25,12 @@ from ..console import Progress
 from ..data.batches import Batch
 from ..data.images import IMAGE_FORMATS, Fit, refuse_too_many
 from ..data.source import DataSet, Root, brief, existing
-from ..data.sources.digits import Digits
 from ..errors import UsageError
 from ..models import Kind, Width, normalisation, synchronised
-from ..pruning.seeding import generator
 from ..records import Metric
 from ..schema import Side
 from .base import mean_nats
-from .scenes import Pictured, Scenes, SceneTask, cut_out, left_to_right, painted, photographs
+from .scenes import DigitPictures, Pictured, Scenes, SceneTask, cut_out, left_to_right, painted
 
 if TYPE_CHECKING:
     from ..distributed import Processes
@@ -149,40 +147,18 @@ def swapped(mask: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndar
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitScenes(DataSet):
-    """scikit-learn's digits on cuts of its two sample photographs: made of real images, but no photograph of anything.
+class DigitScenes(DigitPictures):
+    """Digits over each other, as `DigitPictures` has them, and the mask of what is seen of each."""
 
-    Training and test scenes share neither a digit nor a pixel of a photograph.
-    """
-
-    name: str
     side: Annotated[int, Field(ge=16, le=192)]
-    scenes: Annotated[int, Field(ge=10, le=10**6)]
-    most: Annotated[int, Field(ge=1, le=9)]
 
     task: ClassVar[str] = "segmentation"
+    purpose: ClassVar[str] = "scene"
+    before: ClassVar[tuple[str, ...]] = ("background",)
 
-    def open(self) -> Scenes:
-        digits, (left, right) = Digits(name=self.name).open(), photographs()
-        train = self._made("train", self.scenes, digits.train, left)
-        test = self._made("test", max(self.scenes // 5, 1), digits.test, right)
-        return Scenes(train, test, ("background", *digits.classes), clean=True)
-
-    def _made(self, split: str, n: int, digits: Any, photographs: list[np.ndarray]) -> Pictured:
-        images = np.empty((n, 3, self.side, self.side), np.uint8)
-        masks = np.empty((n, self.side, self.side), np.uint8)
-        rows = np.arange(len(digits))
-        grey, labels = digits.pixels(rows).numpy()[:, 0], digits.labels
-        for row in range(n):
-            rng = generator(0, f"{split} scene", row)
-            scene, masks[row] = self._scene(photographs[rng.integers(len(photographs))], grey, labels, rng)
-            images[row] = scene.transpose(2, 0, 1)
-        return Pictured(images, masks, [f"{split} scene {row}" for row in range(n)])
-
-    def _scene(
+    def scene(
         self, photograph: np.ndarray, digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return an image, uint8 (side, side, 3), and its mask."""
         side = self.side
         image = cut_out(photograph, side, rng)
         mask = np.full((side, side), BACKGROUND, np.uint8)
@@ -191,7 +167,10 @@ class DigitScenes(DataSet):
             top, left = (int(rng.integers(0, side - size + 1)) for _ in range(2))
             ink = painted(image[top : top + size, left : left + size], digits[which], rng)
             mask[top : top + size, left : left + size][ink] = 1 + labels[which]
-        return np.rint(image).astype(np.uint8), mask
+        return image, mask
+
+    def together(self, targets: list[np.ndarray]) -> np.ndarray:
+        return np.stack(targets)
 
 
 @dataclass(frozen=True, kw_only=True)
