@@ -166,6 +166,15 @@ def same_bits_when_stopped(tmp_path, steps, *line, base):
     return folder
 
 
+def two_and_one(tmp_path, nurse, *line):
+    """The first epochs' rows of a run by two processes and by one, each pair, and both folders."""
+    nurse.start(*[[*line, f"paths.results={tmp_path / 'two'}"]] * 2, together=True)
+    assert nurse.ended() == [0, 0], nurse.said
+    assert launch(tmp_path / "one", base=line) == 0
+    folders = [only_run(tmp_path / name) for name in ("two", "one")]
+    return list(zip(*(rows_of(folder)[:3] for folder in folders), strict=True)), folders
+
+
 def before_the_second_step(monkeypatch, epoch, happens):
     """Let something happen before the second step of an epoch."""
     losses = CrossEntropy.losses

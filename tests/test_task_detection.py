@@ -38,7 +38,7 @@ from alignprune_exp.tasks.detection import (
     renamed,
 )
 from alignprune_exp.tasks.scenes import photographs
-from harness import Stop, assert_same_results, composed, config_of, launch, only_run, rows_of, samples_of, summary_of
+from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of, two_and_one
 from pretended import pretended
 
 VOC = """<annotation><size><width>{}</width><height>{}</height><depth>3</depth></size>{}</annotation>"""
@@ -404,12 +404,7 @@ def test_each_digit_of_a_scene_is_whole_and_its_box_the_tightest(task):
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
     line = (*line, "dataset.flip=true")
-    assert launch(tmp_path / "whole", *line, base=TINY) == 0
-    stop, config = Stop(), config_of(tmp_path / "parts", *line, base=TINY)
-    while stop.run(config, 3):
-        pass
-    assert_same_results(only_run(tmp_path / "parts"), only_run(tmp_path / "whole"))
-    folder = only_run(tmp_path / "whole")
+    folder = same_bits_when_stopped(tmp_path, 3, *line, base=TINY)
     summary, rows = summary_of(folder), rows_of(folder)
     assert summary["headline_name"] == "map"
     assert summary["test_map_best"] == max(row["test_map"] for row in rows)
@@ -420,12 +415,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
 
 def test_two_processes_compute_what_one_computes(tmp_path, nurse):
     line = (*TINY, "model.norm=group", "precision=fp32")
-    nurse.start(*[[*line, f"paths.results={tmp_path / 'two'}"]] * 2, together=True)
-    assert nurse.ended() == [0, 0], nurse.said
-    assert launch(tmp_path / "one", base=line) == 0
-    two, one = (only_run(tmp_path / name) for name in ("two", "one"))
+    pairs, (two, one) = two_and_one(tmp_path, nurse, *line)
     assert two.name == one.name
-    for ours, theirs in zip(rows_of(two)[:3], rows_of(one)[:3], strict=True):
+    for ours, theirs in pairs:
         assert ours["kept_noise"] == theirs["kept_noise"]
         for key in ("train_loss", "test_loss", "reference_loss"):
             assert math.isclose(ours[key], theirs[key], rel_tol=1e-3)

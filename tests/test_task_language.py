@@ -16,7 +16,7 @@ from torch import nn
 from alignprune_exp.distributed import Processes
 from alignprune_exp.setup import open_task
 from alignprune_exp.tasks.language import NOTHING, SHORTEST, boilerplate, corrupt, mojibake, passages, shuffled
-from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of
+from harness import composed, rows_of, same_bits_when_stopped, samples_of, summary_of, two_and_one
 
 WORDS = ("time", "is", "an", "illusion", "lunchtime", "doubly", "so", "said", "the", "guide", "to", "galaxies")
 TINY = ("task=language", "dataset=text", "threads=1", "task.length=24", "task.vocabulary=300", "model.width=16")
@@ -227,12 +227,7 @@ def test_the_same_seed_draws_the_same_and_another_one_others(jsonl, task):
 
 def test_two_processes_compute_what_one_computes(tmp_path, nurse, jsonl):
     line = (*TINY, f"dataset.root={jsonl}", "precision=fp32")
-    nurse.start(*[[*line, f"paths.results={tmp_path / 'two'}"]] * 2, together=True)
-    assert nurse.ended() == [0, 0], nurse.said
-    assert launch(tmp_path / "one", base=line) == 0
-    for ours, theirs in zip(
-        rows_of(only_run(tmp_path / "two"))[:3], rows_of(only_run(tmp_path / "one"))[:3], strict=True
-    ):
+    for ours, theirs in two_and_one(tmp_path, nurse, *line)[0]:
         assert ours["kept_noise"] == theirs["kept_noise"]
         for key in ("train_loss", "test_loss", "test_bits_per_byte", "reference_loss"):
             assert math.isclose(ours[key], theirs[key], rel_tol=1e-4)

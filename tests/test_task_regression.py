@@ -16,7 +16,7 @@ from sklearn.metrics import r2_score, root_mean_squared_error
 from alignprune_exp.distributed import Processes
 from alignprune_exp.setup import open_task
 from alignprune_exp.tasks.regression import permuted
-from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of
+from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of, two_and_one
 
 TINY = (
     "task=regression",
@@ -129,10 +129,7 @@ def test_clean_targets_are_learnt(tmp_path):
 
 def test_two_processes_compute_what_one_computes(tmp_path, nurse):
     line = (*TINY, "precision=fp32")
-    nurse.start(*[[*line, f"paths.results={tmp_path / 'two'}"]] * 2, together=True)
-    assert nurse.ended() == [0, 0], nurse.said
-    assert launch(tmp_path / "one", base=line) == 0
-    for ours, theirs in zip(*(rows_of(only_run(tmp_path / name))[:3] for name in ("two", "one")), strict=True):
+    for ours, theirs in two_and_one(tmp_path, nurse, *line)[0]:
         assert ours["kept_noise"] == theirs["kept_noise"]
         for key in ("train_loss", "test_loss", "test_rmse", "test_r2", "reference_loss"):
             assert math.isclose(ours[key], theirs[key], rel_tol=1e-4, abs_tol=1e-5)

@@ -15,7 +15,7 @@ from alignprune_exp.config import MODEL
 from alignprune_exp.distributed import Processes
 from alignprune_exp.setup import open_task
 from alignprune_exp.tasks.segmentation import IGNORED, corrupt, dilated, eroded, shifted, swapped
-from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of
+from harness import composed, rows_of, same_bits_when_stopped, samples_of, summary_of, two_and_one
 
 TINY = ("task=segmentation", "threads=1", "dataset.scenes=70", "dataset.side=32", "model.width=2", "batch_size=16")
 TINY += ("epochs=5", "score.window=3", "dataset.test_subset=10", "reference.size=6")
@@ -180,12 +180,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
 
 def test_two_processes_compute_what_one_computes(tmp_path, nurse):
     line = (*TINY, "model.norm=group", "precision=fp32")
-    nurse.start(*[[*line, f"paths.results={tmp_path / 'two'}"]] * 2, together=True)
-    assert nurse.ended() == [0, 0], nurse.said
-    assert launch(tmp_path / "one", base=line) == 0
-    two, one = (only_run(tmp_path / name) for name in ("two", "one"))
+    pairs, (two, one) = two_and_one(tmp_path, nurse, *line)
     assert two.name == one.name
-    for ours, theirs in zip(rows_of(two)[:3], rows_of(one)[:3], strict=True):
+    for ours, theirs in pairs:
         assert ours["kept_noise"] == theirs["kept_noise"]
         for key in ("train_loss", "test_loss", "reference_loss"):
             assert math.isclose(ours[key], theirs[key], rel_tol=1e-3)
