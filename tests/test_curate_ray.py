@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,24 @@ def held():
             process.resume()
 
 
+def stopped(asked, nodes):
+    """Stop the command by a signal once a part is scored, while others end; return the parts that are."""
+    line = [sys.executable, "-m", "alignprune_exp.curate", *asked, *KEEP, *on(nodes)]
+    running = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    while not (scored := list(Path("keep/.work/parts").glob("[!.]*.parquet"))):
+        assert running.poll() is None, "it ended before it was stopped"
+        time.sleep(0.001)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "stopped; the same command goes on" in sentence_of(said)
+    for _ in range(1000):
+        if not tasks():
+            return scored
+        time.sleep(0.01)
+    raise AssertionError(f"workers are left: {tasks()}")
+
+
 @pytest.mark.parametrize("dies", ["worker", "node"])
 def test_a_part_whose_worker_or_node_dies_is_scored_again(place, nodes, dies):
     ids, losses_NW, reference = drawn(n=400_000)
@@ -124,16 +143,7 @@ def test_a_signal_stops_it_and_any_engine_goes_on_from_what_is_scored(place, nod
     ids, losses_NW, reference = drawn(n=200_000)
     losses = str(Path(lay_out("rows", ids, losses_NW, files=16)).absolute())
     asked = [losses, "--reference", write_reference(reference), "--threads", "1"]
-    running = subprocess.Popen(
-        [sys.executable, "-m", "alignprune_exp.curate", *asked, *KEEP, *on(nodes)], stderr=subprocess.PIPE, text=True
-    )
-    while not (scored := list(Path("keep/.work/parts").glob("[!.]*.parquet"))):
-        assert running.poll() is None, "it ended before it was stopped"
-        time.sleep(0.001)
-    running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert "stopped; the same command goes on" in sentence_of(said)
+    scored = stopped(asked, nodes)
     before = pq.read_table(scored[0])
     marked = before.set_column(1, "score", pa.array(np.full(len(before), 0.125, np.float32)))
     pq.write_table(marked, scored[0])  # what was scored before can be told
@@ -141,6 +151,15 @@ def test_a_signal_stops_it_and_any_engine_goes_on_from_what_is_scored(place, nod
     table = pq.read_table("keep/scores").to_pandas().set_index("id")
     assert (table.loc[before["id"].to_numpy(), "score"] == 0.125).all()
     assert len(table) == len(ids)
+
+
+def test_it_is_stopped_in_the_same_way_each_time(place, nodes):
+    ids, losses_NW, reference = drawn(n=100_000)
+    losses = str(Path(lay_out("rows", ids, losses_NW, files=16)).absolute())
+    asked = [losses, "--reference", write_reference(reference), "--threads", "1"]
+    for _ in range(8):  # Ray's own way to cancel a task crashed one time in four
+        stopped(asked, nodes)
+        shutil.rmtree("keep")
 
 
 def test_files_that_cannot_be_read_are_left_out_alike(place, nodes, capsys):

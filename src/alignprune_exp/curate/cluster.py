@@ -34,7 +34,7 @@ from .layout import Part
 R = TypeVar("R")
 
 AGAIN = 3  # times that a part whose worker or node died is tried again
-AHEAD = 1000  # parts that Ray has before it at a time
+AHEAD = 1000  # parts that Ray has before it at least, so that a cluster can grow
 PATIENCE = 30  # seconds in which a cluster has to answer
 SHARE = 0.8  # of a worker's memory that its DuckDB may use
 STORE = 10**8  # bytes in which the workers of a local cluster leave what they return
@@ -64,26 +64,32 @@ class Cluster:
         self.memory = memory or int(SHARE * share)
         self._task = ray.remote(num_cpus=threads, memory=share, max_retries=AGAIN)(_do)
         self._given = (sign, VERSIONS, self.memory, threads)
+        self._ahead = max(AHEAD, sum(2 * int(cpus // threads) for cpus, _ in fit))
+        self._pending: dict[Any, Part] = {}
 
     def each(self, work: Callable[[Engine, Part], R], parts: Sequence[Part], alone: bool) -> Iterator[R]:
         """Yield what ``work`` returns for each part, as it is done; a worker has one at a time, and so is ``alone``.
 
+        What an earlier call that raised has left is waited for, never cancelled: where a task ends as it is
+        cancelled, Ray ends this process. Leaving the cluster ends all.
+
         Raises what ``work`` raises, UsageError where a node lacks a file or has other versions, and Failed where
         workers die again and again.
         """
+        while self._pending:
+            self._next()
         rest = iter(parts)
-        pending: dict[Any, Part] = {}
-        try:
-            while True:
-                for part in islice(rest, AHEAD - len(pending)):
-                    pending[self._task.remote(*self._given, work, part)] = part
-                if not pending:
-                    return
-                (done,), _ = ray.wait(list(pending))
-                yield _result(done, pending.pop(done))
-        finally:
-            for each in pending:
-                ray.cancel(each, force=True)
+        while True:
+            for part in islice(rest, self._ahead - len(self._pending)):
+                self._pending[self._task.remote(*self._given, work, part)] = part
+            if not self._pending:
+                return
+            yield _result(*self._next())
+
+    def _next(self) -> tuple[Any, Part]:
+        """Wait for a task; return it, and its part."""
+        (done,), _ = ray.wait(list(self._pending))
+        return done, self._pending.pop(done)
 
 
 def _result(task: Any, part: Part) -> Any:
