@@ -230,7 +230,7 @@ MISTAKES = [
     ("reference.noise=2", "reference.noise=2 1"),
     ("score.unseen=cary", "score.unseen=cary carry mask refresh"),
     ("precision=fp64", "precision=fp64 auto bf16 fp32"),
-    ("recorded=both", "recorded=both plain smoothed"),
+    ("recorded=both", "recorded=both plain smoothed doubt odds disagreement"),
     ("device=gpu", "device=gpu auto cpu cuda"),
     ("noise=real noise.labels=best", "noise.labels=best worst aggre"),
     # what the data cannot give

@@ -79,7 +79,7 @@ def _rows(noisy_known=True, n=200, classes=4):
     chosen = np.sort(rng.choice(n, 120, replace=False))
     reference = rng.exponential(1.0, 8)
     selection = _selection(chosen, np.ones(120))
-    rows = dynamics(7, losses, reference, scores, noisy if noisy_known else None, labels, selection, classes)
+    rows = dynamics(7, losses, reference, scores, noisy if noisy_known else None, labels, selection, (0, 4 * classes))
     return rows, noisy, losses, scores, labels, chosen, reference
 
 
@@ -136,7 +136,14 @@ def test_rows_share_their_columns_and_are_finite():
 def test_a_group_without_samples_has_no_quantiles_and_no_nan():
     losses = np.array([0.5, 1.0], np.float32)
     rows = dynamics(
-        0, losses, np.empty(0), {"loss": losses}, np.zeros(2, bool), np.array([0, 1]), _selection([0, 1], [1, 1]), 2
+        0,
+        losses,
+        np.empty(0),
+        {"loss": losses},
+        np.zeros(2, bool),
+        np.array([0, 1]),
+        _selection([0, 1], [1, 1]),
+        (0, 8),
     )
     assert {row["group"] for row in rows if row["kind"] == "loss_quantile"} == {"clean"}
     assert np.isfinite([row["value"] for row in rows]).all()

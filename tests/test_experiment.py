@@ -203,8 +203,8 @@ class Observed:
         network.learn, pruning.observe, pruning.end_epoch = noted_learn, noted_observe, noted_end
 
 
-@pytest.mark.parametrize("recorded", ["plain", "smoothed"])
-def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(tmp_path, recorded):
+@pytest.mark.parametrize("recorded", ["plain", "smoothed", "doubt", "odds", "disagreement"])
+def test_label_smoothing_is_trained_and_what_is_recorded_is_what_was_asked_for(tmp_path, recorded):
     one = Run(config_of(tmp_path, "label_smoothing=0.2", f"recorded={recorded}", "epochs=5", "precision=fp32"))
     seen = Observed(one)
     folder = trained(one)
@@ -214,7 +214,14 @@ def test_label_smoothing_is_trained_and_the_loss_recorded_is_the_one_asked_for(t
         plain = F.cross_entropy(logits, labels[index], reduction="none")
         smoothed = F.cross_entropy(logits, labels[index], reduction="none", label_smoothing=0.2)
         assert descended == pytest.approx((weights * smoothed).sum().item() / len(index), rel=1e-5)
-        expected = plain if recorded == "plain" else smoothed
+        others = logits.clone().scatter_(1, labels[index][:, None], -torch.inf).logsumexp(1)
+        expected = {
+            "plain": plain,
+            "smoothed": smoothed,
+            "doubt": 1 - logits.softmax(1)[range(len(index)), labels[index]],
+            "odds": others - logits[range(len(index)), labels[index]],
+            "disagreement": (logits.argmax(1) != labels[index]).float(),
+        }[recorded]
         torch.testing.assert_close(seen.epochs[epoch][index], expected, rtol=1e-5, atol=1e-6)
         plain_sum[epoch] = plain_sum.get(epoch, 0) + plain.double().sum().item()
     for row in metrics_of(folder):

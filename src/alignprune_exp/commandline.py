@@ -34,6 +34,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .config import LEARNER, NOISE, PATHS, PRUNER, UNRANKED, Config, NoiseKeys, ScoreKeys, validate
 from .errors import UsageError
+from .pruning.signals import SIGNALS
 from .registry import settings
 from .schema import shown, suggest
 
@@ -289,12 +290,13 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     notes = []
     given = sorted({override.split("=")[0].lstrip("+") for override in overrides})
     pruner = config.pruner.name
-    scores = [key for key in given if key.partition(".")[0] == "score"]
+    signal = any(f"recorded={name}" in overrides for name in SIGNALS)
+    scores = [key for key in given if key.partition(".")[0] == "score" or (signal and key == "recorded")]
     if scores and not PRUNER.make(config.pruner).uses_scores:
         notes.append(f"{', '.join(scores)} has no effect under pruner={pruner}, which ranks nothing")
     if "saved" in given and PRUNER.make(config.pruner).keeps is None:
         notes.append(f"saved has no effect under pruner={pruner}, which saves nothing")
-    smoothing = [key for key in given if key in ("label_smoothing", "recorded")]
+    smoothing = [key for key in given if key == "label_smoothing" or (key == "recorded" and not signal)]
     if smoothing and not LEARNER.find(config.learner.name).smooths:
         notes.append(f"{', '.join(smoothing)} has no effect under learner={config.learner.name}, which does not smooth")
     inert = NoiseKeys.model_fields.keys() - {"name", *settings(NOISE.find(config.noise.name))}

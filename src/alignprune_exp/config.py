@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, SerializeAsAny, Tag
 
 from .errors import UsageError
+from .pruning.signals import SIGNALS
 from .registry import Named, Registry, settings
 from .schema import EPOCHS, Aside, Count, Epochs, Neutral, Node, Rate, Share, validated
 
@@ -138,7 +139,7 @@ class Plain(Node):
     epochs: Epochs
     batch_size: Annotated[int, Field(ge=1, le=10**6)]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    recorded: Literal["plain", "smoothed"]
+    recorded: Literal["plain", "smoothed", "doubt", "odds", "disagreement"]
     eval_every: Count
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
     precision: Literal["auto", "bf16", "fp32"]
@@ -205,9 +206,12 @@ def validate(values: Mapping[str, Any]) -> Config:
         raise UsageError(f"pruner={config.pruner.name}: epochs={config.epochs} is more than of={planned}; use fewer")
     if not plan.uses_scores:
         config = config.model_copy(update={"score": UNRANKED})
+        if config.recorded in SIGNALS:
+            config = config.model_copy(update={"recorded": "plain"})
     learner = LEARNER.find(config.learner.name)
     if not getattr(learner, "smooths", False) or config.label_smoothing == 0:  # a scale may have set some
-        config = config.model_copy(update={"label_smoothing": 0.0, "recorded": "plain"})
+        kept = "plain" if config.recorded == "smoothed" else config.recorded
+        config = config.model_copy(update={"label_smoothing": 0.0, "recorded": kept})
     learner.check(config)
     return config
 
@@ -246,7 +250,7 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
         values["pruner"]["revision"] = pruner.revision
     if config.optimizer.cycle_momentum:
         values["optimizer"]["momentum"] = config.optimizer.momentum > 0
-    if config.label_smoothing == 0:
+    if config.label_smoothing == 0 and config.recorded == "plain":
         del values["recorded"]
     if config.device.startswith("cuda"):
         values["device"] = "cuda"

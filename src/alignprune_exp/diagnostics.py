@@ -49,14 +49,14 @@ def dynamics(
     noisy: Mask | None,
     strata: NDArray[np.int64] | None,
     selection: Selection,
-    chance_loss: float,
+    shown: tuple[float, float],
 ) -> list[dict[str, Any]]:
     """Return one epoch's rows of ``dynamics.parquet``.
 
     Args:
         losses: (n,) last recorded losses. reference: (R,) losses of the reference samples.
         scores: (n,) each, by name. noisy: (n,), or None where unknown. strata: (n,), the class of each sample, if any.
-        chance_loss: of who knows nothing, four times which is the most that histograms of losses show.
+        shown: the least and the most that histograms of losses show.
 
     Each row has ``epoch``, ``kind``, ``name``, ``group`` (clean, noisy, reference, or all where unknown), ``x``
     and ``value``: ``loss_quantile`` at quantile x; ``histogram`` of the score ``name``, the count in the bin
@@ -76,9 +76,9 @@ def dynamics(
     for group, values in samples.items():
         if len(values):
             add("loss_quantile", "loss", group, QUANTILES, np.quantile(values, QUANTILES))
-    top = 4 * chance_loss
+    least, most = shown
     for name, score in scores.items():
-        ranges = {"loss": (0.0, top), "small_loss": (-top, 0.0), "settled": (-top, 0.0)}
+        ranges = {"loss": (least, most), "small_loss": (-most, -least), "settled": (-most, -least)}
         low, high = ranges.get(name, (-1.0, 1.0))
         for group, mask in groups.items():
             values = np.clip(score[mask & ~np.isnan(score)], low, high)

@@ -118,7 +118,7 @@ class Loop:
         with network.waiting(self._steps(order)[-1] < setup.processes.size):
             for step in self._batches(order, now, clock, stop, save):
                 plain, training, predicted = network.take(step, pruning.weights(step.index))
-                pruning.observe(step.index, training, plain if config.recorded == "plain" else training)
+                pruning.observe(step.index, training, setup.task.observed(plain, training, predicted, step.targets))
                 if predicted is not None:
                     self.predicted[step.index] = predicted
                 self.loss_sum += plain.sum()

@@ -22,6 +22,7 @@ from .diagnostics import detection_auroc, dynamics, kept_noise
 from .files import write_atomically
 from .loop import Epoch, Loop
 from .pruning import SCORES, Choice, DynamicPruning
+from .pruning.signals import extent
 from .records import ACCURACY, write_parquet
 from .runs import RunFolder, write_text
 from .setup import Setup
@@ -109,7 +110,7 @@ def epoch_rows(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, list[Row]]:
         noisy,
         setup.task.strata,
         now.selection,
-        setup.task.chance_loss,
+        extent(setup.config.recorded, setup.task.chance_loss),
     )
     clock.lap("diagnostics")
     looked_at = 0

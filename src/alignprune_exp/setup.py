@@ -15,6 +15,7 @@ from .data.split import reference_count
 from .distributed import Processes
 from .errors import UsageError
 from .pruning import Criterion, DynamicPruning, Full, Plan, Pruner, Trajectories
+from .pruning.signals import SIGNALS
 from .runs import run_id
 from .tasks import Task
 
@@ -171,8 +172,14 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
         raise UsageError(
             f"pruner={config.pruner.name} asks for clean labels, and this data set has none; use another one"
         )
+    if plan.asks and config.recorded in SIGNALS:
+        raise UsageError(f"pruner={config.pruner.name} compares losses; leave recorded={config.recorded} out")
     if classes:
         return
+    if config.recorded in SIGNALS:
+        raise UsageError(
+            f"recorded={config.recorded} needs class labels, and task={config.task.name} has none; use recorded=plain"
+        )
     if config.score.name == "cleaning":
         raise UsageError(
             f"score=cleaning needs class labels, and task={config.task.name} has none; use score=settled, or "

@@ -14,6 +14,7 @@ from .console import Parser, command, one_line
 from .errors import UsageError
 from .files import csv, refuse_target, write_atomically
 from .pruning.cleaning import first, table
+from .pruning.signals import SIGNALS
 from .records import Damaged, read_config, read_samples
 from .runs import write_text
 
@@ -50,8 +51,10 @@ def report_sheet(folder: Path, data: Path, top: int = 3 * SHEET_WIDTH) -> Sheet:
 
 
 def labelled(folder: Path) -> pd.DataFrame:
-    """Return the samples of a finished run, which have class labels. Raises UsageError where they have none."""
+    """Return the samples of a finished run that has recorded losses of class labels. Raises UsageError for others."""
     samples = read_samples(folder)
+    if (recorded := read_config(folder).get("recorded")) in SIGNALS:
+        raise UsageError(f"{folder} has recorded {recorded}, and losses tell how sure one may be; give a run of these")
     if "label" not in samples or samples["label"].isna().any():
         raise UsageError(f"{folder}/samples.parquet is without class labels; give a run whose task has some")
     return samples

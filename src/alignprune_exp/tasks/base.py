@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..config import DATASET, TASK
 from ..errors import UsageError
+from ..pruning.signals import SIGNALS
 from ..records import Metric
 
 if TYPE_CHECKING:
@@ -151,9 +152,19 @@ class Task:
 
     @torch.no_grad()
     def recorded(self, network: Network, batches: Iterable[Batch], smoothing: float = 0.0) -> Tensor:
-        """Return the losses (n,) of samples under the first network, as trajectories are made of them."""
-        parts = [self.losses(network.logits(inputs, 0), targets, smoothing)[1] for _, inputs, targets in batches]
+        """Return what trajectories are made of (n,), of samples under the first network."""
+        parts = [
+            self.observed(*self.losses(network.logits(inputs, 0), targets, smoothing), targets)
+            for _, inputs, targets in batches
+        ]
         return torch.cat([torch.empty(0, device=network.device), *parts])
+
+    def observed(self, plain_B: Tensor, smoothed_B: Tensor, predicted_B: Tensor | None, targets: Tensor) -> Tensor:
+        """Return what trajectories are made of (B,), given what `losses` returns of the same ``targets``."""
+        if signal := SIGNALS.get(self.config.recorded):
+            assert predicted_B is not None
+            return signal(plain_B, predicted_B != targets)
+        return plain_B if self.config.recorded == "plain" else smoothed_B
 
     def columns(self) -> dict[str, Any]:
         """Return what the record says of the training samples, (n,) each; ``index`` is their row in the data."""
