@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import duckdb
@@ -24,6 +25,7 @@ from alignprune_exp.pruning.scores import pearson
 from benchmarking import THREADS, Report, best, parser, peak_mb, reset_peak
 
 CHECKPOINTS, SHARDS, KEEP = 10, 8, 0.7
+SHARD, ROW_GROUP = 1_250_000, 122_880  # documents, and rows, at the most
 CLOSE = 1e-6
 NODES, AIM = 100, 10**10
 
@@ -34,14 +36,17 @@ Places = NDArray[np.int64]
 def main(arguments: Sequence[str] | None = None) -> int:
     command = parser(str(__doc__).splitlines()[0])
     command.add_argument("--documents", type=int, default=10**6, help="default: %(default)s")
-    command.add_argument("--large", action="store_true", help="also 10,000,000 documents, where nothing is shuffled")
+    command.add_argument(
+        "--large", action="store_true", help="also 10 and 100 million documents, where nothing is shuffled"
+    )
     command.add_argument("--memory", default="1GB", help="that DuckDB may use; default: %(default)s")
     options = command.parse_args(arguments)
     report = Report(f"curation, DAS over {CHECKPOINTS} checkpoints, DuckDB {duckdb.__version__}, {options.memory}")
     for layout in LAYOUTS:
         measure(report, layout, options.documents, options.memory)
-    for layout in ("rows", "checkpoints") if options.large else ():
-        measure(report, layout, 10**7, options.memory)
+    for documents in (10**7, 10**8) if options.large else ():
+        for layout in ("rows", "checkpoints"):
+            measure(report, layout, documents, options.memory)
     return report.finish(options.json)
 
 
@@ -91,40 +96,50 @@ def follows(speed: float, size: float) -> None:
 
 def right(order: Order, documents: int, reference: NDArray[np.float64]) -> bool:
     """Return whether the scores of some documents are the package's, and whether as many are kept as should be."""
-    some = np.random.default_rng(1).choice(documents, min(documents, 2000), replace=False)
-    some.sort()
+    chosen = np.random.default_rng(1).choice(documents, min(documents, 2000), replace=False)
+    shares = [(share, np.intersect1d(share, chosen)) for share in shards(documents)]
+    some = np.concatenate([there for _, there in shares])
     output = duckdb.connect()
     output.register("chosen", pa.table({"id": some * 3}))
     scores = f"'{order.out}/scores/*.parquet'"
     found = output.execute(f"SELECT score FROM {scores} JOIN chosen USING (id) ORDER BY id").fetchnumpy()["score"]
-    losses_WB = torch.from_numpy(np.float64(drawn(documents)[:, some]))
+    losses_WB = torch.from_numpy(np.float64(np.hstack([drawn(share)[:, there - share[0]] for share, there in shares])))
     expected = pearson(losses_WB, torch.from_numpy(reference)).numpy()
     (kept,) = output.execute(f"SELECT count(*) FROM {scores} WHERE keep").fetchall()[0]
     return kept == int(KEEP * documents + 1e-9) and len(found) == len(some) and np.abs(found - expected).max() <= CLOSE
 
 
-def drawn(documents: int) -> Floats:
-    """Return losses (W, N), the same ones each time."""
-    return np.random.default_rng(0).gamma(2, 1, (CHECKPOINTS, documents)).astype(np.float32)
+def shards(documents: int) -> list[Places]:
+    """Return the documents of each shard."""
+    return np.array_split(np.arange(documents), max(SHARDS, -(-documents // SHARD)))
+
+
+def drawn(share: Places) -> Floats:
+    """Return the losses (W, n) of a shard's documents, the same ones each time."""
+    return np.random.default_rng(share[:1]).standard_gamma(2, (CHECKPOINTS, len(share)), np.float32)
 
 
 def write(path: Path, **columns: object) -> None:
-    pq.write_table(pa.table(columns), path, row_group_size=122_880)
+    pq.write_table(pa.table(columns), path, row_group_size=ROW_GROUP)
 
 
 def write_rows(folder: Path, documents: int) -> None:
     """Write (id, losses)."""
-    losses_WN = drawn(documents)
-    for number, share in enumerate(np.array_split(np.arange(documents), SHARDS)):
-        flat = pa.array(np.ascontiguousarray(losses_WN[:, share].T).ravel())
+    for number, share in enumerate(shards(documents)):
+        flat = pa.array(np.ascontiguousarray(drawn(share).T).ravel())
         offsets = pa.array(np.arange(0, len(flat) + 1, CHECKPOINTS, dtype=np.int32))
         write(folder / f"{number}.parquet", id=share * 3, losses=pa.ListArray.from_arrays(offsets, flat))
 
 
 def write_checkpoints(folder: Path, documents: int) -> None:
     """Write (id, checkpoint, loss), a file a checkpoint, by id."""
-    for at, loss in enumerate(drawn(documents)):
-        write(folder / f"{at}.parquet", id=np.arange(documents) * 3, checkpoint=np.full(documents, at), loss=loss)
+    schema = pa.schema({"id": pa.int64(), "checkpoint": pa.int64(), "loss": pa.float32()})
+    with ExitStack() as files:
+        writers = [files.enter_context(pq.ParquetWriter(folder / f"{at}.parquet", schema)) for at in range(CHECKPOINTS)]
+        for share in shards(documents):
+            for at, loss in enumerate(drawn(share)):
+                table = pa.table({"id": share * 3, "checkpoint": np.full(len(share), at), "loss": loss}, schema)
+                writers[at].write_table(table, ROW_GROUP)
 
 
 def write_blocks(folder: Path, documents: int) -> None:
@@ -138,15 +153,14 @@ def write_files(folder: Path, documents: int) -> None:
 
 
 def write_whole(folder: Path, documents: int, arranged: Callable[[Places], Places]) -> None:
-    losses_WN = drawn(documents)
-    for number, share in enumerate(np.array_split(np.arange(documents), SHARDS)):
+    for number, share in enumerate(shards(documents)):
         sample, at = np.divmod(arranged(np.arange(len(share) * CHECKPOINTS)), CHECKPOINTS)
-        write(folder / f"{number}.parquet", id=share[sample] * 3, checkpoint=at, loss=losses_WN[at, share[sample]])
+        write(folder / f"{number}.parquet", id=share[sample] * 3, checkpoint=at, loss=drawn(share)[at, sample])
 
 
 def write_buckets(folder: Path, documents: int) -> None:
     """Write (id, checkpoint, loss) in no order."""
-    losses_WN = drawn(documents)
+    losses_WN = np.hstack([drawn(share) for share in shards(documents)])
     order = np.random.default_rng(2).permutation(losses_WN.size)
     for number, places in enumerate(np.array_split(order, SHARDS)):
         at, sample = np.divmod(places, documents)
