@@ -1,6 +1,7 @@
 """What is asked for in rounds, and a curriculum: what the paper names as next steps."""
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy.stats import rankdata
 
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning
 from alignprune_exp.pruning.bank import Trajectories
-from harness import SMALL, rows_of, same_bits_when_stopped, samples_of, summary_of
+from harness import SMALL, launch, rows_of, same_bits_when_stopped, samples_of, summary_of
 
 QUERY = ("method=query", "pruner.start=0.1", "pruner.budget=0.5", "pruner.every=2")
 
@@ -128,6 +129,12 @@ def test_labels_that_were_not_asked_for_have_no_say(undisturbed, line):
     assert (noisy["label"] != noisy["clean_label"]).mean() > 0.5
     summary = summary_of(folders[0])
     assert summary["asked"] == (noisy["times_selected"] > 0).sum() == summary["samples"] // 2
+
+
+def test_a_query_says_how_many_labels_it_asked_for(tmp_path, capsys):
+    assert launch(tmp_path, *QUERY) == 0
+    heads, values = (re.split(r"  +", line.strip()) for line in capsys.readouterr().out.split("\n\n")[1].splitlines())
+    assert dict(zip(heads, values, strict=True))["labels asked for"] == "148 of 297"
 
 
 def test_the_others_are_looked_at_before_each_round_alone(undisturbed):

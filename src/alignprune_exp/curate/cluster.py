@@ -151,6 +151,7 @@ def joined(address: str | None, work: Path, memory: int | None, threads: int | N
 def connect(address: str | None) -> None:
     """Connect to a cluster, or start one where there is no address. Raises UsageError where it does not answer."""
     answering = signal.getsignal(signal.SIGTERM)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
