@@ -293,6 +293,20 @@ def test_ids_and_checkpoints_may_be_texts_under_other_names_in_folders_that_name
     assert check_found("das", names, losses_NW, reference, 0.6)["layout"] == "checkpoints"
 
 
+def test_names_with_what_is_a_pattern_elsewhere_are_names(place):
+    ids, losses_NW, reference = drawn()
+    names = ["a[1].parquet", "a1.parquet", "b?.parquet", "b1.parquet", "it's.parquet", "c*.parquet", "c{x,y}.parquet"]
+    for name, share in zip(names, np.array_split(np.arange(len(ids)), len(names)), strict=True):
+        write(Path("losses[1]") / name, id=ids[share], losses=list(losses_NW[share]))
+    asked = ("--reference", write_reference(reference, path=Path("r?.parquet")))
+    write_reference(-reference, path=Path("r1.parquet"))
+    assert curate("losses[1]", *asked) == 0
+    check_found("das", ids, losses_NW, reference, 0.6)
+    assert sorted(path.name for path in Path("keep/scores").iterdir()) == sorted(names)
+    assert curate("losses[1]/a[1].parquet", *asked, out="one") == 0
+    assert found("one")[0]["id"].tolist() == ids[: len(ids) // len(names) + 1].tolist()
+
+
 @pytest.mark.parametrize("how", LAYOUTS)
 def test_settled_needs_no_reference(place, how):
     ids, losses_NW, _ = drawn()

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -125,7 +126,7 @@ def _do(
     with TemporaryDirectory() as spill:
         engine = Engine(Path(spill), f"{memory}B", threads)
         for file in part.files:
-            if (there := stamps(engine, file.path)) != {file.path: file.stamp}:
+            if (there := stamps(engine, escape(file.path))) != {file.path: file.stamp}:
                 what = "has another" if there else "does not see"
                 raise UsageError(f"{node} {what} {file.path}; put the losses on storage that all nodes share")
         return work(engine, part)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from glob import escape
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,7 @@ def name(column: str) -> str:
 
 def parquet(paths: Iterable[str]) -> str:
     """Return SQL that reads files as one table, columns by name."""
-    return f"read_parquet([{', '.join(map(text, paths))}], union_by_name = true)"
+    return f"read_parquet([{', '.join(text(escape(path)) for path in paths)}], union_by_name = true)"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def list_files(engine: Engine, losses: str) -> dict[str, str]:
     Raises UsageError where there is none.
     """
     itself = losses.endswith(".parquet") or "*" in losses
-    pattern = losses if itself else f"{losses.rstrip('/')}/**/*.parquet"
+    place = escape(losses) if os.path.exists(losses) else losses
+    pattern = place if itself else f"{place.rstrip('/')}/**/*.parquet"
     if not (found := stamps(engine, pattern)):
         raise UsageError(f"there is no Parquet file in {losses}; give a folder, a pattern or a path that has some")
     return found
@@ -117,7 +120,7 @@ def read_file(engine: Engine, path: str, stamp: str, columns: Sequence[str] | No
         there = {column: kind for column, kind, *_ in engine.all(f"DESCRIBE FROM {parquet([path])}")}
         chunks = engine.all(
             "SELECT row_group_id, row_group_num_rows, path_in_schema, stats_min_value, stats_max_value, "
-            f"stats_null_count FROM parquet_metadata({text(path)}) ORDER BY ALL"
+            f"stats_null_count FROM parquet_metadata({text(escape(path))}) ORDER BY ALL"
         )
     except duckdb.Error as error:
         raise UsageError(
@@ -211,7 +214,7 @@ def read_reference(
     checkpoint, loss = columns
     try:
         rows = engine.all(
-            f"SELECT {name(checkpoint)}, {name(loss)}::DOUBLE FROM {reader}({text(str(path))}) ORDER BY 1"
+            f"SELECT {name(checkpoint)}, {name(loss)}::DOUBLE FROM {reader}({text(escape(str(path)))}) ORDER BY 1"
         )
     except duckdb.Error as error:
         raise UsageError(
