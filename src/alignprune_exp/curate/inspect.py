@@ -7,6 +7,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from itertools import accumulate
 from pathlib import Path
@@ -178,26 +179,30 @@ def read_files(
     """
     files: list[File] = []
     skipped = []
-    for path, stamp in stamps.items():
-        try:
-            file = read_file(engine, path, stamp, columns)
-            if files and file.types != files[0].types:
-                raise UsageError(
-                    f"{path} has {', '.join(file.types)} where {files[0].path} has {', '.join(files[0].types)}; "
-                    f"write them alike, or {GOES_ON} leaves out what differs from the first"
-                )
-        except UsageError as error:
-            if not skip:
-                raise
-            skipped.append(Skipped(str(error).partition(";")[0], path))
-            continue
-        if not files:
-            columns = columns or (LISTS if "[" in file.types[-1] else LONG)
-        files.append(file)
+    for path, found in zip(stamps, engine.each(partial(_file_or_flaw, columns), list(stamps.items())), strict=True):
+        if isinstance(found, File) and files and found.types != files[0].types:
+            found = UsageError(
+                f"{path} has {', '.join(found.types)} where {files[0].path} has {', '.join(files[0].types)}; "
+                f"write them alike, or {GOES_ON} leaves out what differs from the first"
+            )
+        if isinstance(found, File):
+            files.append(found)
+        elif skip:
+            skipped.append(Skipped(str(found).partition(";")[0], path))
+        else:
+            raise found
     if not files:
         raise UsageError(f"none of {len(stamps)} files can be read; the first: {skipped[0].what}")
-    assert columns is not None
+    columns = columns or (LISTS if "[" in files[0].types[-1] else LONG)
     return [file for file in files if file.total], tuple(columns), skipped
+
+
+def _file_or_flaw(columns: Sequence[str] | None, engine: Engine, given: tuple[str, str]) -> File | UsageError:
+    """Return a file of a path and its stamp, or why it cannot be read."""
+    try:
+        return read_file(engine, *given, columns)
+    except UsageError as flaw:
+        return flaw
 
 
 def read_reference(
