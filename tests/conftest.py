@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import re
+import socket
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -16,7 +18,7 @@ from torch import distributed as dist
 
 import alignprune_exp
 from alignprune_exp.train import main
-from harness import SMALL, contents, launch, only_run, sentence_of
+from harness import SMALL, Bucket, contents, launch, only_run, sentence_of
 from nursery import Nursery
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
@@ -75,6 +77,32 @@ def refused(tmp_path, capsys):
         return sentence_of(said.err)
 
     return typed
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """The address of a server of the S3 API, which is a process of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    line = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (tmp_path_factory.mktemp("s3") / "log").open("w") as log, subprocess.Popen(line, stdout=log, stderr=log) as it:
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert it.poll() is None, "the S3 server ended"
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+        it.kill()
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch):
+    """A new bucket of that server, for which the environment has address and credentials."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    environment = {"ENDPOINT_URL": s3_server, "ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "REGION": "us-east-1"}
+    nothing_else = {"CONFIG_FILE": os.devnull, "SHARED_CREDENTIALS_FILE": os.devnull, "EC2_METADATA_DISABLED": "true"}
+    for name, value in {**environment, **nothing_else, "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    return Bucket(f"bucket-{time.monotonic_ns()}")
 
 
 SERVER = multiprocessing.get_context("forkserver")

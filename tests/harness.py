@@ -111,6 +111,26 @@ def checkpoint_of(folder):
     return torch.load(checkpoints(folder)[0], weights_only=True)
 
 
+class Bucket:
+    """A bucket of the S3 server that the environment names."""
+
+    def __init__(self, name):
+        import boto3
+
+        self.url, self._name, self._client = f"s3://{name}", name, boto3.client("s3")
+        self._client.create_bucket(Bucket=name)
+
+    def copy(self, folder="losses", acl="private"):
+        """Copy what is below a folder, or a file, under the same name; return where it is now."""
+        for path in [Path(folder), *Path(folder).rglob("*")]:
+            if path.is_file():
+                self._client.upload_file(str(path), self._name, str(path), ExtraArgs={"ACL": acl})
+        return f"{self.url}/{folder}"
+
+    def delete(self, name):
+        self._client.delete_object(Bucket=self._name, Key=name)
+
+
 # What the command line says
 
 

@@ -181,6 +181,16 @@ def found(out="keep", what="scores"):
     return table, json.loads((Path(out) / "summary.json").read_text())
 
 
+def outcome(out, place=None):
+    """The bytes of what was written, and the summary without what names the engine, the time and the place."""
+    summary = json.loads((Path(out) / "summary.json").read_text())
+    for its_own in ("engine", "seconds", "losses"):
+        del summary[its_own]
+    for each in summary["skipped"]:
+        each |= {key: each[key].replace(f"{place or Path.cwd()}/", "") for key in ("what", "file")}
+    return {str(path.relative_to(out)): path.read_bytes() for path in Path(out).glob("scores/**/*.parquet")}, summary
+
+
 def check_found(score, ids, losses_NW, reference, keep, out="keep"):
     """The output is the package's scores, and what they keep, ties to the lower id."""
     table, summary = found(out)

@@ -1,6 +1,5 @@
 """Curation on a Ray cluster of several nodes: the bits of one machine, whatever dies; and what can be wrong."""
 
-import json
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from alignprune_exp.curate.engine import Engine
 from alignprune_exp.curate.inspect import list_files, read_files
 from alignprune_exp.errors import Failed, UsageError
 from harness import contents, missing, sentence_of, truncate
-from test_curate import LAYOUTS, curate, drawn, lay_out, write_reference
+from test_curate import LAYOUTS, curate, drawn, lay_out, outcome, write_reference
 
 pytestmark = pytest.mark.ray
 KEEP = ("--keep", "0.6", "-o", "keep")
@@ -48,16 +47,6 @@ def nodes():
 
 def on(nodes, *arguments):
     return "--engine", "ray", "--ray-address", nodes.address, *arguments
-
-
-def outcome(out):
-    """The bytes of what was written, and the summary without what names the engine, the time and the place."""
-    summary = json.loads((Path(out) / "summary.json").read_text())
-    for engines_own in ("engine", "seconds", "losses"):
-        del summary[engines_own]
-    for each in summary["skipped"]:
-        each |= {key: each[key].replace(f"{Path.cwd()}/", "") for key in ("what", "file")}
-    return {str(path.relative_to(out)): path.read_bytes() for path in Path(out).glob("scores/**/*.parquet")}, summary
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
@@ -195,6 +184,46 @@ def test_checkpoints_in_different_orders_are_divided_instead(place, nodes):
     assert curate(*asked, out="one") == curate(*asked, *on(nodes), out="many") == 0
     assert outcome("one") == outcome("many")
     assert outcome("many")[1]["layout"] == "buckets"
+
+
+@pytest.fixture
+def few(bucket):
+    """A cluster of a head and a node that has a processor, in the environment that there is now."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    yield nodes
+    nodes.shutdown()
+
+
+def test_an_object_store_has_the_bits_of_the_disk_on_a_cluster_too(place, bucket, few, monkeypatch):
+    monkeypatch.setattr(layout, "SLACK", 1000)
+    monkeypatch.setattr(layout, "BATCH", 1000)
+    ids, losses_NW, reference = drawn(n=1000)
+    asked = ("--reference", write_reference(reference), "--threads", "1", "--memory", "100MB")
+    for how in ("rows", "buckets"):
+        losses = lay_out(how, ids, losses_NW, files=3, folder=Path(how))
+        Path(f"{how}/0.parquet").rename(f"{how}/0[1].parquet")
+        assert curate(losses, *asked, out=f"{how}-disk") == 0
+        assert curate(bucket.copy(losses), *asked, *on(few), out=f"{how}-store") == 0
+        assert outcome(f"{how}-disk") == outcome(f"{how}-store")
+        assert outcome(f"{how}-store")[1]["layout"] == how
+        assert len(outcome(f"{how}-store")[0]) > 1
+
+
+def test_a_node_without_credentials_for_an_object_store_is_named(place, bucket, few, capsys):
+    ids, losses_NW, reference = drawn()
+    lay_out("rows", ids, losses_NW)
+    asked = ("--reference", write_reference(reference), *on(few))
+    with_credentials = few.worker_nodes.copy()
+    few.add_node(num_cpus=1, env_vars={"AWS_ACCESS_KEY_ID": ""})
+    for node in with_credentials:
+        few.remove_node(node)
+    assert curate(bucket.copy(), *asked) == 2
+    said = sentence_of(capsys.readouterr().err)
+    assert not missing(["node ", f"{bucket.url}/losses/", "credentials", "AWS_PROFILE"], said)
+    assert not Path("keep").exists()
 
 
 # ---- what can be wrong -----------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from glob import escape
 from itertools import islice
 from pathlib import Path
@@ -37,6 +39,7 @@ R = TypeVar("R")
 AGAIN = 3  # times that a part whose worker or node died is tried again
 AHEAD = 1000  # parts that Ray has before it at least, so that a cluster can grow
 PATIENCE = 30  # seconds in which a cluster has to answer
+LOOKS = 16  # files that a worker looks at at a time
 SHARE = 0.8  # of a worker's memory that its DuckDB may use
 STORE = 10**8  # bytes in which the workers of a local cluster leave what they return
 ALIKE = "install the same alignprune-exp[ray] on every node"
@@ -125,11 +128,20 @@ def _do(
         raise UsageError(f"{node} does not see {sign.parent.parent}; name a folder on storage that all nodes share")
     with TemporaryDirectory() as spill:
         engine = Engine(Path(spill), f"{memory}B", threads)
-        for file in part.files:
-            if (there := stamps(engine, escape(file.path))) != {file.path: file.stamp}:
+        for file, there in zip(part.files, _looked_at(engine, part, node), strict=True):
+            if there != {file.path: file.stamp}:
                 what = "has another" if there else "does not see"
                 raise UsageError(f"{node} {what} {file.path}; put the losses on storage that all nodes share")
         return work(engine, part)
+
+
+def _looked_at(engine: Engine, part: Part, node: str) -> list[dict[str, str]]:
+    """Return the stamp of each file of a part, by path, as a node sees it; many at a time, as a store answers late."""
+    try:
+        with ThreadPoolExecutor(LOOKS) as pool:
+            return list(pool.map(partial(stamps, engine), [escape(file.path) for file in part.files]))
+    except UsageError as error:
+        raise UsageError(f"{node}: {error}") from None
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Which ids to keep, from logged losses: python -m alignprune_exp.curate LOSSES --reference REF --keep 0.7 -o OUT
 
-LOSSES is a folder, a pattern or an object store's path of Parquet files of (id, checkpoint, loss) or (id, losses),
-REF a table (.parquet, .csv) of (checkpoint, loss). OUT/scores has (id, score, keep), OUT/summary.json the numbers.
+LOSSES is a folder or a pattern, on disk or in an object store, of Parquet files of (id, checkpoint, loss) or (id,
+losses), REF a table (.parquet, .csv) of (checkpoint, loss). OUT/scores has (id, score, keep), and
+OUT/summary.json the numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import Parser, Progress, command
-from ..errors import UsageError
+from ..errors import Failed, UsageError
 from ..runs import Lock
 from .formulas import SCORES
 
@@ -28,7 +29,9 @@ NEEDED = {  # by the package that is not there
 def main(arguments: Sequence[str]) -> int:
     """Score, cut and write; return the exit status."""
     parser = Parser(prog="python -m alignprune_exp.curate", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("losses", help="a folder, a pattern or an object store's path of Parquet files")
+    parser.add_argument(
+        "losses", help="a folder or a pattern of Parquet files, on disk or at s3://, gs://, az://; or https://"
+    )
     parser.add_argument("--reference", type=Path, help="the reference trajectory, as .parquet or .csv")
     parser.add_argument(
         "--score", choices=SCORES, default="das", help="default: %(default)s; settled needs no reference"
@@ -56,7 +59,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def work(given: Namespace) -> None:
-    """Do what was typed, and say what came of it. Raises UsageError, with nothing left behind that was not there."""
+    """Do what was typed, and say what came of it.
+
+    Raises UsageError or Failed, and leaves nothing behind that was not there unless something was scored.
+    """
     check(given)
     try:
         from . import steps
@@ -78,7 +84,7 @@ def work(given: Namespace) -> None:
     lock = Lock(given.out / "lock")
     try:
         summary = steps.curate(order, Progress().show)
-    except UsageError:
+    except (UsageError, Failed):
         if new and not any((given.out / steps.WORK).rglob("*.parquet")):
             shutil.rmtree(given.out)
         raise

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, TypeVar
 
 import duckdb
@@ -13,6 +15,7 @@ import duckdb
 from ..errors import UsageError
 from .inspect import File, first_line, parquet, text
 from .layout import Part
+from .store import Store, protocol_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,6 +59,8 @@ class Engine:
     def __init__(self, spill: Path, memory: str | None = None, threads: int | None = None) -> None:
         self.connection, self.threads = duckdb.connect(), 1
         self._cursors: list[duckdb.DuckDBPyConnection] = []
+        self._stores: dict[str, Store] = {}
+        self._lock = Lock()
         for setting, value in (("temp_directory", spill), ("memory_limit", memory), ("threads", threads)):
             try:
                 if value is not None:
@@ -67,15 +72,40 @@ class Engine:
         number, unit = str(self.one("SELECT current_setting('memory_limit')")[0]).split()
         self.memory = int(float(number) * UNITS[unit])
 
+    def store(self, path: str) -> Store | None:
+        """Return the store that a path is in, which DuckDB can read from now on; None for one on disk.
+
+        Raises UsageError as `Store` does.
+        """
+        if (protocol := protocol_of(path)) is None:
+            return None
+        with self._lock:
+            if protocol not in self._stores:
+                self._stores[protocol] = Store(protocol)
+                self.connection.register_filesystem(self._stores[protocol])
+            return self._stores[protocol]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise Failed in place of an error of DuckDB's where a store has failed."""
+        try:
+            yield
+        except duckdb.Error:
+            for store in self._stores.values():
+                store.check()
+            raise
+
     def one(self, sql: str) -> tuple[Any, ...]:
-        """Return the first row that a query has."""
-        row = self.cursor().execute(sql).fetchone()
+        """Return the first row that a query has. Raises Failed where a store fails, as all that reads here does."""
+        with self._reading():
+            row = self.cursor().execute(sql).fetchone()
         assert row is not None
         return row
 
     def all(self, sql: str) -> list[tuple[Any, ...]]:
         """Return the rows that a query has."""
-        return self.cursor().execute(sql).fetchall()
+        with self._reading():
+            return self.cursor().execute(sql).fetchall()
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """Return another connection to the same tables, for whichever thread asks."""
@@ -103,7 +133,8 @@ class Engine:
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.cursor().execute(f"COPY ({sql}) TO {text(str(target))} (FORMAT parquet{options})")
+            with self._reading():
+                self.cursor().execute(f"COPY ({sql}) TO {text(str(target))} (FORMAT parquet{options})")
         except duckdb.InterruptException:
             raise
         except duckdb.OutOfMemoryException as error:

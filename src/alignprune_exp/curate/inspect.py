@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from ..errors import UsageError
+from .store import WEB, protocol_of
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -48,7 +49,7 @@ class File:
     Attributes:
         path: as DuckDB reads it.
         size: its bytes.
-        stamp: its size, and when it was last changed in microseconds.
+        stamp: its size, and when it was last changed in microseconds, or in a store, its version there.
         types: of the columns that are read.
         rows: how many it has, by row group.
         ids: the least and the largest, or bounds of them, where the footer says.
@@ -88,7 +89,10 @@ def list_files(engine: Engine, losses: str) -> dict[str, str]:
     Raises UsageError where there is none.
     """
     itself = losses.endswith(".parquet") or "*" in losses
-    place = escape(losses) if os.path.exists(losses) else losses
+    if protocol_of(losses) in WEB and ("*" in losses or not itself):
+        raise UsageError(f"{losses} is on a web server, which lists no files; give one that ends in .parquet")
+    meant = "*" not in losses if protocol_of(losses) else os.path.exists(losses)
+    place = escape(losses) if meant else losses
     pattern = place if itself else f"{place.rstrip('/')}/**/*.parquet"
     if not (found := stamps(engine, pattern)):
         raise UsageError(f"there is no Parquet file in {losses}; give a folder, a pattern or a path that has some")
@@ -100,13 +104,13 @@ def stamps(engine: Engine, pattern: str) -> dict[str, str]:
 
     Raises UsageError for an object store that cannot be read.
     """
+    if (store := engine.store(pattern)) is not None:
+        return store.stamps(pattern)
     try:
         found = engine.all(
             f"SELECT filename, size, epoch_us(last_modified) FROM read_blob({text(pattern)}) ORDER BY filename"
         )
-    except duckdb.Error as error:
-        if "://" in pattern:
-            raise UsageError(f"{pattern} cannot be read: {first_line(error)}") from None
+    except duckdb.Error:
         return {}
     return {path: f"{size} {modified}" for path, size, modified in found}
 
