@@ -157,14 +157,28 @@ def joined(address: str | None, work: Path, memory: int | None, threads: int | N
         connect(address or os.environ.get("RAY_ADDRESS"))
         yield Cluster(sign, memory, threads or 1)
     finally:
-        ray.shutdown()
+        with _unheard():
+            ray.shutdown()
         sign.unlink(missing_ok=True)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep from standard error what Ray's threads say of tasks that end as it does."""
+    sys.stderr.flush()
+    heard, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(heard, 2)
+        os.close(heard)
+        os.close(nowhere)
 
 
 def connect(address: str | None) -> None:
     """Connect to a cluster, or start one where there is no address. Raises UsageError where it does not answer."""
     answering = signal.getsignal(signal.SIGTERM)
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
