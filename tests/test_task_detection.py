@@ -38,13 +38,17 @@ from alignprune_exp.tasks.detection import (
     renamed,
 )
 from alignprune_exp.tasks.scenes import photographs
+from alignprune_exp.tasks.segmentation import Voc
 from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of, two_and_one
 from pretended import pretended
 
 VOC = """<annotation><size><width>{}</width><height>{}</height><depth>3</depth></size>{}</annotation>"""
 OBJECT = """<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{:g}</xmin><ymin>{:g}</ymin><xmax>{:g}</xmax>
 <ymax>{:g}</ymax></bndbox></object>"""
-NAMES = {"coco": ["cat", "dog", "sofa"], "voc_boxes": ["aeroplane", "cat", "monitor"]}  # of the ids 7, 90 and 2 in COCO
+NAMES = {
+    "coco": ["cat", "dog", "sofa"],
+    "voc_boxes": ["aeroplane", "cat", "tvmonitor"],
+}  # of the ids 7, 90 and 2 in COCO
 IDS = [7, 90, 2]
 
 TINY = ("task=detection", "threads=1", "dataset.scenes=70", "dataset.side=32", "model.width=2", "batch_size=16")
@@ -513,6 +517,13 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
     assert task.corrupted.sum() == 3
     assert open_task(composed(*line, "noise=clean")).corrupted is None
     assert task.fingerprint == open_task(composed(*line, "seed=1")).fingerprint
+
+
+def test_the_classes_of_voc_are_called_as_its_annotations_call_them():
+    names = (
+        "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant"
+    )
+    assert " ".join(Voc.classes) == f"background {names} sheep sofa train tvmonitor"  # of VOCcode/VOCinit.m
 
 
 def changed(file, change):

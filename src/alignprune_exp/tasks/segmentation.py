@@ -263,7 +263,7 @@ class Voc(MaskFiles):
     holds = "JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/train.txt and val.txt"
     classes = (
         *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-        *("dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "monitor"),
+        *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
     )
     lists = ("ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt")
     images, masks = "JPEGImages/{}.jpg", "SegmentationClass/{}.png"
