@@ -154,6 +154,29 @@ def test_a_table_of_ones_own_is_read(table):
     assert (folder.table.train.targets == task.table.train.targets).all()
 
 
+def test_what_is_constant_is_not_blown_up_by_rounding(table):
+    rng = np.random.default_rng(0)
+    features = {"same": [0.1] * 59 + [0.2], "other": rng.random(60).tolist()}
+    pq.write_table(pa.table(features | {"price": rng.random(60).tolist()}), table)
+    line = (*TINY, "dataset=table", f"dataset.root={table}", "dataset.target=price", "noise=clean")
+    evaluated = set()
+    for held_out in np.arange(0.2, 0.8, 0.02):
+        task = open_task(composed(*line, f"dataset.held_out={held_out:g}"))
+        for _, inputs, _ in task.tests[""].evaluation():
+            assert inputs[:, 0].abs().max() < 10
+        evaluated.add(59 in task.table.test.rows)
+    assert evaluated == {True, False}
+
+
+def test_an_index_of_pandas_is_no_feature(table):
+    pq.read_table(table, columns=["rooms", "price"]).to_pandas().sort_values("price").to_parquet(table)
+    assert "__index_level_0__" in pq.read_schema(table).names
+    line = (*TINY, "dataset=table", f"dataset.root={table}", "dataset.target=price")
+    assert open_task(composed(*line)).table.columns == ["rooms"]
+    named = open_task(composed(*line, "dataset.features=[__index_level_0__]"))
+    assert named.table.columns == ["__index_level_0__"]
+
+
 def test_a_mistake_in_the_table_is_one_sentence(tmp_path, refused, table):
     line = ["task=regression", "dataset=table", f"dataset.root={table}", f"paths.results={tmp_path / 'none'}"]
     assert "dataset.target is missing" in refused(*line)
@@ -173,10 +196,17 @@ def test_a_mistake_in_the_table_is_one_sentence(tmp_path, refused, table):
     assert "model=unet does not fit task=regression" in refused(*rooms, "model=unet")
     pq.write_table(pa.table({"rooms": list(range(60)), "price": [1.0] * 60}), table)
     assert "all 46 targets to train on are 1" in refused(*rooms, "noise=clean")
+    pq.write_table(pa.table({"rooms": list(range(60)), "price": [0.1] * 60}), table)
+    assert "all 46 targets to train on are 0.1" in refused(*rooms, "noise=clean")  # their computed std is not 0
+    broken = pa.array([b"\xff"] * 60).view(pa.string())
+    pq.write_table(pa.table({"rooms": broken, "price": list(range(60))}), table)
+    assert "homes.parquet cannot be read as Parquet (" in refused(*rooms)
     pq.write_table(pa.table({"rooms": list(range(60)), "price": [1.0] * 55 + [2.0] * 5}), table)
     assert "so some would keep theirs; use another rate" in refused(*rooms)
     pq.write_table(pa.table({"rooms": [math.inf] * 60, "price": list(range(60))}), table)
     assert "the column rooms of" in refused(*rooms)
+    pq.write_table(pa.table({"rooms": [-1.8e307] * 60, "price": list(range(60))}), table)
+    assert "has the value -1.8e+307: mend it, or choose other columns" in refused(*rooms)
     pq.write_table(pa.table({"rooms": [1] * 60}), table.parent / "other.parquet")
     assert "differ in their columns" in refused(*rooms, f"dataset.root={table.parent}")
     table.write_bytes(b"nothing")

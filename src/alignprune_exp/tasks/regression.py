@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ..network import Network
 
 MOST_TEXTS = 100  # different ones that a column may have to be features
+LARGEST = 1e100  # number that can be squared, and many of these summed
+PANDAS_INDEX = "__index_level_"  # begins the column of an index without a name
 
 
 class Regression(Task):
@@ -61,13 +63,14 @@ class Regression(Task):
         self.targets = self._given("corruption", parts.train, parts.wrong)
         self.centre, self.spread = self.targets.mean(), self.targets.std()
         for which, targets in (("train", self.targets), ("evaluate", self.table.test.targets[parts.test])):
-            if targets.std() == 0:
+            if np.ptp(targets) == 0:  # whose standard deviation may be what rounding leaves of 0
                 raise UsageError(
                     f"all {len(targets)} targets to {which} on are {targets[0]:g}: give it others, or more"
                 )
         with np.errstate(all="ignore"):
             rows = np.where(np.isnan(train.features[parts.train]).all(0), 0.0, train.features[parts.train])
-            self._mean, self._std = np.nanmean(rows, 0), np.nanstd(rows, 0)
+            self._mean, spread = np.nanmean(rows, 0), np.nanstd(rows, 0)
+            self._std = np.where((spread > 0) & (np.nanmax(rows, 0) > np.nanmin(rows, 0)), spread, 1)
 
     def _given(self, purpose: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
         """Return the targets of some rows, the ``wrong`` ones of which have changed places among themselves."""
@@ -97,7 +100,7 @@ class Regression(Task):
 
     def _batches(self, features: np.ndarray, targets: np.ndarray) -> Batches:
         """Return batches of inputs (B, F), in which a missing value is the mean, and of targets (B,)."""
-        inputs = np.nan_to_num((features - self._mean) / np.where(self._std > 0, self._std, 1))
+        inputs = np.nan_to_num((features - self._mean) / self._std)
         arrays = (
             torch.from_numpy(inputs).to(self.dtype),
             torch.from_numpy((targets - self.centre) / self.spread).float(),
@@ -238,7 +241,11 @@ class Diabetes(DataSet):
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetTable(DataSet):
-    """A table of one's own, in Parquet files. Numbers and truth values are features; texts are one feature each."""
+    """A table of one's own, in Parquet files. Numbers and truth values are features; texts are one feature each.
+
+    An index that pandas wrote beside them is none, unless it has a name or ``features`` names it: what orders the rows
+    may tell the target.
+    """
 
     name: str
     root: Root
@@ -250,7 +257,8 @@ class ParquetTable(DataSet):
 
     def open(self) -> Table:
         table = self._read()
-        names = [name for name in table.column_names if name != self.target] if self.features is None else self.features
+        own = [name for name in table.column_names if name != self.target and not name.startswith(PANDAS_INDEX)]
+        names = own if self.features is None else self.features
         for name in (self.target, *names):
             if name not in table.column_names:
                 key = "target" if name == self.target else "features"
@@ -281,6 +289,7 @@ class ParquetTable(DataSet):
         for file in files:
             try:
                 tables.append(pq.read_table(file))
+                tables[-1].validate(full=True)
             except (pa.ArrowException, OSError) as error:
                 raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from None
         try:
@@ -297,8 +306,8 @@ class ParquetTable(DataSet):
         leave = f"choose other columns with dataset.{'features=[…]' if texts else 'target=…'}"
         if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
             numbers = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
-            if np.isinf(numbers).any():
-                raise UsageError(f"the column {name} of {self.root} has infinite values: mend it, or {leave}")
+            if (large := numbers[np.abs(numbers) > LARGEST]).size:
+                raise UsageError(f"the column {name} of {self.root} has the value {large[0]:g}: mend it, or {leave}")
             return {name: numbers}
         if not (texts and (pa.types.is_string(kind) or pa.types.is_large_string(kind))):
             raise UsageError(f"the column {name} of {self.root} holds {kind} where numbers are wanted: {leave}")
