@@ -196,6 +196,19 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, jsonl):
     assert "has no column text, but body, n" in refused(*line, root)
     assert "holds int64, no texts" in refused(*line, root, "dataset.column=n")
     assert "has 0 texts of 32 characters or more" in refused(*line, root, "dataset.column=body")
+    pq.write_table(pa.table({"text": pa.array([b"\xff"]).view(pa.string())}), folder / "d.parquet")
+    assert "d.parquet cannot be read as Parquet (" in refused(*line, root)
+
+
+def test_a_text_that_comes_twice_is_not_both_trained_on_and_held_out(tmp_path):
+    twice = [{"text": text} for text in [*sentences(120), *reversed(sentences(120))]]
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*twice, {"text": None}]))
+    documents = open_task(composed(*TINY, f"dataset.root={tmp_path / 'twice.jsonl'}")).opened()
+    train, test = ([text for _, text in part] for part in (documents.train, documents.test))
+    assert not set(train) & set(test)
+    assert sorted(train + test) == sorted(2 * sentences(120))
+    assert 30 < len(test) < 66
+    assert documents.skipped == ["twice.jsonl#241 has 0 characters of the 32 that a document needs"]
 
 
 def test_what_does_not_go_with_the_task_is_one_sentence(tmp_path, refused, jsonl, monkeypatch):

@@ -219,8 +219,8 @@ class Documents:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts(DataSet):
-    """Texts, cut into documents of about ``characters`` or less; a share ``held_out`` of the whole texts is not
-    trained on, the same in every run."""
+    """Texts, cut into documents of about ``characters`` or less; a share ``held_out`` of the whole texts, and whatever
+    is like one of them, is not trained on, the same in every run."""
 
     name: str
     characters: Annotated[int, Field(ge=2 * SHORTEST, le=10**7)]
@@ -240,17 +240,23 @@ class Texts(DataSet):
                 skipped.append(f"{printable(place)} has {len(text)} characters of the {SHORTEST} that a document needs")
             else:
                 found.append((place, text))
-        held = round(self.held_out * len(found))
-        if not 1 <= held < len(found):
+        held = set(generator(0, "held-out texts").permutation(len(found))[: round(self.held_out * len(found))].tolist())
+        last = {text: row for row, (_, text) in enumerate(found)}  # of several alike it says where all of them belong
+        unseen = {text for text, row in last.items() if row in held}
+        train, test = (
+            [
+                (place, part)
+                for place, text in found
+                if (text in unseen) == out
+                for part in passages(text, self.characters)
+            ]
+            for out in (False, True)
+        )
+        if not train or not test:
             raise UsageError(
-                f"dataset={self.name} has {len(found)} texts of {SHORTEST} characters or more, {held} of which "
+                f"dataset={self.name} has {len(last)} texts of {SHORTEST} characters or more, {len(unseen)} of which "
                 f"dataset.held_out={self.held_out:g} holds out: give it more texts, or type another share"
             )
-        order = generator(0, "held-out texts").permutation(len(found))
-        train, test = (
-            [(found[row][0], part) for row in np.sort(rows) for part in passages(found[row][1], self.characters)]
-            for rows in (order[held:], order[:held])
-        )
         content = hashlib.sha256(json.dumps([train, test]).encode()).hexdigest()
         return Documents(train, test, self.clean, content, skipped)
 
@@ -356,11 +362,11 @@ class TextFiles(Texts):
                     json.dumps(values, ensure_ascii=False).encode()
                 except ValueError as error:
                     raise UsageError(f"{file}, line {number}, is no JSON ({brief(error)}): mend or delete it") from None
-                text = values.get(self.column) if isinstance(values, dict) else None
-                if not isinstance(text, str):
+                text = values.get(self.column, False) if isinstance(values, dict) else False
+                if not isinstance(text, str | None):
                     has = ", ".join(values) if isinstance(values, dict) else type(values).__name__
                     raise UsageError(f"{file}, line {number}, has no text {self.column}, but {has}: {self._other}")
-                yield f"{name}#{number}", text
+                yield f"{name}#{number}", text or ""
 
     def _parquet(self, file: Path, name: str) -> Iterator[Text]:
         import pyarrow as pa
@@ -373,10 +379,11 @@ class TextFiles(Texts):
             kind = schema.field(self.column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise UsageError(f"the column {self.column} of {file} holds {kind}, no texts: {self._other}")
-            texts = pq.read_table(file, columns=[self.column]).column(0).to_pylist()
+            texts = pq.read_table(file, columns=[self.column]).column(0)
+            texts.validate(full=True)
         except pa.ArrowException as error:
             raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from None
-        for row, text in enumerate(texts):
+        for row, text in enumerate(texts.to_pylist()):
             yield f"{name}#{row}", text or ""
 
     @property
