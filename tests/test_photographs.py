@@ -353,6 +353,8 @@ def test_what_a_layout_lacks_is_named(tmp_path, miniatures):
         _load("imagenet", root)
     with pytest.raises(UsageError, match=r"parquet has no column img, but image, label: type .*image_column"):
         _load("parquet", miniatures / "parquet", image_column="img")
+    with pytest.raises(UsageError, match=r"test_split are both train: type another to evaluate on"):
+        _load("parquet", miniatures / "parquet", test_split="train")
     with pytest.raises(UsageError, match=r"test_split=validation has no .*the folder has test, train"):
         _load("parquet", miniatures / "parquet", test_split="validation")
 

@@ -33,6 +33,10 @@ class Parquet(Photographs):
     @cached_property
     def shards(self) -> dict[str, list[str]]:
         """Relative to the folder, by split."""
+        if self.train_split == self.test_split:
+            raise UsageError(
+                f"dataset.train_split and dataset.test_split are both {self.train_split}: type another to evaluate on"
+            )
         found = {}
         for split, called in (("train", self.train_split), ("test", self.test_split)):
             found[split] = shards_of(self.folder, called, "data", called)
