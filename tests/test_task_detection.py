@@ -549,6 +549,10 @@ WRONG_COCO = [  # what is done to the annotations, and what is said of it
     (lambda held: held["annotations"][0].update(bbox=[3, 4, math.nan, 5]), "as COCO has them (annotations.0.bbox.2: "),
     (lambda held: held["annotations"][0].update(id=1), "has 2 annotations of the id 1: fetch it again"),
     (lambda held: held["images"][0].update(width=31), "a_0.jpg is 30x50 pixels where its annotation says 31x50"),
+    (
+        lambda held: held["images"][0].update(file_name="a_1.jpg"),
+        "lists 1 images more than once, such as train2017/a_1",
+    ),
     (lambda held: held["images"][0].pop("file_name"), "as COCO has them (images.0.file_name: Field required)"),
     (lambda held: held["images"][0].update(file_name="b.jpg"), "b.jpg cannot be read as an image"),
     (lambda held: held["categories"].pop(), "differ in categories: mend one"),
@@ -607,7 +611,7 @@ def test_a_mistake_in_vocs_files_is_one_sentence(tmp_path, refused, ships):
     assert "a_3.jpg cannot be read as an image (cannot identify image file" in refused(*line)
     image.write_bytes((root / "JPEGImages/a_5.jpg").read_bytes())
     (root / "ImageSets/Main/val.txt").write_text("a_9\na_4\na_10\n")
-    assert "train and val share 1 images, such as JPEGImages/a_4.jpg: type others for dataset.train" in refused(*line)
+    assert "lists 1 images more than once, such as JPEGImages/a_4.jpg, of which each is to be" in refused(*line)
     (root / "ImageSets/Main/val.txt").unlink()
     assert "val.txt cannot be read (No such file or directory): put it there" in refused(*line)
 

@@ -57,11 +57,11 @@ def ships(tmp_path):
 
 def test_the_share_asked_for_is_corrupted_and_known(task):
     assert task.corrupted.sum() == round(0.25 * task.n)
-    clean = task.scenes.train.targets[task.parts.train]
+    clean = np.stack(task.scenes.train.targets)[task.parts.train]
     assert ((np.stack(task.given) != clean).any((1, 2)) == task.corrupted).all()
     assert not set(task.parts.train) & set(task.parts.reference)
     given = torch.cat([masks for _, _, masks in task.reference.evaluation()]).numpy()
-    assert (given == task.scenes.train.targets[task.parts.reference]).all()
+    assert (given == np.stack(task.scenes.train.targets)[task.parts.reference]).all()
     assert task.reference_noise() == 0
 
 
@@ -199,7 +199,7 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
     scenes = task.scenes
     assert (len(scenes.train), len(scenes.test)) == (8, 4)
     assert task.n == 6
-    assert scenes.train.names == [f"a_{number}" for number in range(8)]
+    assert scenes.train.names == [PHOTOGRAPHS[kind][0].format(f"a_{number}") for number in range(8)]
     written = np.asarray(Image.open(root / PHOTOGRAPHS[kind][1].format("a_3")))[:, 5:35]
     expected = written if kind == "voc" else np.select([written == 1, written == 2], [1, 0], IGNORED)
     assert (scenes.train.targets[3] == expected).all()
@@ -240,19 +240,51 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, ships):
     Image.fromarray(np.zeros((30, 41), np.uint8)).save(mask)
     assert "a_3.png is 41x30 pixels where its image is 40x30" in refused(*line)
     Image.fromarray(np.full((30, 40), 21, np.uint8)).save(mask)
-    assert "a_3.png has class 21 where 0 to 20, or 255, are wanted" in refused(*line)
+    assert "a_3.png has the value 21, which is no class of dataset=voc: mend that, or leave" in refused(*line)
+    Image.fromarray(np.full((30, 40), IGNORED, np.uint8)).save(mask)
+    assert "a_3.png has no pixel of any class" in refused(*line)
     Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(mask)
-    assert "a_3.png has colours (RGB)" in refused(*line)
+    assert "a_3.png has colours, or no 8 bits a pixel" in refused(*line)
+    Image.fromarray(np.zeros((30, 40), np.uint16)).save(mask)
+    assert "a_3.png has colours, or no 8 bits a pixel" in refused(*line)
+    mask.unlink()
+    assert "a_3.png cannot be read as an image (No such file or directory): mend that, or leave" in refused(*line)
     mask.write_bytes(kept)
+    kept_image = image.read_bytes()
     image.write_bytes(b"nothing")
     assert "a_3.jpg cannot be read as an image" in refused(*line)
     image.unlink()
     assert "a_3.jpg cannot be read as an image (No such file or directory)" in refused(*line)
     listed = root / "ImageSets/Segmentation/val.txt"
     listed.write_text("\n")
-    assert "val.txt names no image" in refused(*line)
+    image.write_bytes(kept_image)
+    assert "lists no image that can be read: fetch JPEGImages/" in refused(*line)
+    for again in ("a_9", "a_3"):
+        listed.write_text(f"a_9\n{again}\n")
+        assert f"lists 1 images more than once, such as JPEGImages/{again}.jpg, of which each is to be" in refused(
+            *line
+        )
     listed.unlink()
-    assert "val.txt cannot be read (No such file or directory): voc has JPEGImages/" in refused(*line)
+    assert "val.txt cannot be read (No such file or directory): put it there" in refused(*line)
+
+
+def test_images_with_which_anything_is_wrong_are_skipped_where_one_asks_for_it(tmp_path, ships, refused):
+    root = ships("pets")
+    image, mask = PHOTOGRAPHS["pets"][:2]
+    Image.fromarray(np.full((30, 40), 4, np.uint8)).save(root / mask.format("a_1"))
+    (root / mask.format("a_4")).unlink()
+    (root / image.format("a_6")).write_bytes(b"nothing")
+    line = ("task=segmentation", "dataset=pets", f"dataset.root={root}", "dataset.image_size=30", "reference.size=2")
+    refusal = refused(*line, f"paths.results={tmp_path / 'none'}")
+    assert refusal.endswith("or type dataset.on_error=skip to train without such images")
+    whole = {name: (root / mask.format(name)).read_bytes() for name in ("a_0", "a_2", "a_3", "a_5", "a_7")}
+    task = open_task(composed(*line, "dataset.on_error=skip"))
+    assert task.scenes.train.names == [image.format(name) for name in whole]
+    said = ("a_1.png has the value 4,", "a_4.png cannot be read", "a_6.jpg cannot be read")
+    assert all(start in line for start, line in zip(said, task.skipped, strict=True))
+    for target, name in zip(task.scenes.train.targets, whole, strict=True):
+        written = np.asarray(Image.open(root / mask.format(name)))[:, 5:35]
+        assert (target == np.select([written == 1, written == 2], [1, 0], IGNORED)).all()
 
 
 def test_what_does_not_go_with_the_task_is_one_sentence(tmp_path, refused, monkeypatch):

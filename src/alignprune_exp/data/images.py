@@ -130,12 +130,12 @@ class Files:
     Attributes:
         root: the folder.
         paths: encoded, relative to it, S (n,).
-        cut: what is made of each.
+        cut: what is made of each, in the end (H, W, C).
     """
 
     root: Path
     paths: np.ndarray
-    cut: Callable[..., Image.Image]
+    cut: Callable[..., Image.Image | np.ndarray]
 
     def read(self, row: int, *draws: np.ndarray) -> np.ndarray:
         try:

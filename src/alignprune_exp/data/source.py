@@ -181,7 +181,9 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def brief(error: Exception) -> str:
-    """Return the first line of an error, shortened, for a sentence."""
+    """Return what a system's error means, or the first line of another one, shortened, for a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:120].rstrip(".")
 

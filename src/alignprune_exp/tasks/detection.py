@@ -6,13 +6,11 @@ A box is a row (x0, y0, x1, y1, class, crowd), in pixels; one of a crowd is neit
 
 from __future__ import annotations
 
-import os
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
@@ -24,16 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import MODEL, Config
-from ..console import Progress
 from ..data.batches import Batch
-from ..data.images import Files, refuse_too_many, rgb
 from ..data.index import Survey, there
-from ..data.source import DataSet, Root, Unreadable, brief, existing
+from ..data.source import Unreadable, brief
 from ..errors import UsageError
 from ..models import Kind, Norm, Width, normalisation, synchronised
 from ..records import Metric
-from ..schema import Aside, Side
-from .scenes import DigitPictures, Pictured, Scenes, SceneTask, cut_out, painted
+from .scenes import DigitPictures, Entry, PictureFiles, SceneTask, cut_out, first_words, painted
 from .segmentation import Voc
 
 if TYPE_CHECKING:
@@ -351,103 +346,44 @@ class DigitBoxes(DigitPictures):
         return image, np.array(boxes, np.float32)
 
 
-class Entry(NamedTuple):
-    """What is said of an image.
-
-    Attributes:
-        path: of its file, relative to the data set's folder.
-        size: its width and height.
-        boxes: in its own pixels, float64 (k, 6).
-    """
-
-    path: str
-    size: tuple[int, int]
-    boxes: np.ndarray
-
-
 @dataclass(frozen=True, kw_only=True)
-class BoxFiles(DataSet):
-    """Images in files of their own, held in memory, each scaled to fit a square with black around it.
+class BoxFiles(PictureFiles):
+    """Images in files of their own, each scaled to fit a square with black around it.
 
     Attributes:
         train, test: the names of what is trained and evaluated on.
-        image_size: side of the square, in pixels.
-        on_error: ``skip`` leaves out images with which anything is wrong.
     """
 
-    name: str
-    root: Root
     train: Annotated[str, Field(min_length=1)]
     test: Annotated[str, Field(min_length=1)]
-    image_size: Side
-    on_error: Annotated[Literal["stop", "skip"], Aside()]
 
     task: ClassVar[str] = "detection"
-    holds: ClassVar[str]
 
-    @cached_property
-    def folder(self) -> Path:
-        return existing(self.name, self.root, self.holds)
-
-    def entries(self, survey: Survey) -> tuple[Sequence[str], list[Entry], list[Entry]]:
-        """Return the classes, and what is said of the images to train and to evaluate on."""
-        raise NotImplementedError
-
-    def open(self) -> Scenes:
-        survey = Survey(self.folder, self.on_error)
-        classes, *both = self.entries(survey)
-        if shared := set.intersection(*({entry.path for entry in each} for each in both)):
-            raise UsageError(
-                f"{self.train} and {self.test} share {len(shared)} images, such as {min(shared)}: type others for "
-                "dataset.train and dataset.test"
-            )
-        refuse_too_many(sum(map(len, both)), 3, self.image_size)
-        train, test = (self._read(each, survey) for each in both)
-        return Scenes(train, test, classes, clean=False, skipped=survey.skipped)
-
-    def _read(self, entries: list[Entry], survey: Survey) -> Pictured:
-        images = np.empty((len(entries), 3, self.image_size, self.image_size), np.uint8)
-        files = Files(self.folder, np.array([os.fsencode(entry.path) for entry in entries]), rgb)
-
-        def one(row: int) -> tuple[np.ndarray, np.ndarray] | str:
-            try:
-                return self._fitted(files.read(row), entries[row])
-            except Unreadable as error:
-                return str(error)
-
-        boxes, progress = [], Progress()
-        names: list[str] = []
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for row, read in enumerate(pool.map(one, range(len(entries)))):
-                progress.show(f"reading images: {row}/{len(entries)}")
-                if isinstance(read, str):
-                    survey.refuse(read, MEND)
-                else:
-                    images[len(names)], found = read
-                    boxes.append(found)
-                    names.append(entries[row].path)
-        if not names:
-            raise UsageError(f"{self.folder} lists no image that can be read: fetch {self.holds} again")
-        return Pictured(images[: len(names)], boxes, names)
-
-    def _fitted(self, pixels: np.ndarray, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
-        """Return an image, uint8 (3, H, W), and its boxes as the network sees them. Raises Unreadable for a wrong one.
+    def _fitted(
+        self, path: str, said: tuple[int, int], own: Sequence[Sequence[float]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image, uint8 (3, S, S), and its boxes, float32 (k, 6). Raises Unreadable for a wrong one.
 
         What reaches less than a pixel out of the image, as after rounding, is cut off.
+
+        Args:
+            said: its width and height, as its annotation has them.
+            own: its boxes in its own pixels.
         """
+        pixels = self.pixels(path)
         size = np.array([pixels.shape[2], pixels.shape[1]])
-        if tuple(size) != entry.size:
-            sizes = ["x".join(map(str, each)) for each in (size, entry.size)]
-            raise Unreadable(f"{self.folder / entry.path} is {sizes[0]} pixels where its annotation says {sizes[1]}")
-        boxes, side = entry.boxes.copy(), self.image_size
+        if tuple(size) != said:
+            sizes = ["x".join(map(str, each)) for each in (size, said)]
+            raise Unreadable(f"{self.folder / path} is {sizes[0]} pixels where its annotation says {sizes[1]}")
+        boxes, side = np.array(own, np.float64).reshape(-1, 6), self.image_size
         corners = boxes[:, :4].reshape(-1, 2, 2)
         for box in corners:
             ends = " to ".join(f"({x:g}, {y:g})" for x, y in box)
-            said = f"{entry.path} has a box from {ends}, which"
+            where = f"{path} has a box from {ends}, which"
             if not ((box[0] >= -1).all() and (box[1] <= size + 1).all()):  # nor is NaN
-                raise Unreadable(f"{said} reaches out of its {size[0]}x{size[1]} pixels")
+                raise Unreadable(f"{where} reaches out of its {size[0]}x{size[1]} pixels")
             if not (box.clip(0, size)[0] < box.clip(0, size)[1]).all():
-                raise Unreadable(f"{said} has no area")
+                raise Unreadable(f"{where} has no area")
         scaled = np.maximum(np.rint(size * (side / size.max())).astype(int), 1)
         beside = (side - scaled) // 2
         square = Image.new("RGB", (side, side))
@@ -541,7 +477,10 @@ class Coco(BoxFiles):
                 x, y, width, height = box.bbox
                 boxes[box.image_id].append((x, y, x + width, y + height, numbers[box.category_id], box.iscrowd))
         return [
-            Entry(f"{folder}/{image.file_name}", (image.width, image.height), _rows(boxes[image.id]))
+            Entry(
+                f"{folder}/{image.file_name}",
+                partial(self._fitted, said=(image.width, image.height), own=boxes[image.id]),
+            )
             for image in read.images
             if image.id not in wrong
         ]
@@ -556,38 +495,31 @@ class VocBoxes(BoxFiles):
         return f"JPEGImages/, Annotations/ and ImageSets/Main/{self.train}.txt and {self.test}.txt"
 
     def entries(self, survey: Survey) -> tuple[Sequence[str], list[Entry], list[Entry]]:
-        classes = Voc.classes[1:]
-        return classes, self._entries(self.train, classes, survey), self._entries(self.test, classes, survey)
+        train, test = (
+            [
+                Entry(f"JPEGImages/{name}.jpg", partial(self._annotated, name=name))
+                for name in first_words(survey, self.folder / "ImageSets" / "Main" / f"{split}.txt")
+            ]
+            for split in (self.train, self.test)
+        )
+        return Voc.classes[1:], train, test
 
-    def _entries(self, name: str, classes: Sequence[str], survey: Survey) -> list[Entry]:
-        entries = []
-        for _, line in survey.lines(self.folder / "ImageSets" / "Main" / f"{name}.txt"):
-            try:
-                entries.append(self._entry(os.fsdecode(line.split()[0]), classes))
-            except Unreadable as error:
-                survey.refuse(str(error), MEND)
-        return entries
-
-    def _entry(self, name: str, classes: Sequence[str]) -> Entry:
-        """Return what an image's file says of it. Raises Unreadable for what is not of VOC."""
+    def _annotated(self, path: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Read an image and its boxes as `_fitted` does. Raises Unreadable also for annotations that are not of VOC."""
         file, boxes = self.folder / "Annotations" / f"{name}.xml", []
+        number_of = {label: number for number, label in enumerate(Voc.classes[1:])}
         try:
             root = ET.fromstring(file.read_bytes())
             width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
             for found in root.iter("object"):
                 x0, y0, x1, y1 = (float(found.findtext(f"bndbox/{at}", "")) for at in ("xmin", "ymin", "xmax", "ymax"))
                 label, crowd = found.findtext("name", ""), found.findtext("difficult", "0").strip() == "1"
-                if label not in classes:
+                if label not in number_of:
                     raise Unreadable(f"{file} has an object of the class {label!r}, which VOC has not")
-                boxes.append((x0 - 1, y0 - 1, x1, y1, classes.index(label), crowd))  # which count from 1, both included
+                boxes.append((x0 - 1, y0 - 1, x1, y1, number_of[label], crowd))  # which count from 1, both included
         except (OSError, ET.ParseError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else brief(error)
-            raise Unreadable(f"{file} cannot be read as an annotation of VOC ({reason})") from None
-        return Entry(f"JPEGImages/{name}.jpg", (width, height), _rows(boxes))
-
-
-def _rows(boxes: Sequence[Sequence[float]]) -> np.ndarray:
-    return np.array(boxes, np.float64).reshape(-1, 6)
+            raise Unreadable(f"{file} cannot be read as an annotation of VOC ({brief(error)})") from None
+        return self._fitted(path, (width, height), boxes)
 
 
 # --- networks

@@ -6,10 +6,14 @@ Shape legend: n samples, B samples of a batch, H and W pixels.
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +22,18 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config import Config
+from ..console import Progress
 from ..data.augment import Augmentation
 from ..data.batches import Batches
+from ..data.images import Files, refuse_too_many, rgb
+from ..data.index import Survey
 from ..data.parts import Parts
-from ..data.source import DataSet, Images
+from ..data.source import DataSet, Images, Root, Unreadable, existing
 from ..data.sources.digits import Digits, shipped
+from ..errors import UsageError
 from ..files import printable
 from ..pruning.seeding import generator
+from ..schema import Aside, Side
 from .base import Task, needed
 
 
@@ -39,7 +48,7 @@ class Pictured:
     """
 
     images: np.ndarray
-    targets: Sequence[np.ndarray] | np.ndarray
+    targets: Sequence[np.ndarray]
     names: list[str]
 
     def __len__(self) -> int:
@@ -68,7 +77,8 @@ class Scenes:
         """sha256, as hex, of every pixel and target."""
         digest = hashlib.sha256(str([len(self.classes), len(self.train), len(self.test)]).encode())
         for part in (self.train, self.test):
-            sizes = "" if isinstance(part.targets, np.ndarray) else [len(each) for each in part.targets]
+            masks = part.targets[0].dtype == np.uint8  # which are as large as the images
+            sizes = "" if masks else [len(each) for each in part.targets]
             digest.update(f"{part.images.shape}{sizes}".encode() + part.images.tobytes())
             digest.update(b"".join(each.tobytes() for each in part.targets))
         return digest.hexdigest()
@@ -186,6 +196,94 @@ def left_to_right(images: Tensor) -> Tensor:
     return images.flip(-1)
 
 
+# --- images in files
+
+
+class Entry(NamedTuple):
+    """An image that is listed.
+
+    Attributes:
+        path: of its file, relative to the data set's folder.
+        read: returns, given ``path``, a square, uint8 (3, S, S), and its target; raises Unreadable for what is wrong.
+    """
+
+    path: str
+    read: Callable[[str], tuple[np.ndarray, np.ndarray]]
+
+    def tried(self) -> tuple[np.ndarray, np.ndarray] | Unreadable:
+        try:
+            return self.read(self.path)
+        except Unreadable as error:
+            return error
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFiles(DataSet):
+    """Images in files of their own, held in memory. A subclass lists them, and says how each is read.
+
+    Attributes:
+        image_size: side of the square that each becomes, in pixels.
+        on_error: ``skip`` leaves out images with which anything is wrong.
+        holds: what lies in the folder.
+        bytes_a_pixel: that an image and its target take.
+    """
+
+    name: str
+    root: Root
+    image_size: Side
+    on_error: Annotated[Literal["stop", "skip"], Aside()]
+
+    holds: ClassVar[str]
+    bytes_a_pixel: ClassVar[int] = 3
+
+    @cached_property
+    def folder(self) -> Path:
+        return existing(self.name, self.root, self.holds)
+
+    def entries(self, survey: Survey) -> tuple[Sequence[str], list[Entry], list[Entry]]:
+        """Return the classes, and the images to train and to evaluate on."""
+        raise NotImplementedError
+
+    def pixels(self, path: str, cut: Callable[..., Image.Image | np.ndarray] = rgb) -> np.ndarray:
+        """Return what ``cut`` makes of a file, (C, H, W). Raises Unreadable for what is no image."""
+        return Files(self.folder, np.array([os.fsencode(path)]), cut).read(0)
+
+    def open(self) -> Scenes:
+        survey = Survey(self.folder, self.on_error)
+        classes, train, test = self.entries(survey)
+        times = Counter(entry.path for entry in (*train, *test))
+        if twice := sorted(path for path in times if times[path] > 1):
+            raise UsageError(
+                f"dataset={self.name} lists {len(twice)} images more than once, such as {twice[0]}, of which each is to "
+                f"be trained on once, or evaluated on: choose other lists, or mend these in {self.folder}"
+            )
+        refuse_too_many(len(times), self.bytes_a_pixel, self.image_size)
+        return Scenes(self._read(train, survey), self._read(test, survey), classes, False, survey.skipped)
+
+    def _read(self, entries: list[Entry], survey: Survey) -> Pictured:
+        images = np.empty((len(entries), 3, self.image_size, self.image_size), np.uint8)
+        targets: list[np.ndarray] = []
+        names: list[str] = []
+        progress = Progress()
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for row, read in enumerate(pool.map(Entry.tried, entries)):
+                progress.show(f"reading images: {row}/{len(entries)}")
+                if isinstance(read, Unreadable):
+                    survey.refuse(str(read), "mend that, or leave that image out")
+                else:
+                    images[len(names)], target = read
+                    targets.append(target)
+                    names.append(entries[row].path)
+        if not names:
+            raise UsageError(f"{self.folder} lists no image that can be read: fetch {self.holds} again")
+        return Pictured(images[: len(names)], targets, names)
+
+
+def first_words(survey: Survey, file: Path) -> list[str]:
+    """Return the first word of each line of a list, but for comments."""
+    return [os.fsdecode(line.split()[0]) for _, line in survey.lines(file) if not line.startswith(b"#")]
+
+
 # --- photographs, and digits on them
 
 
@@ -215,10 +313,6 @@ class DigitPictures(DataSet):
         """Return an image, float32 (H, W, 3), and its target, made of digits (n, 8, 8) with labels (n,)."""
         raise NotImplementedError
 
-    def together(self, targets: list[np.ndarray]) -> Sequence[np.ndarray] | np.ndarray:
-        """Return the targets as they are held."""
-        return targets
-
     def open(self) -> Scenes:
         digits, (left, right) = Digits(name=self.name).open(), photographs()
         train = self._made("train", self.scenes, digits.train, left)
@@ -232,7 +326,7 @@ class DigitPictures(DataSet):
             image, target = self.scene(photographs[rng.integers(len(photographs))], grey, digits.labels, rng)
             images.append(np.rint(image).astype(np.uint8).transpose(2, 0, 1))
             targets.append(target)
-        return Pictured(np.stack(images), self.together(targets), [f"{split} scene {row}" for row in range(n)])
+        return Pictured(np.stack(images), targets, [f"{split} scene {row}" for row in range(n)])
 
 
 def photographs() -> tuple[list[np.ndarray], list[np.ndarray]]:

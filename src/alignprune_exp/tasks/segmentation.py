@@ -6,11 +6,10 @@ Shape legend: n samples, B samples of a batch, C classes, H and W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
@@ -21,16 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import MODEL, Config
-from ..console import Progress
 from ..data.batches import Batch
-from ..data.images import IMAGE_FORMATS, Fit, refuse_too_many
-from ..data.source import DataSet, Root, brief, existing
-from ..errors import UsageError
+from ..data.images import Fit
+from ..data.index import Survey
+from ..data.source import Unreadable
 from ..models import Kind, Width, normalisation, synchronised
 from ..records import Metric
-from ..schema import Side
 from .base import mean_nats
-from .scenes import DigitPictures, Pictured, Scenes, SceneTask, cut_out, left_to_right, painted
+from .scenes import DigitPictures, Entry, PictureFiles, SceneTask, cut_out, first_words, left_to_right, painted
 
 if TYPE_CHECKING:
     from ..distributed import Processes
@@ -169,91 +166,51 @@ class DigitScenes(DigitPictures):
             mask[top : top + size, left : left + size][ink] = 1 + labels[which]
         return image, mask
 
-    def together(self, targets: list[np.ndarray]) -> np.ndarray:
-        return np.stack(targets)
-
 
 @dataclass(frozen=True, kw_only=True)
-class MaskFiles(DataSet):
-    """Images and masks in files of their own, held in memory, each the largest square around its centre.
-
-    Attributes:
-        image_size: side of that, in pixels.
-    """
-
-    name: str
-    root: Root
-    image_size: Side
+class MaskFiles(PictureFiles):
+    """Images and masks in files of their own, each the largest square around its centre."""
 
     task: ClassVar[str] = "segmentation"
-    holds: ClassVar[str]
+    bytes_a_pixel = 4
     classes: ClassVar[tuple[str, ...]]
     lists: ClassVar[tuple[str, str]]  # of what is trained and evaluated on, below the root
     images: ClassVar[str]  # where an image lies below the root, by its name
     masks: ClassVar[str]  # where its mask does
+    class_of: ClassVar[Mapping[int, int]]  # by each value that a mask may have
 
-    def numbers(self, mask: np.ndarray) -> np.ndarray:
-        """Return the classes of a mask's pixels as this module has them."""
-        return mask
+    def entries(self, survey: Survey) -> tuple[Sequence[str], list[Entry], list[Entry]]:
+        train, test = (
+            [
+                Entry(self.images.format(name), partial(self._pair, mask=self.masks.format(name)))
+                for name in first_words(survey, self.folder / file)
+            ]
+            for file in self.lists
+        )
+        return self.classes, train, test
 
-    @cached_property
-    def folder(self) -> Path:
-        return existing(self.name, self.root, self.holds)
-
-    def open(self) -> Scenes:
-        train, test = (self._listed(self.folder / name) for name in self.lists)
-        refuse_too_many(len(train) + len(test), 4, self.image_size)
-        return Scenes(self._read(train), self._read(test), self.classes, clean=False)
-
-    def _listed(self, file: Path) -> list[str]:
-        """Return the first word of each line of a list."""
-        try:
-            lines = file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise UsageError(f"{file} cannot be read ({reason}): {self.name} has {self.holds}") from None
-        names = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
-        if not names:
-            raise UsageError(f"{file} names no image: fetch it again")
-        return names
-
-    def _read(self, names: list[str]) -> Pictured:
+    def _pair(self, image: str, mask: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image, uint8 (3, S, S), and its mask, uint8 (S, S). Raises Unreadable for what cannot be either."""
+        pixels, values, file = self.pixels(image), self.pixels(mask, _values), self.folder / mask
+        if pixels.shape[1:] != values.shape[1:]:
+            sizes = [f"{width}x{height}" for _, height, width in (values.shape, pixels.shape)]
+            raise Unreadable(f"{file} is {sizes[0]} pixels where its image is {sizes[1]}")
+        if len(values) > 1 or values.dtype != np.uint8:
+            raise Unreadable(f"{file} has colours, or no 8 bits a pixel, where numbers of classes are wanted")
+        if wrong := sorted(set(np.unique(values).tolist()) - set(self.class_of)):
+            raise Unreadable(f"{file} has the value {wrong[0]}, which is no class of dataset={self.name}")
+        numbers = np.zeros(256, np.uint8)
+        numbers[[*self.class_of]] = [*self.class_of.values()]
         side = (self.image_size, self.image_size)
-        images, masks = np.empty((len(names), 3, *side), np.uint8), np.empty((len(names), *side), np.uint8)
-        progress = Progress()
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for row, (image, mask) in enumerate(pool.map(self._pair, names)):
-                images[row], masks[row] = image.transpose(2, 0, 1), mask
-                progress.show(f"reading images and masks: {row}/{len(names)}")
-        return Pictured(images, masks, names)
-
-    def _pair(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return an image, uint8 (S, S, 3), and its mask, uint8 (S, S). Raises UsageError for what cannot be either."""
-        files = [self.folder / place.format(name) for place in (self.images, self.masks)]
-        image, mask = (_opened(file) for file in files)
-        if image.size != mask.size:
-            sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
-            raise UsageError(f"{files[1]} is {sizes[0]} pixels where its image is {sizes[1]}: replace one of them")
-        if mask.mode not in ("P", "L"):
-            raise UsageError(f"{files[1]} has colours ({mask.mode}) where numbers of classes are wanted: replace it")
-        classes = Image.fromarray(self.numbers(np.asarray(mask)))
-        side = (self.image_size, self.image_size)
-        fitted = np.asarray(ImageOps.fit(classes, side, Image.Resampling.NEAREST))
-        if len(wrong := fitted[(fitted >= len(self.classes)) & (fitted != IGNORED)]):
-            raise UsageError(
-                f"{files[1]} has class {wrong[0]} where 0 to {len(self.classes) - 1}, or {IGNORED}, are wanted: mend it"
-            )
-        return np.asarray(Fit(self.image_size)(image)), fitted
+        fitted = np.asarray(ImageOps.fit(Image.fromarray(numbers[values[0]]), side, Image.Resampling.NEAREST))
+        if (fitted == IGNORED).all():
+            raise Unreadable(f"{file} has no pixel of any class in the square around its centre")
+        return np.asarray(Fit(self.image_size)(Image.fromarray(pixels.transpose(1, 2, 0)))).transpose(2, 0, 1), fitted
 
 
-def _opened(file: Path) -> Image.Image:
-    try:
-        with Image.open(file, formats=IMAGE_FORMATS) as opened:
-            opened.load()
-            return opened
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else brief(error)
-        raise UsageError(f"{file} cannot be read as an image ({reason}): fetch it again, or delete its line") from None
+def _values(mask: Image.Image) -> np.ndarray:
+    """Return what a file has for each pixel, not what colour that is: (H, W, C)."""
+    return np.asarray(mask).reshape(mask.height, mask.width, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +224,7 @@ class Voc(MaskFiles):
     )
     lists = ("ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt")
     images, masks = "JPEGImages/{}.jpg", "SegmentationClass/{}.png"
+    class_of = MappingProxyType({number: number for number in (*range(21), IGNORED)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,11 +235,7 @@ class Pets(MaskFiles):
     classes = ("background", "pet")
     lists = ("annotations/trainval.txt", "annotations/test.txt")
     images, masks = "images/{}.jpg", "annotations/trimaps/{}.png"
-
-    def numbers(self, mask: np.ndarray) -> np.ndarray:
-        trimap = np.full(256, IGNORED - 1, np.uint8)  # which is refused
-        trimap[[1, 2, 3]] = 1, BACKGROUND, IGNORED
-        return trimap[mask]
+    class_of = MappingProxyType({1: 1, 2: BACKGROUND, 3: IGNORED})
 
 
 # --- networks
