@@ -81,12 +81,12 @@ def ious(some, others):
 
 def test_the_share_asked_for_is_corrupted_and_known(task):
     assert task.corrupted.sum() == round(0.25 * task.n)
-    clean = [task.scenes.train.targets[row] for row in task.parts.train]
+    clean = [task.data.train.targets[row] for row in task.parts.train]
     differs = [len(ours) != len(true) or (ours != true).any() for ours, true in zip(task.given, clean, strict=True)]
     assert (np.array(differs) == task.corrupted).all()
     assert not set(task.parts.train) & set(task.parts.reference)
     given = torch.cat([boxes for _, _, boxes in task.reference.evaluation()])
-    assert torch.equal(given, padded([task.scenes.train.targets[row] for row in task.parts.reference]))
+    assert torch.equal(given, padded([task.data.train.targets[row] for row in task.parts.reference]))
     assert task.reference_noise() == 0
     again = open_task(composed(*TINY, "noise=sym", "noise.rate=0.25"))
     assert all((ours == theirs).all() for ours, theirs in zip(task.given, again.given, strict=True))
@@ -334,7 +334,7 @@ class Told:
 
     def __init__(self, task):
         ((_, images, self.boxes),) = task.tests[""].evaluation()
-        self.keys, self.classes = [image.sum() for image in images], len(task.scenes.classes)
+        self.keys, self.classes = [image.sum() for image in images], len(task.data.classes)
 
     def logits(self, images):
         return torch.cat([self.of_one(self.keys.index(image.sum())) for image in images])
@@ -355,7 +355,7 @@ def test_what_is_evaluated_is_what_is_found_in_every_image(task):
     tests, told = task.tests[""], Told(task)
     found = task.evaluate(told, tests.evaluation(), len(tests), Processes())
     ((_, images, boxes),) = tests.evaluation()
-    said, classes = told.logits(images), len(task.scenes.classes)
+    said, classes = told.logits(images), len(task.data.classes)
     rows = [[row, *one] for row in range(10) for one in detections(Said.of(said, classes), row, 32).tolist()]
     given = [[row, *one] for row in range(10) for one in boxes[row].tolist() if one[4] != NO_BOX]
     expected = average_precision(torch.tensor(rows), torch.tensor(given), len(tests))
@@ -388,7 +388,7 @@ def test_images_and_boxes_are_mirrored_together():
 
 
 def test_each_digit_of_a_scene_is_whole_and_its_box_the_tightest(task):
-    train, test = task.scenes.train, task.scenes.test
+    train, test = task.data.train, task.data.test
     assert train.images.shape == (70, 3, 32, 32)
     assert len(test) == 14
     seen = {image.tobytes() for image in train.images}
@@ -495,7 +495,7 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
     root, boxes = ships(kind)
     line = ("task=detection", f"dataset={kind}", f"dataset.root={root}", "dataset.image_size=60", "reference.size=2")
     task = open_task(composed(*line))
-    pictures, names = task.scenes, list(task.scenes.classes)
+    pictures, names = task.data, list(task.data.classes)
     assert (len(pictures.train), len(pictures.test), task.n) == (8, 4, 6)
     order = ["sofa", "cat", "dog"] if kind == "coco" else [*NAMES[kind]]  # COCO's by their ids
     assert [name for name in names if name in NAMES[kind]] == order
@@ -611,7 +611,7 @@ def test_a_mistake_in_vocs_files_is_one_sentence(tmp_path, refused, ships):
     assert "a_3.jpg cannot be read as an image (cannot identify image file" in refused(*line)
     image.write_bytes((root / "JPEGImages/a_5.jpg").read_bytes())
     (root / "ImageSets/Main/val.txt").write_text("a_9\na_4\na_10\n")
-    assert "lists 1 images more than once, such as JPEGImages/a_4.jpg, of which each is to be" in refused(*line)
+    assert "lists 1 images more than once, such as JPEGImages/a_4.jpg, each of which is to be" in refused(*line)
     (root / "ImageSets/Main/val.txt").unlink()
     assert "val.txt cannot be read (No such file or directory): put it there" in refused(*line)
 
@@ -627,8 +627,8 @@ def test_images_with_which_anything_is_wrong_are_skipped_where_one_asks_for_it(t
     assert refusal.endswith("or type dataset.on_error=skip to train without such images")
     task = open_task(composed(*line, "dataset.on_error=skip"))
     left = [2, 3, 5, 6, 7]
-    assert task.scenes.train.names == [f"train2017/a_{number}.jpg" for number in left]
-    assert [len(found) for found in task.scenes.train.targets] == [len(boxes[number]) for number in left]
+    assert task.data.train.names == [f"train2017/a_{number}.jpg" for number in left]
+    assert [len(found) for found in task.data.train.targets] == [len(boxes[number]) for number in left]
     assert len(task.skipped) == 3
     assert all(any(f"a_{number}.jpg" in each for each in task.skipped) for number in (1, 4))
     assert any("category 91" in each for each in task.skipped)

@@ -52,7 +52,7 @@ def table(tmp_path):
 
 
 def test_the_share_asked_for_is_corrupted_and_known(task):
-    clean = task.table.train.targets[task.parts.train]
+    clean = task.data.train.targets[task.parts.train]
     assert task.corrupted.sum() == round(0.25 * task.n)
     assert ((task.targets != clean) == task.corrupted).all()
     assert sorted(task.targets) == sorted(clean)
@@ -60,7 +60,7 @@ def test_the_share_asked_for_is_corrupted_and_known(task):
     assert ((columns["target"] != columns["clean_target"]) == columns["corrupted"]).all()
     assert not set(task.parts.train) & set(task.parts.reference)
     held = torch.cat([targets for _, _, targets in task.reference.evaluation()]).double() * task.spread + task.centre
-    np.testing.assert_allclose(held, task.table.train.targets[task.parts.reference], rtol=1e-5)
+    np.testing.assert_allclose(held, task.data.train.targets[task.parts.reference], rtol=1e-5)
 
 
 @given(st.lists(st.integers(0, 4), max_size=30), st.integers(0, 99))
@@ -93,20 +93,20 @@ def test_the_metrics_are_scikit_learns(task):
 
     tests = task.tests[""]
     found = task.evaluate(Guess(), tests.evaluation(), len(tests), Processes())
-    true = task.table.test.targets[task.parts.test]
-    bmi = task.table.train.features[task.parts.train][:, 2]
-    said = (task.table.test.features[task.parts.test][:, 2] - bmi.mean()) / bmi.std() * 0.7 * task.spread + task.centre
+    true = task.data.test.targets[task.parts.test]
+    bmi = task.data.train.features[task.parts.train][:, 2]
+    said = (task.data.test.features[task.parts.test][:, 2] - bmi.mean()) / bmi.std() * 0.7 * task.spread + task.centre
     assert math.isclose(found["rmse"], root_mean_squared_error(true, said), rel_tol=1e-5)
     assert math.isclose(found["r2"], r2_score(true, said), rel_tol=1e-5)
 
 
 def test_the_diabetes_are_scikit_learns(task):
     features, targets = load_diabetes(return_X_y=True, scaled=False)
-    for part in (task.table.train, task.table.test):
+    for part in (task.data.train, task.data.test):
         assert (part.features == features[part.rows]).all()
         assert (part.targets == targets[part.rows]).all()
-    assert sorted([*task.table.train.rows, *task.table.test.rows]) == list(range(len(targets)))
-    assert task.table.columns == load_diabetes().feature_names
+    assert sorted([*task.data.train.rows, *task.data.test.rows]) == list(range(len(targets)))
+    assert task.data.columns == load_diabetes().feature_names
 
 
 @pytest.mark.parametrize(
@@ -138,20 +138,20 @@ def test_two_processes_compute_what_one_computes(tmp_path, nurse):
 def test_a_table_of_ones_own_is_read(table):
     line = (*TINY, "dataset=table", f"dataset.root={table}", "dataset.target=price", "reference.size=2")
     task = open_task(composed(*line, "dataset.features=[area,rooms,new,town]", "noise=clean"))
-    assert task.table.columns == ["area", "rooms", "new", "town=Aarau", "town=Bern", "town=Chur"]
+    assert task.data.columns == ["area", "rooms", "new", "town=Aarau", "town=Bern", "town=Chur"]
     assert task.corrupted is None
     assert [line.partition(" of ")[0] for line in task.skipped] == ["row 5"]
-    rows = np.concatenate([task.table.train.rows, task.table.test.rows])
+    rows = np.concatenate([task.data.train.rows, task.data.test.rows])
     assert sorted(rows) == [row for row in range(60) if row != 5]
-    assert len(task.table.test) == round(0.2 * 59)
+    assert len(task.data.test) == round(0.2 * 59)
     given = torch.cat([features for _, features, _ in task.train.evaluation()])
     missing = torch.from_numpy(task.parts.train)
-    missing = torch.from_numpy(task.table.train.rows)[missing] % 7 == 0
+    missing = torch.from_numpy(task.data.train.rows)[missing] % 7 == 0
     assert (given[missing, 0] == 0).all()
     assert given.isfinite().all()
     torch.testing.assert_close(given.float()[:, 1].mean(), torch.tensor(0.0), atol=0.01, rtol=0)
     folder = open_task(composed(*line, f"dataset.root={table.parent}", "dataset.features=[rooms]"))
-    assert (folder.table.train.targets == task.table.train.targets).all()
+    assert (folder.data.train.targets == task.data.train.targets).all()
 
 
 def test_what_is_constant_is_not_blown_up_by_rounding(table):
@@ -164,7 +164,7 @@ def test_what_is_constant_is_not_blown_up_by_rounding(table):
         task = open_task(composed(*line, f"dataset.held_out={held_out:g}"))
         for _, inputs, _ in task.tests[""].evaluation():
             assert inputs[:, 0].abs().max() < 10
-        evaluated.add(59 in task.table.test.rows)
+        evaluated.add(59 in task.data.test.rows)
     assert evaluated == {True, False}
 
 
@@ -172,9 +172,9 @@ def test_an_index_of_pandas_is_no_feature(table):
     pq.read_table(table, columns=["rooms", "price"]).to_pandas().sort_values("price").to_parquet(table)
     assert "__index_level_0__" in pq.read_schema(table).names
     line = (*TINY, "dataset=table", f"dataset.root={table}", "dataset.target=price")
-    assert open_task(composed(*line)).table.columns == ["rooms"]
+    assert open_task(composed(*line)).data.columns == ["rooms"]
     named = open_task(composed(*line, "dataset.features=[__index_level_0__]"))
-    assert named.table.columns == ["__index_level_0__"]
+    assert named.data.columns == ["__index_level_0__"]
 
 
 def test_a_mistake_in_the_table_is_one_sentence(tmp_path, refused, table):

@@ -57,11 +57,11 @@ def ships(tmp_path):
 
 def test_the_share_asked_for_is_corrupted_and_known(task):
     assert task.corrupted.sum() == round(0.25 * task.n)
-    clean = np.stack(task.scenes.train.targets)[task.parts.train]
+    clean = np.stack(task.data.train.targets)[task.parts.train]
     assert ((np.stack(task.given) != clean).any((1, 2)) == task.corrupted).all()
     assert not set(task.parts.train) & set(task.parts.reference)
     given = torch.cat([masks for _, _, masks in task.reference.evaluation()]).numpy()
-    assert (given == np.stack(task.scenes.train.targets)[task.parts.reference]).all()
+    assert (given == np.stack(task.data.train.targets)[task.parts.reference]).all()
     assert task.reference_noise() == 0
 
 
@@ -115,7 +115,7 @@ def test_the_losses_of_a_batch_are_those_of_its_samples_one_by_one(task):
 
 
 def test_the_mean_iou_is_that_of_brute_force(task):
-    tests, classes = task.tests[""], len(task.scenes.classes)
+    tests, classes = task.tests[""], len(task.data.classes)
 
     class Guess:
         device = torch.device("cpu")
@@ -154,7 +154,7 @@ def test_images_and_masks_are_mirrored_together():
 
 
 def test_training_and_test_scenes_share_no_pixel_of_a_photograph_and_no_digit(task):
-    train, test = task.scenes.train, task.scenes.test
+    train, test = task.data.train, task.data.test
     assert train.images.shape == (70, 3, 32, 32)
     assert len(test) == 14
     assert set(np.unique(train.targets)) == set(range(11))
@@ -196,7 +196,7 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
             "task=segmentation", f"dataset={kind}", f"dataset.root={root}", "dataset.image_size=30", "reference.size=2"
         )
     )
-    scenes = task.scenes
+    scenes = task.data
     assert (len(scenes.train), len(scenes.test)) == (8, 4)
     assert task.n == 6
     assert scenes.train.names == [PHOTOGRAPHS[kind][0].format(f"a_{number}") for number in range(8)]
@@ -261,7 +261,7 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, ships):
     assert "lists no image that can be read: fetch JPEGImages/" in refused(*line)
     for again in ("a_9", "a_3"):
         listed.write_text(f"a_9\n{again}\n")
-        assert f"lists 1 images more than once, such as JPEGImages/{again}.jpg, of which each is to be" in refused(
+        assert f"lists 1 images more than once, such as JPEGImages/{again}.jpg, each of which is to be" in refused(
             *line
         )
     listed.unlink()
@@ -279,10 +279,10 @@ def test_images_with_which_anything_is_wrong_are_skipped_where_one_asks_for_it(t
     assert refusal.endswith("or type dataset.on_error=skip to train without such images")
     whole = {name: (root / mask.format(name)).read_bytes() for name in ("a_0", "a_2", "a_3", "a_5", "a_7")}
     task = open_task(composed(*line, "dataset.on_error=skip"))
-    assert task.scenes.train.names == [image.format(name) for name in whole]
+    assert task.data.train.names == [image.format(name) for name in whole]
     said = ("a_1.png has the value 4,", "a_4.png cannot be read", "a_6.jpg cannot be read")
     assert all(start in line for start, line in zip(said, task.skipped, strict=True))
-    for target, name in zip(task.scenes.train.targets, whole, strict=True):
+    for target, name in zip(task.data.train.targets, whole, strict=True):
         written = np.asarray(Image.open(root / mask.format(name)))[:, 5:35]
         assert (target == np.select([written == 1, written == 2], [1, 0], IGNORED)).all()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import DATASET, TASK
+from ..data.parts import Parts
 from ..errors import UsageError
 from ..pruning.signals import SIGNALS
 from ..records import Metric
@@ -205,3 +206,31 @@ class Task:
 
     def _no_classes(self) -> UsageError:
         return UsageError(f"task={self.config.task.name} has no class labels")
+
+
+class RowsTask(Task):
+    """A task whose samples are rows of its data and have no class labels; `Parts` says what each row is for.
+
+    A subclass names what it needs, reads its targets out of ``data``, and makes batches of them.
+
+    Attributes:
+        packages: that it needs.
+        data: as its data set is opened: ``train`` and ``test``, each with a length, ``clean``, which says whether they
+            count as clean where no noise is injected, ``fingerprint`` and ``skipped``.
+        parts: what the rows are for.
+    """
+
+    packages: ClassVar[tuple[str, ...]] = ()
+    data: Any
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, device, dtype)
+        for module in self.packages:
+            needed(module, config.task.name)
+        self.data = data = self.opened()
+        self.parts = parts = Parts.of(config, len(data.train), len(data.test), data.clean)
+        self.n, self.held_out, self.corrupted = len(parts.train), len(parts.reference), parts.corrupted
+        self.fingerprint, self.skipped = data.fingerprint, data.skipped
+
+    def reference_noise(self) -> float | None:
+        return self.parts.reference_noise

@@ -52,16 +52,16 @@ class Detection(SceneTask):
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
-        parts, train, test = self.parts, self.scenes.train, self.scenes.test
+        parts, train, test = self.parts, self.data.train, self.data.test
         for what, boxes, rows in (("train", train.targets, parts.train), ("evaluate", test.targets, parts.test)):
             if not any((boxes[row][:, 5] == 0).any() for row in rows):
                 raise UsageError(f"none of the {len(rows)} images to {what} on has a box: give it others, or more")
 
     def wrong(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return corrupt(target, len(self.scenes.classes), self.scenes.train.images.shape[-1], rng)
+        return corrupt(target, len(self.data.classes), self.data.train.images.shape[-1], rng)
 
     def mirrored(self, targets: Tensor) -> Tensor:
-        width = self.scenes.train.images.shape[-1]
+        width = self.data.train.images.shape[-1]
         x0, y0, x1, y1, *what = targets.unbind(-1)
         return torch.stack([width - x1, y0, width - x0, y1, *what], -1)
 
@@ -70,10 +70,10 @@ class Detection(SceneTask):
 
     def network(self) -> nn.Module:
         """Return a freshly initialised network: from images (B, 3, H, W) to what `Said` reads, (B, P, 9 + C)."""
-        return self.fitted(MODEL.make(self.config.model, 3, len(self.scenes.classes)))
+        return self.fitted(MODEL.make(self.config.model, 3, len(self.data.classes)))
 
     def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-        losses = fcos_losses(Said.of(outputs, len(self.scenes.classes)), targets)
+        losses = fcos_losses(Said.of(outputs, len(self.data.classes)), targets)
         return losses, losses, None
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class Detection(SceneTask):
         for index, images, boxes in batches:
             outputs = network.logits(images)
             loss += self.losses(outputs, boxes)[0].double().sum()
-            said = Said.of(outputs, len(self.scenes.classes))
+            said = Said.of(outputs, len(self.data.classes))
             for row, number in enumerate(index.tolist()):
                 found.append(F.pad(detections(said, row, images.shape[-1]), (1, 0), value=number))
                 given.append(F.pad(boxes[row][boxes[row, :, 4] != NO_BOX], (1, 0), value=number))

@@ -26,13 +26,12 @@ from torch.nn import functional as F
 from ..config import MODEL, Config
 from ..console import Progress
 from ..data.batches import Batch, Batches, TensorBatches
-from ..data.parts import Parts
 from ..data.source import DataSet, Root, brief
 from ..errors import UsageError
 from ..files import cache_folder, printable, write_atomically
 from ..pruning.seeding import generator
 from ..records import Metric
-from .base import Task, mean_nats, nats, needed
+from .base import RowsTask, mean_nats, nats
 
 if TYPE_CHECKING:
     from ..distributed import Processes
@@ -49,7 +48,7 @@ BOILERPLATE = (
 Text = tuple[str, str]  # where it is from, and what it says
 
 
-class Language(Task):
+class Language(RowsTask):
     """Documents, each cut off after ``length`` tokens, of a vocabulary that is learnt from those that are trained on.
 
     Args:
@@ -62,6 +61,8 @@ class Language(Task):
     """
 
     metrics = (Metric("bits_per_byte", "held-out bits per byte", higher=False, digits=3),)
+    packages = ("tokenizers",)
+    data: Documents
 
     def __init__(
         self,
@@ -73,24 +74,18 @@ class Language(Task):
         vocabulary: Annotated[int, Field(ge=257, le=1_000_000)],
     ) -> None:
         super().__init__(config, device, dtype)
-        needed("tokenizers", config.task.name)
-        self.length = length
-        documents: Documents = self.opened()
-        self.parts = parts = Parts.of(config, len(documents.train), len(documents.test), documents.clean)
-        self.n, self.held_out = len(parts.train), len(parts.reference)
-        self.fingerprint, self.skipped = documents.fingerprint, documents.skipped
-        self.corrupted = parts.corrupted
-        self.places = [documents.train[row][0] for row in parts.train]
-        self.texts = self._given(documents.train, parts.train, parts.wrong)
+        self.length, parts = length, self.parts
+        self.places = [self.data.train[row][0] for row in parts.train]
+        self.texts = self._given(parts.train, parts.wrong)
         self.tokenizer = learnt(self.texts, vocabulary)
         self.chance_loss = math.log(self.tokenizer.get_vocab_size())
         self.bytes_V = torch.tensor([0, *map(self._length, range(1, self.tokenizer.get_vocab_size()))])
-        self._trusted = self._given(documents.train, parts.reference, parts.doubted)
-        self._held = [documents.test[row][1] for row in parts.test]
+        self._trusted = self._given(parts.reference, parts.doubted)
+        self._held = [self.data.test[row][1] for row in parts.test]
 
-    def _given(self, found: list[Text], rows: np.ndarray, wrong: np.ndarray) -> list[str]:
+    def _given(self, rows: np.ndarray, wrong: np.ndarray) -> list[str]:
         """Return the documents of some rows, those that are ``wrong`` corrupted by (seed, row)."""
-        texts = [found[row][1] for row in rows]
+        texts = [self.data.train[row][1] for row in rows]
         for place in np.flatnonzero(wrong):
             texts[place] = corrupt(texts[place], generator(self.config.seed, "corruption", int(rows[place])))
         return texts
@@ -146,9 +141,6 @@ class Language(Task):
 
         paths = pd.array([printable(place) for place in self.places], dtype="string")
         return {"index": self.parts.train, "path": paths, "corrupted": self.corrupted}
-
-    def reference_noise(self) -> float | None:
-        return self.parts.reference_noise
 
 
 def learnt(texts: list[str], vocabulary: int) -> Any:

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from ..config import MODEL, Config
 from ..data.batches import Batch, Batches, TensorBatches
-from ..data.parts import Parts
 from ..data.source import DataSet, Root, brief
 from ..data.sources.digits import shipped
 from ..errors import UsageError
 from ..pruning.seeding import generator
 from ..records import Metric
-from .base import Task
+from .base import RowsTask
 
 if TYPE_CHECKING:
     from ..distributed import Processes
@@ -39,7 +38,7 @@ LARGEST = 1e100  # number that can be squared, and many of these summed
 PANDAS_INDEX = "__index_level_"  # begins the column of an index without a name
 
 
-class Regression(Task):
+class Regression(RowsTask):
     """Rows of numbers with one target each, all standardised by what is trained on; losses are of standardised targets.
 
     Attributes:
@@ -52,17 +51,14 @@ class Regression(Task):
         Metric("r2", "test R²", digits=3),
     )
     chance_loss = 1.0
+    data: Table
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
-        self.table: Table = self.opened()
-        train = self.table.train
-        self.parts = parts = Parts.of(config, len(train), len(self.table.test), self.table.clean)
-        self.n, self.held_out, self.fingerprint = len(parts.train), len(parts.reference), self.table.fingerprint
-        self.corrupted, self.skipped = parts.corrupted, self.table.skipped
+        train, parts = self.data.train, self.parts
         self.targets = self._given("corruption", parts.train, parts.wrong)
         self.centre, self.spread = self.targets.mean(), self.targets.std()
-        for which, targets in (("train", self.targets), ("evaluate", self.table.test.targets[parts.test])):
+        for which, targets in (("train", self.targets), ("evaluate", self.data.test.targets[parts.test])):
             if np.ptp(targets) == 0:  # whose standard deviation may be what rounding leaves of 0
                 raise UsageError(
                     f"all {len(targets)} targets to {which} on are {targets[0]:g}: give it others, or more"
@@ -74,7 +70,7 @@ class Regression(Task):
 
     def _given(self, purpose: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
         """Return the targets of some rows, the ``wrong`` ones of which have changed places among themselves."""
-        targets = self.table.train.targets[rows]
+        targets = self.data.train.targets[rows]
         try:
             targets[wrong] = permuted(targets[wrong], generator(self.config.seed, purpose))
         except ValueError as error:
@@ -83,7 +79,7 @@ class Regression(Task):
 
     @cached_property
     def train(self) -> Batches:  # type: ignore[override]
-        return self._batches(self.table.train.features[self.parts.train], self.targets)
+        return self._batches(self.data.train.features[self.parts.train], self.targets)
 
     @cached_property
     def reference(self) -> Batches:  # type: ignore[override]
@@ -91,11 +87,11 @@ class Regression(Task):
         if not self.held_out:
             return self.train
         trusted = self._given("reference corruption", parts.reference, parts.doubted)
-        return self._batches(self.table.train.features[parts.reference], trusted)
+        return self._batches(self.data.train.features[parts.reference], trusted)
 
     @cached_property
     def tests(self) -> dict[str, Batches]:  # type: ignore[override]
-        test, rows = self.table.test, self.parts.test
+        test, rows = self.data.test, self.parts.test
         return {"": self._batches(test.features[rows], test.targets[rows])}
 
     def _batches(self, features: np.ndarray, targets: np.ndarray) -> Batches:
@@ -109,7 +105,7 @@ class Regression(Task):
 
     def network(self) -> nn.Module:
         """Return a freshly initialised network: from features (B, F) to standardised targets (B, 1)."""
-        return self.fitted(MODEL.make(self.config.model, len(self.table.columns), 1))
+        return self.fitted(MODEL.make(self.config.model, len(self.data.columns), 1))
 
     def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
         if outputs.shape[1:] != (1,):
@@ -128,16 +124,13 @@ class Regression(Task):
         return {"rmse": self.spread * math.sqrt(loss), "r2": 1 - loss / (squares - total**2), "loss": loss}
 
     def columns(self) -> dict[str, Any]:
-        clean = self.table.train.targets[self.parts.train] if self.parts.known else None
+        clean = self.data.train.targets[self.parts.train] if self.parts.known else None
         return {
-            "index": self.table.train.rows[self.parts.train],
+            "index": self.data.train.rows[self.parts.train],
             "target": self.targets,
             "clean_target": clean,
             "corrupted": self.corrupted,
         }
-
-    def reference_noise(self) -> float | None:
-        return self.parts.reference_noise
 
 
 def permuted(targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:

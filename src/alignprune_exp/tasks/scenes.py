@@ -27,14 +27,13 @@ from ..data.augment import Augmentation
 from ..data.batches import Batches
 from ..data.images import Files, refuse_too_many, rgb
 from ..data.index import Survey
-from ..data.parts import Parts
 from ..data.source import DataSet, Images, Root, Unreadable, existing
 from ..data.sources.digits import Digits, shipped
 from ..errors import UsageError
 from ..files import printable
 from ..pruning.seeding import generator
 from ..schema import Aside, Side
-from .base import Task, needed
+from .base import RowsTask
 
 
 @dataclass(frozen=True)
@@ -84,28 +83,20 @@ class Scenes:
         return digest.hexdigest()
 
 
-class SceneTask(Task):
+class SceneTask(RowsTask):
     """Images in memory. A subclass says how a target is corrupted, mirrored, and made a tensor of with others.
 
     Attributes:
-        packages: that it needs.
         given: the targets trained on, wrong ones among them, one of each sample.
         mean, std: of the pixels trained on, by channel, in 0..1 units, (3,).
     """
 
-    packages: ClassVar[tuple[str, ...]]
+    data: Scenes
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
-        for module in self.packages:
-            needed(module, config.task.name)
-        self.scenes: Scenes = self.opened()
-        train, test = self.scenes.train, self.scenes.test
-        self.parts = parts = Parts.of(config, len(train), len(test), self.scenes.clean)
-        self.n, self.held_out, self.fingerprint = len(parts.train), len(parts.reference), self.scenes.fingerprint
-        self.corrupted, self.skipped = parts.corrupted, self.scenes.skipped
-        self.given = self._given(parts.train, parts.wrong)
-        pixels = train.images[parts.train].transpose(1, 0, 2, 3).reshape(3, -1)
+        self.given = self._given(self.parts.train, self.parts.wrong)
+        pixels = self.data.train.images[self.parts.train].transpose(1, 0, 2, 3).reshape(3, -1)
         self.mean, self.std = pixels.mean(1) / 255, np.maximum(pixels.std(1) / 255, 1e-3)
 
     def wrong(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -122,25 +113,25 @@ class SceneTask(Task):
 
     def _given(self, rows: np.ndarray, wrong: np.ndarray) -> list[np.ndarray]:
         """Return the targets of some rows, those that are ``wrong`` corrupted by (seed, row)."""
-        targets = [self.scenes.train.targets[row] for row in rows]
+        targets = [self.data.train.targets[row] for row in rows]
         for place in np.flatnonzero(wrong):
             targets[place] = self.wrong(targets[place], generator(self.config.seed, "corruption", int(rows[place])))
         return targets
 
     @cached_property
     def train(self) -> Batches:  # type: ignore[override]
-        return self._batches(self.scenes.train.images[self.parts.train], self.given, self.config.dataset.flip)
+        return self._batches(self.data.train.images[self.parts.train], self.given, self.config.dataset.flip)
 
     @cached_property
     def reference(self) -> Batches:  # type: ignore[override]
         parts = self.parts
         if not self.held_out:
             return self.train
-        return self._batches(self.scenes.train.images[parts.reference], self._given(parts.reference, parts.doubted))
+        return self._batches(self.data.train.images[parts.reference], self._given(parts.reference, parts.doubted))
 
     @cached_property
     def tests(self) -> dict[str, Batches]:  # type: ignore[override]
-        test, rows = self.scenes.test, self.parts.test
+        test, rows = self.data.test, self.parts.test
         return {"": self._batches(test.images[rows], [test.targets[row] for row in rows])}
 
     def _batches(self, images: np.ndarray, targets: Sequence[np.ndarray], flip: bool = False) -> Batches:
@@ -149,11 +140,8 @@ class SceneTask(Task):
     def columns(self) -> dict[str, Any]:
         import pandas as pd
 
-        names = [printable(self.scenes.train.names[row]) for row in self.parts.train]
+        names = [printable(self.data.train.names[row]) for row in self.parts.train]
         return {"index": self.parts.train, "path": pd.array(names, dtype="string"), "corrupted": self.corrupted}
-
-    def reference_noise(self) -> float | None:
-        return self.parts.reference_noise
 
 
 class SceneBatches(Batches):
@@ -254,8 +242,8 @@ class PictureFiles(DataSet):
         times = Counter(entry.path for entry in (*train, *test))
         if twice := sorted(path for path in times if times[path] > 1):
             raise UsageError(
-                f"dataset={self.name} lists {len(twice)} images more than once, such as {twice[0]}, of which each is to "
-                f"be trained on once, or evaluated on: choose other lists, or mend these in {self.folder}"
+                f"dataset={self.name} lists {len(twice)} images more than once, such as {twice[0]}, each of which is "
+                f"to be trained on once, or evaluated on: choose other lists, or mend these in {self.folder}"
             )
         refuse_too_many(len(times), self.bytes_a_pixel, self.image_size)
         return Scenes(self._read(train, survey), self._read(test, survey), classes, False, survey.skipped)

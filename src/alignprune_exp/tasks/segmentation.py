@@ -45,10 +45,10 @@ class Segmentation(SceneTask):
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
-        self.chance_loss = math.log(len(self.scenes.classes))
+        self.chance_loss = math.log(len(self.data.classes))
 
     def wrong(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return corrupt(target, len(self.scenes.classes), rng)
+        return corrupt(target, len(self.data.classes), rng)
 
     def mirrored(self, targets: Tensor) -> Tensor:
         return left_to_right(targets)
@@ -58,7 +58,7 @@ class Segmentation(SceneTask):
 
     def network(self) -> nn.Module:
         """Return a freshly initialised network: from images (B, 3, H, W) to logits (B, C, H, W)."""
-        return self.fitted(MODEL.make(self.config.model, 3, len(self.scenes.classes)))
+        return self.fitted(MODEL.make(self.config.model, 3, len(self.data.classes)))
 
     def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
         if outputs.shape[-2:] != targets.shape[-2:] or outputs.dim() != 4:
@@ -71,7 +71,7 @@ class Segmentation(SceneTask):
         """Return the mean over classes of the IoU of all pixels of all images, in per cent, and the mean loss."""
         from torchmetrics.classification import MulticlassJaccardIndex
 
-        classes = len(self.scenes.classes)
+        classes = len(self.data.classes)
         iou = MulticlassJaccardIndex(classes, ignore_index=IGNORED, sync_on_compute=False).to(network.device)
         loss = torch.zeros((), dtype=torch.float64, device=network.device)
         for _, images, masks in batches:
