@@ -68,7 +68,12 @@ def test_the_share_asked_for_is_corrupted_and_known(task):
 
 @given(st.text(min_size=SHORTEST), st.integers(0, 99))
 def test_a_corrupted_text_is_another_one(text, seed):
-    assert corrupt(text, np.random.default_rng(seed)) != text
+    assert corrupt(text, np.random.default_rng(seed)).split() != text.split()
+
+
+def test_a_text_of_one_word_does_not_count_as_shuffled():
+    text = "word" * SHORTEST + "\n"
+    assert all(corrupt(text, np.random.default_rng(seed)).split() != text.split() for seed in range(20))
 
 
 def test_what_can_be_wrong_is_what_its_name_says():
