@@ -2,6 +2,7 @@
 
 import datetime
 import math
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +41,7 @@ def table(tmp_path):
     rng = np.random.default_rng(0)
     columns = {
         "area": pa.array([None if row % 7 == 0 else float(row) for row in range(60)]),
-        "rooms": pa.array(rng.integers(1, 6, 60)),
+        "rooms": pa.array([Decimal(int(rooms)) for rooms in rng.integers(1, 6, 60)]),
         "new": pa.array(rng.random(60) < 0.5),
         "town": pa.array(rng.choice(["Aarau", "Bern", "Chur"], 60).tolist()).dictionary_encode(),
         "sold": pa.array([datetime.date(2020, 1, 1)] * 60),
@@ -203,6 +204,8 @@ def test_a_mistake_in_the_table_is_one_sentence(tmp_path, refused, table):
     assert "homes.parquet cannot be read as Parquet (" in refused(*rooms)
     pq.write_table(pa.table({"rooms": list(range(60)), "price": [1.0] * 55 + [2.0] * 5}), table)
     assert "so some would keep theirs; use another rate" in refused(*rooms)
+    said = refused(*rooms, "noise=clean", "reference.size=10", "reference.noise=1")
+    assert said.startswith("reference.noise: of 10 targets to permute")
     pq.write_table(pa.table({"rooms": [math.inf] * 60, "price": list(range(60))}), table)
     assert "the column rooms of" in refused(*rooms)
     pq.write_table(pa.table({"rooms": [-1.8e307] * 60, "price": list(range(60))}), table)

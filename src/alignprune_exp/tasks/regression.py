@@ -56,7 +56,8 @@ class Regression(RowsTask):
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
         train, parts = self.data.train, self.parts
-        self.targets = self._given("corruption", parts.train, parts.wrong)
+        self.targets = self._given("corruption", parts.train, parts.wrong, f"noise={self.config.noise.name}")
+        self._trusted = self._given("reference corruption", parts.reference, parts.doubted, "reference.noise")
         self.centre, self.spread = self.targets.mean(), self.targets.std()
         for which, targets in (("train", self.targets), ("evaluate", self.data.test.targets[parts.test])):
             if np.ptp(targets) == 0:  # whose standard deviation may be what rounding leaves of 0
@@ -68,13 +69,13 @@ class Regression(RowsTask):
             self._mean, spread = np.nanmean(rows, 0), np.nanstd(rows, 0)
             self._std = np.where((spread > 0) & (np.nanmax(rows, 0) > np.nanmin(rows, 0)), spread, 1)
 
-    def _given(self, purpose: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    def _given(self, purpose: str, rows: np.ndarray, wrong: np.ndarray, key: str) -> np.ndarray:
         """Return the targets of some rows, the ``wrong`` ones of which have changed places among themselves."""
         targets = self.data.train.targets[rows]
         try:
             targets[wrong] = permuted(targets[wrong], generator(self.config.seed, purpose))
         except ValueError as error:
-            raise UsageError(f"noise={self.config.noise.name}: {error}") from None
+            raise UsageError(f"{key}: {error}") from None
         return targets
 
     @cached_property
@@ -83,11 +84,9 @@ class Regression(RowsTask):
 
     @cached_property
     def reference(self) -> Batches:  # type: ignore[override]
-        parts = self.parts
         if not self.held_out:
             return self.train
-        trusted = self._given("reference corruption", parts.reference, parts.doubted)
-        return self._batches(self.data.train.features[parts.reference], trusted)
+        return self._batches(self.data.train.features[self.parts.reference], self._trusted)
 
     @cached_property
     def tests(self) -> dict[str, Batches]:  # type: ignore[override]
@@ -297,7 +296,9 @@ class ParquetTable(DataSet):
 
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         leave = f"choose other columns with dataset.{'features=[…]' if texts else 'target=…'}"
-        if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        if any(
+            fits(kind) for fits in (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+        ):
             numbers = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
             if (large := numbers[np.abs(numbers) > LARGEST]).size:
                 raise UsageError(f"the column {name} of {self.root} has the value {large[0]:g}: mend it, or {leave}")
