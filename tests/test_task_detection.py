@@ -514,9 +514,14 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
     whole = Image.open(root / pictures.train.names[0]).resize((36, 60), Image.Resampling.BILINEAR)
     assert (pictures.train.images[0][:, :, 12:48] == np.asarray(whole).transpose(2, 0, 1)).all()
     assert (pictures.train.images[0][:, :, :12] == 0).all()
+    pixels = pictures.train.images[task.parts.train] / 255
+    np.testing.assert_allclose([task.mean, task.std], [pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))])
     assert task.corrupted.sum() == 3
     assert open_task(composed(*line, "noise=clean")).corrupted is None
     assert task.fingerprint == open_task(composed(*line, "seed=1")).fingerprint
+    if kind == "coco":
+        changed(root / "annotations" / "instances_val2017.json", lambda held: held["categories"].reverse())
+        assert task.fingerprint == open_task(composed(*line)).fingerprint
 
 
 def test_the_classes_of_voc_are_called_as_its_annotations_call_them():

@@ -125,9 +125,13 @@ def test_the_mean_iou_is_that_of_brute_force(task):
             return torch.randn(len(images), classes, *images.shape[-2:]) * (torch.arange(classes) < 5)[:, None, None]
 
     guess = Guess()
-    found = task.evaluate(guess, tests.evaluation(), len(tests), Processes())
-    both = [(guess.logits(images).argmax(1).numpy(), given.numpy()) for _, images, given in tests.evaluation()]
+    batches = [(index, images, masks.clone()) for index, images, masks in tests.evaluation()]
+    for _, _, masks in batches:
+        masks[:, 5:9] = IGNORED
+    found = task.evaluate(guess, batches, len(tests), Processes())
+    both = [(guess.logits(images).argmax(1).numpy(), masks.numpy()) for _, images, masks in batches]
     said, true = (np.concatenate([each.ravel() for each in part]) for part in zip(*both, strict=True))
+    said, true = said[true != IGNORED], true[true != IGNORED]
     ious = []
     for c in range(classes):
         either = (said == c) | (true == c)

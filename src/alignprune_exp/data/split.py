@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def prepare(
     for name, images in source.evaluations.items():
         splits[name] = _evaluated(images, np.arange(len(images)), test_subset and min(test_subset, len(images)))
     splits = _held(source, splits, resident_bytes)
-    mean, std = source.statistics or _statistics(splits["train"], seed)
+    mean, std = source.statistics or pixel_statistics(_pixels(splits["train"], seed).split(4096))
     return TrainingData(
         train=splits["train"],
         reference=splits.get("reference"),
@@ -246,19 +246,25 @@ def _of_each(labels: np.ndarray, size: float, rng: np.random.Generator, classes:
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
-def _statistics(train: Split, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation by channel, float64 (C,) each, in 0..1 units."""
-    if train.images is None:
-        few = generator(seed, "statistics").permutation(len(train))[:_STATISTICS_ROWS]
-        images = train.source.pixels(np.sort(train.rows[few]))
-    else:
-        images = train.images
-    counts = np.zeros((images.shape[1], 256))
-    for block in images.split(4096):
-        for channel in range(images.shape[1]):
-            counts[channel] += torch.bincount(block[:, channel].reshape(-1), minlength=256).numpy()
+def _pixels(train: Split, seed: int) -> torch.Tensor:
+    """Return the images that mean and standard deviation are computed from, uint8 (k, C, H, W)."""
+    if train.images is not None:
+        return train.images
+    few = generator(seed, "statistics").permutation(len(train))[:_STATISTICS_ROWS]
+    return train.source.pixels(np.sort(train.rows[few]))
+
+
+def pixel_statistics(blocks: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation by channel, float64 (C,) each, in 0..1 units, of blocks of images.
+
+    These are uint8 (k, C, H, W). A channel of one value has a standard deviation of 1.
+    """
+    counts = sum(
+        np.stack([torch.bincount(channel.reshape(-1), minlength=256).numpy() for channel in block.unbind(1)])
+        for block in blocks
+    )
     value = np.arange(256) / 255
-    share = counts / counts.sum(1, keepdims=True)
+    share = counts / np.sum(counts, 1, keepdims=True)
     mean = share @ value
     variance = (share * (value - mean[:, None]) ** 2).sum(1)
     return mean, np.where(variance > 0, np.sqrt(variance), 1.0)

@@ -432,8 +432,11 @@ class Coco(BoxFiles):
         train, test = (self._annotations(name) for name in (self.train, self.test))
         if train.categories != test.categories:
             raise UsageError(f"{self._file(self.train)} and {self._file(self.test)} differ in categories: mend one")
-        names = [category.name for category in sorted(train.categories, key=lambda each: each.id)]
-        return names, self._entries(self.train, train, survey), self._entries(self.test, test, survey)
+        return (
+            [each.name for each in train.categories],
+            self._entries(self.train, train, survey),
+            self._entries(self.test, test, survey),
+        )
 
     def _file(self, name: str) -> Path:
         return self.folder / "annotations" / f"instances_{name}.json"
@@ -453,6 +456,7 @@ class Coco(BoxFiles):
             ids = Counter(each.id for each in getattr(read, what))
             if ids and (most := ids.most_common(1)[0])[1] > 1:
                 raise UsageError(f"{file} has {most[1]} {what} of the id {most[0]}: fetch it again")
+        read.categories.sort(key=lambda each: each.id)
         return read
 
     def _entries(self, name: str, read: Annotations, survey: Survey) -> list[Entry]:
@@ -462,7 +466,7 @@ class Coco(BoxFiles):
             raise UsageError(
                 f"{self.folder} has no folder {name}, images/{name} or images: put the images of {file} there"
             )
-        numbers = {id: number for number, id in enumerate(sorted(category.id for category in read.categories))}
+        numbers = {id: number for number, id in enumerate(category.id for category in read.categories)}
         boxes: dict[int, list[tuple[float, ...]]] = {image.id: [] for image in read.images}
         wrong = set()
         for box in read.annotations:

@@ -29,6 +29,7 @@ from ..data.images import Files, refuse_too_many, rgb
 from ..data.index import Survey
 from ..data.source import DataSet, Images, Root, Unreadable, existing
 from ..data.sources.digits import Digits, shipped
+from ..data.split import pixel_statistics
 from ..errors import UsageError
 from ..files import printable
 from ..pruning.seeding import generator
@@ -96,8 +97,9 @@ class SceneTask(RowsTask):
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
         self.given = self._given(self.parts.train, self.parts.wrong)
-        pixels = self.data.train.images[self.parts.train].transpose(1, 0, 2, 3).reshape(3, -1)
-        self.mean, self.std = pixels.mean(1) / 255, np.maximum(pixels.std(1) / 255, 1e-3)
+        blocks = (self.parts.train[start : start + 1024] for start in range(0, self.n, 1024))
+        images = torch.from_numpy(self.data.train.images)
+        self.mean, self.std = pixel_statistics(images[block] for block in blocks)
 
     def wrong(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return a target with something wrong."""
