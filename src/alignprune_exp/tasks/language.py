@@ -368,7 +368,8 @@ class TextFiles(Texts):
             schema = pq.read_schema(file)
             if self.column not in schema.names:
                 raise UsageError(f"{file} has no column {self.column}, but {', '.join(schema.names)}: {self._other}")
-            kind = schema.field(self.column).type
+            column = schema.field(self.column).type
+            kind = column.value_type if pa.types.is_dictionary(column) else column
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise UsageError(f"the column {self.column} of {file} holds {kind}, no texts: {self._other}")
             texts = pq.read_table(file, columns=[self.column]).column(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -258,11 +259,13 @@ class ParquetTable(DataSet):
                 raise UsageError(f"{self.root} has no column {name}, but {there}: type dataset.{key}=… of these")
         if self.target in names:
             raise UsageError(f"dataset.features has {self.target}, which is the target: leave it out")
-        if not names:
-            raise UsageError(f"{self.root} has no column beside {self.target} to predict it by: add some")
         columns = {name: column for each in names for name, column in self._numbers(each, table.column(each)).items()}
+        if not columns:
+            raise UsageError(f"{self.root} has no column with values beside {self.target} to predict it by: add some")
         ((_, targets),) = self._numbers(self.target, table.column(self.target), texts=False).items()
         missing = np.isnan(targets)
+        if missing.all():
+            raise UsageError(f"no row of {self.root} has a {self.target}: choose another column with dataset.target=…")
         rows = Rows(np.column_stack(list(columns.values())), targets, np.arange(len(targets)))
         skipped = [f"row {row} of {self.root} has no {self.target}" for row in np.flatnonzero(missing)]
         return Table.split(rows.of(np.flatnonzero(~missing)), self.held_out, list(columns), False, skipped)
@@ -280,10 +283,14 @@ class ParquetTable(DataSet):
         tables = []
         for file in files:
             try:
+                names = Counter(pq.read_schema(file).names)
+                if twice := [name for name in names if names[name] > 1]:
+                    raise UsageError(f"{file} has {names[twice[0]]} columns {twice[0]}: write it with other names")
                 tables.append(pq.read_table(file))
                 tables[-1].validate(full=True)
             except (pa.ArrowException, OSError) as error:
-                raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from None
+                reason = brief(error)
+                raise UsageError(f"{file} cannot be read as Parquet ({reason}): write it as that, anew") from None
         try:
             return pa.concat_tables(tables)
         except pa.ArrowException:
