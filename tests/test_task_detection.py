@@ -560,6 +560,10 @@ WRONG_COCO = [  # what is done to the annotations, and what is said of it
     ),
     (lambda held: held["images"][0].pop("file_name"), "as COCO has them (images.0.file_name: Field required)"),
     (lambda held: held["images"][0].update(file_name="b.jpg"), "b.jpg cannot be read as an image"),
+    (
+        lambda held: [each.update(bbox=[0.1, 0.1, 0.5, 0.9]) for each in held["annotations"]],
+        "has no number above 1 in any bbox: write pixels there",
+    ),
     (lambda held: held["categories"].pop(), "differ in categories: mend one"),
     (lambda held: held["annotations"].clear(), "none of the 6 images to train on has a box: give it others"),
     (lambda held: held["images"].clear() or held["annotations"].clear(), "lists no image that can be read"),

@@ -456,6 +456,8 @@ class Coco(BoxFiles):
             ids = Counter(each.id for each in getattr(read, what))
             if ids and (most := ids.most_common(1)[0])[1] > 1:
                 raise UsageError(f"{file} has {most[1]} {what} of the id {most[0]}: fetch it again")
+        if read.annotations and max(max(box.bbox) for box in read.annotations) <= 1:
+            raise UsageError(f"{file} has no number above 1 in any bbox: write pixels there, not shares of the image")
         read.categories.sort(key=lambda each: each.id)
         return read
 
