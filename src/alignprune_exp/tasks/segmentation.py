@@ -196,7 +196,7 @@ class MaskFiles(PictureFiles):
             sizes = [f"{width}x{height}" for _, height, width in (values.shape, pixels.shape)]
             raise Unreadable(f"{file} is {sizes[0]} pixels where its image is {sizes[1]}")
         if len(values) > 1 or values.dtype != np.uint8:
-            raise Unreadable(f"{file} has colours, or no 8 bits a pixel, where numbers of classes are wanted")
+            raise Unreadable(f"{file} has colours, or not 8 bits a pixel, where numbers of classes are wanted")
         if wrong := sorted(set(np.unique(values).tolist()) - set(self.class_of)):
             raise Unreadable(f"{file} has the value {wrong[0]}, which is no class of dataset={self.name}")
         numbers = np.zeros(256, np.uint8)
