@@ -21,6 +21,14 @@ TINY = ("task=segmentation", "threads=1", "dataset.scenes=70", "dataset.side=32"
 TINY += ("epochs=5", "score.window=3", "dataset.test_subset=10", "reference.size=6")
 PHOTOGRAPHS = {"voc": ("JPEGImages/{}.jpg", "SegmentationClass/{}.png", "ImageSets/Segmentation/{}.txt")}
 PHOTOGRAPHS["pets"] = ("images/{}.jpg", "annotations/trimaps/{}.png", "annotations/{}.txt")
+PHOTOGRAPHS["ade20k"] = ("images/{}.jpg", "annotations/{}.png", "objectInfo150.txt")
+VALUES = {"voc": [0, 1, 20, IGNORED], "pets": [1, 2, 3], "ade20k": [0, 1, 2, 150]}
+
+
+def name_of(kind, number):
+    """What an image is called below its folder; the last four of twelve are evaluated on."""
+    part = ("training/" if number < 8 else "validation/") if kind == "ade20k" else ""
+    return f"{part}a_{number}"
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +45,22 @@ def ships(tmp_path):
         lists = ("train", "val") if kind == "voc" else ("trainval", "test")
         rng = np.random.default_rng(0)
         for number in range(12):
-            values = rng.integers(1, 4, (30, 40)) if kind == "pets" else rng.choice([0, 1, 20, IGNORED], (30, 40))
+            values = rng.choice(VALUES[kind], (30, 40))
             for place, content in ((image, rng.integers(0, 256, (30, 40, 3))), (mask, values)):
-                file = tmp_path / kind / place.format(f"a_{number}")
+                file = tmp_path / kind / place.format(name_of(kind, number))
                 file.parent.mkdir(parents=True, exist_ok=True)
                 made = Image.fromarray(content.astype(np.uint8))
                 if kind == "voc" and place == mask:
                     made = made.convert("P")
                     made.putdata(values.flatten().tolist())
                 made.save(file)
+        if kind == "ade20k":
+            rows = [
+                "Idx\tRatio\tTrain\tVal\tStuff\tName",
+                *(f"{k}\t0.1\t9\t9\t1\tthing {k}, it" for k in range(1, 151)),
+            ]
+            (tmp_path / kind / listed).write_text("\n".join(rows) + "\n")
+            return tmp_path / kind
         for name, numbers in zip(lists, (range(8), range(8, 12)), strict=True):
             file = tmp_path / kind / listed.format(name)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -203,11 +218,16 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
     scenes = task.data
     assert (len(scenes.train), len(scenes.test)) == (8, 4)
     assert task.n == 6
-    assert scenes.train.names == [PHOTOGRAPHS[kind][0].format(f"a_{number}") for number in range(8)]
-    written = np.asarray(Image.open(root / PHOTOGRAPHS[kind][1].format("a_3")))[:, 5:35]
-    expected = written if kind == "voc" else np.select([written == 1, written == 2], [1, 0], IGNORED)
+    assert scenes.train.names == [PHOTOGRAPHS[kind][0].format(name_of(kind, number)) for number in range(8)]
+    written = np.asarray(Image.open(root / PHOTOGRAPHS[kind][1].format(name_of(kind, 3))))[:, 5:35]
+    expected = {
+        "voc": written,
+        "pets": np.select([written == 1, written == 2], [1, 0], IGNORED),
+        "ade20k": np.where(written == 0, IGNORED, written.astype(int) - 1),
+    }[kind]
     assert (scenes.train.targets[3] == expected).all()
-    image = np.asarray(Image.open(root / PHOTOGRAPHS[kind][0].format("a_3")))[:, 5:35].transpose(2, 0, 1)
+    assert len(scenes.classes) == {"voc": 21, "pets": 2, "ade20k": 150}[kind]
+    image = np.asarray(Image.open(root / PHOTOGRAPHS[kind][0].format(name_of(kind, 3))))[:, 5:35].transpose(2, 0, 1)
     assert (scenes.train.images[3] == image).all()
     assert task.corrupted.sum() == 3
 
@@ -270,6 +290,23 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, ships):
         )
     listed.unlink()
     assert "val.txt cannot be read (No such file or directory): put it there" in refused(*line)
+
+
+def test_a_mistake_in_the_files_of_ade20k_is_one_sentence(tmp_path, refused, ships):
+    root = ships("ade20k")
+    line = ["task=segmentation", "dataset=ade20k", f"dataset.root={root}", f"paths.results={tmp_path / 'none'}"]
+    mask = root / "annotations/training/a_3.png"
+    Image.fromarray(np.full((30, 40), 151, np.uint8)).save(mask)
+    assert "a_3.png has the value 151, which is no class of dataset=ade20k" in refused(*line)
+    mask.unlink()
+    assert "a_3.png cannot be read as an image (No such file or directory)" in refused(*line)
+    classes = root / "objectInfo150.txt"
+    classes.write_text("".join(classes.read_text().splitlines(keepends=True)[:-1]))
+    assert "objectInfo150.txt does not number 150 classes" in refused(*line)
+    classes.write_text("")
+    assert "objectInfo150.txt does not number 150 classes" in refused(*line)
+    classes.unlink()
+    assert "objectInfo150.txt cannot be read (No such file or directory)" in refused(*line)
 
 
 def test_images_with_which_anything_is_wrong_are_skipped_where_one_asks_for_it(tmp_path, ships, refused):

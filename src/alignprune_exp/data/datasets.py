@@ -24,6 +24,7 @@ DATASETS: dict[str, type[DataSet] | str] = {
     "digit_scenes": "tasks.segmentation.DigitScenes",
     "voc": "tasks.segmentation.Voc",
     "pets": "tasks.segmentation.Pets",
+    "ade20k": "tasks.segmentation.Ade20k",
     "digit_boxes": "tasks.detection.DigitBoxes",
     "coco": "tasks.detection.Coco",
     "voc_boxes": "tasks.detection.VocBoxes",

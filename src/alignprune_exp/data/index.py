@@ -126,7 +126,7 @@ class Survey:
         """Return the names of the folders in ``parent``, in order."""
         return [os.fsdecode(entry.name) for entry in self._entries(parent) if entry.is_dir()]
 
-    def _files(self, folder: str, nested: bool) -> Iterator[bytes]:
+    def files(self, folder: str, nested: bool = False) -> Iterator[bytes]:
         """Yield the paths of the images in a folder, in order; with ``nested`` also in those below."""
         for entry in self._entries(folder):
             path = os.fsencode(folder) + b"/" + entry.name
@@ -134,7 +134,7 @@ class Survey:
                 if entry.name.lower().endswith(_SUFFIXES):
                     yield path
             elif nested and not entry.is_symlink():
-                yield from self._files(os.fsdecode(path), nested)
+                yield from self.files(os.fsdecode(path), nested)
 
     def _entries(self, folder: str) -> list[os.DirEntry[bytes]]:
         """Return what a folder has, in order, but for what is hidden."""
@@ -163,7 +163,7 @@ class Survey:
             (path, size, label)
             for label, folder in enumerate(folders)
             if names[label] in there
-            for path in self._files(folder, nested)
+            for path in self.files(folder, nested)
             if (size := self._size(path, "replace or delete it")) is not None
         )
         return self.listed(found, self.root / parent, [f"{self.root / folder}" for folder in folders if every])

@@ -6,9 +6,11 @@ Shape legend: n samples, B samples of a batch, C classes, H and W pixels.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -24,6 +26,7 @@ from ..data.batches import Batch
 from ..data.images import Fit
 from ..data.index import Survey
 from ..data.source import Unreadable
+from ..errors import UsageError
 from ..models import Kind, Width, normalisation, synchronised
 from ..records import Metric
 from .base import mean_nats
@@ -174,7 +177,7 @@ class MaskFiles(PictureFiles):
     task: ClassVar[str] = "segmentation"
     bytes_a_pixel = 4
     classes: ClassVar[tuple[str, ...]]
-    lists: ClassVar[tuple[str, str]]  # of what is trained and evaluated on, below the root
+    lists: ClassVar[tuple[str, str]]  # of what is trained and evaluated on: files, or folders, below the root
     images: ClassVar[str]  # where an image lies below the root, by its name
     masks: ClassVar[str]  # where its mask does
     class_of: ClassVar[Mapping[int, int]]  # by each value that a mask may have
@@ -183,11 +186,19 @@ class MaskFiles(PictureFiles):
         train, test = (
             [
                 Entry(self.images.format(name), partial(self._pair, mask=self.masks.format(name)))
-                for name in first_words(survey, self.folder / file)
+                for name in self.names(survey, part)
             ]
-            for file in self.lists
+            for part in self.lists
         )
-        return self.classes, train, test
+        return self.kinds(survey), train, test
+
+    def kinds(self, survey: Survey) -> Sequence[str]:
+        """Return the names of the classes."""
+        return self.classes
+
+    def names(self, survey: Survey, part: str) -> list[str]:
+        """Return the names of the images that one of the ``lists`` has."""
+        return first_words(survey, self.folder / part)
 
     def _pair(self, image: str, mask: str) -> tuple[np.ndarray, np.ndarray]:
         """Return an image, uint8 (3, S, S), and its mask, uint8 (S, S). Raises Unreadable for what cannot be either."""
@@ -236,6 +247,32 @@ class Pets(MaskFiles):
     lists = ("annotations/trainval.txt", "annotations/test.txt")
     images, masks = "images/{}.jpg", "annotations/trimaps/{}.png"
     class_of = MappingProxyType({1: 1, 2: BACKGROUND, 3: IGNORED})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ade20k(MaskFiles):
+    """ADE20K as the MIT scene parsing benchmark has it; what is none of its 150 classes is of no class.
+
+    What is done to objects takes its first class, the walls, for the background.
+    """
+
+    holds = "images/ and annotations/, each with training/ and validation/, and objectInfo150.txt"
+    lists = ("images/training", "images/validation")
+    images, masks = "images/{}.jpg", "annotations/{}.png"
+    class_of = MappingProxyType({0: IGNORED} | {number + 1: number for number in range(150)})
+
+    def kinds(self, survey: Survey) -> Sequence[str]:
+        file = self.folder / "objectInfo150.txt"
+        rows = [os.fsdecode(line).split("\t") for _, line in survey.lines(file)][1:]
+        if [row[0] for row in rows] != [str(number) for number in range(1, 151)]:
+            raise UsageError(
+                f"{file} does not number 150 classes, a line each, after a line of headings: fetch it again"
+            )
+        return [row[-1] for row in rows]
+
+    def names(self, survey: Survey, part: str) -> list[str]:
+        paths = [Path(os.fsdecode(path)) for path in survey.files(part)]
+        return [path.relative_to("images").with_suffix("").as_posix() for path in paths]
 
 
 # --- networks
