@@ -32,6 +32,9 @@ def test_auroc_is_scikit_learns_with_ties_and_without_unscored_samples(samples):
         assert found is None
     else:
         assert found == pytest.approx(roc_auc_score(noisy[scored], -scores[scored]))
+        clean, wrong = scores[scored & ~noisy], scores[scored & noisy]
+        above = (clean[:, None] > wrong).sum() + (clean[:, None] == wrong).sum() / 2
+        assert found == above / (len(clean) * len(wrong))
 
 
 def test_auroc_of_many_continuous_scores_is_scikit_learns():

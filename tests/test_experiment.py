@@ -4,24 +4,29 @@ import math
 import os
 import re
 import resource
+import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from alignprune_exp import record
 from alignprune_exp import run as run_module
 from alignprune_exp.errors import Failed
 from alignprune_exp.network import Network
 from alignprune_exp.records import read_record, read_samples
 from alignprune_exp.run import Run
-from alignprune_exp.runs import Writing
+from alignprune_exp.runs import RunFolder, Writing
 from harness import (
     EPOCHS,
     WINDOW,
     Stop,
     assert_same_results,
     before_the_second_step,
+    checkpoint_of,
     checkpoints,
     config_of,
     contents,
@@ -505,6 +510,96 @@ def test_weights_that_the_last_step_of_an_epoch_ruins_fail_the_run(tmp_path, cap
     for path in checkpoints(folder):
         state = torch.load(path, weights_only=True)
         assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+# The end of an epoch, which is worked out and written while the next one trains
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """Have something called with the number of each epoch before its dynamics are worked out, from now on."""
+    dynamics = record.dynamics
+
+    def calling(happens):
+        def noticed(epoch, *given):
+            happens(epoch)
+            return dynamics(epoch, *given)
+
+        monkeypatch.setattr(record, "dynamics", noticed)
+
+    return calling
+
+
+def test_the_next_epoch_does_not_wait_for_the_diagnostics(tmp_path, undisturbed, monkeypatch, beside):
+    trains = threading.Event()
+    before_the_second_step(monkeypatch, 5, trains.set)
+    beside(lambda epoch: epoch != 4 or trains.wait(20) or pytest.fail("epoch 5 does not begin"))
+    assert launch(tmp_path) == 0
+    assert_same_results(only_run(tmp_path), undisturbed())
+
+
+@pytest.mark.parametrize("steps", [20, 21, 24])
+def test_a_checkpoint_has_the_record_of_every_epoch_that_it_is_past(tmp_path, undisturbed, beside, steps):
+    stop, saved, save = Stop(), [], RunFolder.save_checkpoint
+
+    def noted(folder, state):
+        saved.append((state["epoch"], len(state["record"]["metrics"].splitlines())))
+        save(folder, state)
+
+    beside(lambda epoch: time.sleep(0.2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "save_checkpoint", noted)
+        assert stop.run(config_of(tmp_path), steps)
+    epochs = [epoch for epoch, _ in saved]
+    assert epochs[:4] == [1, 2, 3, 4]
+    assert [rows for _, rows in saved] == epochs
+    assert len(metrics_of(only_run(tmp_path))) == checkpoint_of(only_run(tmp_path))["epoch"] == epochs[-1]
+    assert not stop.run(config_of(tmp_path))
+    assert_same_results(only_run(tmp_path), undisturbed())
+
+
+def test_what_a_kill_leaves_while_diagnostics_are_pending_goes_on_to_the_same_bits(
+    tmp_path, undisturbed, monkeypatch, beside
+):
+    trains, left = threading.Event(), tmp_path / "left"
+
+    def keep(epoch):
+        if epoch == 4:
+            assert trains.wait(20)
+            shutil.copytree(tmp_path / "whole", left, ignore=shutil.ignore_patterns("lock"))
+
+    with monkeypatch.context() as patch:
+        before_the_second_step(patch, 5, trains.set)
+        beside(keep)
+        assert launch(tmp_path / "whole") == 0
+    assert len(metrics_of(only_run(left))) == checkpoint_of(only_run(left))["epoch"] == 4
+    beside(lambda epoch: None)
+    assert launch(left) == 0
+    assert environment_of(only_run(left))["resumed_at_epoch"] == 4
+    assert_same_results(only_run(left), undisturbed())
+
+
+@pytest.mark.parametrize("number", [4, EPOCHS - 1])
+def test_what_fails_in_the_diagnostics_ends_the_run_and_is_said(tmp_path, undisturbed, beside, capsys, number):
+    def failing(error):
+        def fail(epoch):
+            if epoch == number:
+                raise error
+
+        return fail
+
+    beside(failing(RuntimeError("the sizes do not match")))
+    with pytest.raises(RuntimeError, match="the sizes do not match") as found:
+        launch(tmp_path)
+    assert "complete" in [entry.name for entry in found.traceback]
+    assert len(metrics_of(only_run(tmp_path))) == number
+    beside(failing(MemoryError()))
+    assert launch(tmp_path) == 1
+    assert sentence_of(capsys.readouterr().err).startswith("this machine has too little free memory")
+    assert not (only_run(tmp_path) / "summary.json").exists()
+    beside(lambda epoch: None)
+    assert launch(tmp_path) == 0
+    assert_same_results(only_run(tmp_path), undisturbed())
 
 
 # A machine that has too little

@@ -22,15 +22,12 @@ def detection_auroc(scores: NDArray[np.floating], noisy: Mask) -> float | None:
     ½ is chance; below, the score prefers noise. Ties count half; samples without a score (NaN) do not count.
     None where there are no noisy or no clean samples.
     """
-    from scipy.stats import rankdata
-
     known = ~np.isnan(scores)
-    clean = ~noisy[known]
-    n_clean, n_noisy = int(clean.sum()), int((~clean).sum())
-    if n_clean == 0 or n_noisy == 0:
+    clean, wrong = np.sort(scores[known & ~noisy]), np.sort(scores[known & noisy])
+    if len(clean) == 0 or len(wrong) == 0:
         return None
-    above = rankdata(scores[known])[clean].sum() - n_clean * (n_clean + 1) / 2  # pairs with the clean one above
-    return float(above / (n_clean * n_noisy))
+    above = sum(int(np.searchsorted(wrong, clean, side).sum()) for side in ("left", "right"))
+    return above / 2 / (len(clean) * len(wrong))
 
 
 def kept_noise(selection: Selection, noisy: Mask | None) -> tuple[float | None, float | None]:

@@ -35,7 +35,8 @@ Row = dict[str, Any]
 class Journal:
     """The metrics of the epochs so far, and their dynamics: the process that trains holds them, the files are copies.
 
-    A checkpoint carries it, so that a run never goes on from files that somebody else may have changed.
+    A checkpoint carries it, so that a run never goes on from files that somebody else may have changed. While a run
+    trains, it is its `Writing`'s alone.
 
     Args:
         run: the run's id, which ``dynamics.parquet`` carries.
@@ -49,6 +50,7 @@ class Journal:
         self.run = run
         self.rows: list[Row] = []
         self.dynamics: bytes | None = None
+        self._lines: list[str] = []
         self._table: Any = None
 
     def add(self, row: Row, dynamics: list[Row]) -> None:
@@ -57,6 +59,7 @@ class Journal:
         import pyarrow.parquet as pq
 
         self.rows.append(row)
+        self._lines.append(json.dumps(row, allow_nan=False) + "\n")
         new = pa.Table.from_pylist(dynamics)
         self._table = new if self._table is None else pa.concat_tables([self._table, new]).combine_chunks()
         file = io.BytesIO()
@@ -65,53 +68,33 @@ class Journal:
 
     def write(self, folder: RunFolder) -> None:
         """Write both files, whole, whatever has become of them. Raises Failed if the folder is not owned any more."""
-        self.writer(folder)()
-
-    def writer(self, folder: RunFolder) -> Callable[[], None]:
-        """Return what writes both files as of now, later."""
-        metrics, dynamics = self._metrics(), self.dynamics
-
-        def write() -> None:
-            folder.check_owned()
-            write_text(folder.path / "metrics.jsonl", metrics)
-            if dynamics is not None:
-                write_atomically(folder.path / "dynamics.parquet", lambda file: file.write(dynamics))
-
-        return write
+        folder.check_owned()
+        write_text(folder.path / "metrics.jsonl", "".join(self._lines))
+        if (dynamics := self.dynamics) is not None:
+            write_atomically(folder.path / "dynamics.parquet", lambda file: file.write(dynamics))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self._metrics(), "dynamics": self.dynamics}
+        return {"metrics": "".join(self._lines), "dynamics": self.dynamics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         import pyarrow.parquet as pq
 
-        self.rows = [json.loads(line) for line in state["metrics"].splitlines()]
+        self._lines = state["metrics"].splitlines(keepends=True)
+        self.rows = [json.loads(line) for line in self._lines]
         self.dynamics = state["dynamics"]
         self._table = pq.read_table(io.BytesIO(self.dynamics)) if self.dynamics is not None else None
 
-    def _metrics(self) -> str:
-        return "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
 
+def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, Callable[[], tuple[Row, list[Row]]]]:
+    """Return an epoch's row of ``metrics.jsonl``, whose AUROCs are still missing, and what works out the rest.
 
-def epoch_rows(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, list[Row]]:
-    """Return an epoch's row of ``metrics.jsonl`` and its rows of ``dynamics.parquet``."""
+    The latter goes by copies, so that the next epoch may train meanwhile. It returns the whole row, and the epoch's
+    rows of ``dynamics.parquet``.
+    """
     pruning, noisy, clock = loop.pruning, setup.noisy, now.clock
     scores = bank_scores(setup, pruning)
+    losses, reference = (each.cpu().numpy().copy() for each in (pruning.trajectories.last_N, now.reference))
     plain_noise, weighted_noise = kept_noise(now.selection, noisy)
-    aurocs = {
-        f"auroc_{name}": None if noisy is None or name not in scores else detection_auroc(scores[name], noisy)
-        for name in logged_scores(pruning)
-    }
-    drawn = dynamics(
-        now.number,
-        pruning.trajectories.last_N.cpu().numpy(),
-        now.reference.cpu().numpy(),
-        scores,
-        noisy,
-        setup.task.strata,
-        now.selection,
-        extent(setup.config.recorded, setup.task.chance_loss),
-    )
     clock.lap("diagnostics")
     looked_at = 0
     if now.number == pruning.first:
@@ -129,7 +112,7 @@ def epoch_rows(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, list[Row]]:
         "kept_fraction": len(now.selection.indices) / setup.n,
         "kept_noise": plain_noise,
         "kept_noise_weighted": weighted_noise,
-        **aurocs,
+        **{f"auroc_{name}": None for name in logged_scores(pruning)},
         "reference_loss": now.reference_loss,
         "reference_noise": now.reference_noise,
         "score_mean": float(np.nanmean(now.ranking)) if now.ranked_by and not np.isnan(now.ranking).all() else None,
@@ -141,7 +124,14 @@ def epoch_rows(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, list[Row]]:
         "seconds": clock.total(),
         **{f"seconds_{name}": seconds for name, seconds in clock.laps.items()},
     }
-    return row, drawn
+
+    def complete() -> tuple[Row, list[Row]]:
+        found = {} if noisy is None else {f"auroc_{name}": detection_auroc(scores[name], noisy) for name in scores}
+        shown = extent(setup.config.recorded, setup.task.chance_loss)
+        drawn = dynamics(now.number, losses, reference, scores, noisy, setup.task.strata, now.selection, shown)
+        return row | found, drawn
+
+    return row, complete
 
 
 def metric_names(setup: Setup) -> list[str]:

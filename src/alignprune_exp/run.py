@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -124,15 +125,16 @@ class Run:
     Attributes:
         loop: the phase that it is in; None before a choice without a warm-up.
         choice: what a static criterion has chosen, once it has.
-        journal: what the epochs so far have left.
-        writing: writes it down, and checkpoints, beside the training.
+        done: how many epochs have ended.
+        journal: what they have left; that of the last one may still be being worked out.
+        writing: does so, writes it down, and checkpoints, beside the training.
     """
 
     def __init__(self, config: Config, processes: Processes | None = None) -> None:
         self.setup = setup = Setup.of(config, processes or Processes())
         self.reference = Reference(setup)
         self.choice: Choice | None = None
-        self.journal = record.Journal(setup.id)
+        self.done, self.journal = 0, record.Journal(setup.id)
         self.writing, self._saved = Writing(), time.monotonic()
         self.loop: Loop | None = None
         if isinstance(setup.plan, Pruner):
@@ -163,12 +165,12 @@ class Run:
         setup, writes = self.setup, self.setup.processes.rank == 0
         config = setup.config
         self._resume(folder)
-        environment = record.environment(setup, command, len(self.journal.rows))
+        environment = record.environment(setup, command, self.done)
         if writes:
             self._write(folder, environment)
         tracker = TRACKING.make(config.tracking) if writes else Tracker()
-        done = len(self.journal.rows)
-        mirrored = Mirrored(setup.id, group, folder.path, config.model_dump() | {"environment": environment}, done)
+        values = config.model_dump() | {"environment": environment}
+        mirrored = Mirrored(setup.id, group, folder.path, values, self.done)
         mirror = Mirror(tracker, mirrored, say)
         say(self._beginning())
         try:
@@ -225,13 +227,13 @@ class Run:
         ]
         if setup.processes.size > 1:
             parts.append(f"{setup.processes.size} processes")
-        if self.journal.rows or step:
+        if self.done or step:
             parts.append(f"resumed at {self._where}")
         return ", ".join(parts)
 
     @property
     def _where(self) -> str:
-        return place(len(self.journal.rows), self.loop.step if self.loop else 0)
+        return place(self.done, self.loop.step if self.loop else 0)
 
     def _phases(self, folder: RunFolder, stop: threading.Event) -> Iterator[Loop]:
         """Yield the phases that are left, each when the one before it has ended."""
@@ -246,20 +248,20 @@ class Run:
 
     def _walk(self, folder: RunFolder, stop: threading.Event, mirror: Mirror) -> str | None:
         """Train the epochs that are left, writing the record as they end; return why they cannot go on, if so."""
-        setup, rows = self.setup, self.journal.rows
+        setup = self.setup
+        recent = deque((row["seconds"] for row in self.journal.rows), 5)
         for loop in self._phases(folder, stop):
             while loop.pruning.epoch < loop.pruning.epochs:
                 try:
                     now = loop.epoch(stop, lambda: self._save(folder))
                 except NonFiniteLossError as error:
                     return str(error)
-                row, drawn = record.epoch_rows(setup, loop, now)
-                self.journal.add(row, drawn)
-                stops = len(rows) < setup.epochs and setup.processes.any(stop.is_set())
-                self._write_down(folder, stops or loop.pruning.epoch == loop.pruning.epochs)
-                mirror.log(row)
-                recent = [row["seconds"] for row in rows[-5:]]
-                left = sum(recent) / len(recent) * (setup.epochs - len(rows))
+                row, complete = record.epoch_row(setup, loop, now)
+                self.done += 1
+                stops = self.done < setup.epochs and setup.processes.any(stop.is_set())
+                self._write_down(folder, mirror, complete, stops or loop.pruning.epoch == loop.pruning.epochs)
+                recent.append(row["seconds"])
+                left = sum(recent) / len(recent) * (setup.epochs - self.done)
                 say(epoch_line(row, setup.epochs, left, setup.task.metrics[0]))
                 if stops:
                     self._stop()
@@ -268,7 +270,7 @@ class Run:
     def _stop(self) -> NoReturn:
         """End between two epochs."""
         self.writing.wait()
-        raise stopped(self.setup.id, len(self.journal.rows), 0)
+        raise stopped(self.setup.id, self.done, 0)
 
     @contextmanager
     def _images_turn_bad(self) -> Iterator[None]:
@@ -302,28 +304,39 @@ class Run:
         if before is not None:
             self.loop.predicted = before.predicted
 
-    def _write_down(self, folder: RunFolder, checkpoint: bool) -> None:
-        """Have the record of the epochs so far written, and a checkpoint, where one is due or asked for."""
-        if self.setup.processes.rank > 0:
-            return
-        self.writing.put(self.journal.writer(folder))
-        if checkpoint or time.monotonic() - self._saved >= self.setup.config.checkpoint_seconds:
-            self._put_checkpoint(folder)
+    def _write_down(
+        self, folder: RunFolder, mirror: Mirror, complete: Callable[[], tuple[Row, list[Row]]], checkpoint: bool
+    ) -> None:
+        """Have an epoch's record completed and written, and a checkpoint, where one is due or asked for."""
+        writes = self.setup.processes.rank == 0
+        due = checkpoint or time.monotonic() - self._saved >= self.setup.config.checkpoint_seconds
+        save = self._checkpoint(folder) if writes and due else None
+
+        def write() -> None:
+            row, drawn = complete()
+            self.journal.add(row, drawn)
+            if writes:
+                self.journal.write(folder)
+            if save is not None:
+                save()
+            mirror.log(row)
+
+        self.writing.put(write)
 
     def _save(self, folder: RunFolder) -> None:
         """Write a checkpoint, at once."""
         if self.setup.processes.rank == 0:
-            self._put_checkpoint(folder)
+            self.writing.put(self._checkpoint(folder))
             self.writing.wait()
 
-    def _put_checkpoint(self, folder: RunFolder) -> None:
-        """Have a checkpoint written of how things stand now."""
+    def _checkpoint(self, folder: RunFolder) -> Callable[[], None]:
+        """Return what writes a checkpoint of how things stand now, once the journal has all epochs that have ended."""
         state = tree_map_only(Tensor, lambda held: held.detach().to("cpu", copy=True), self._state())
-        self.writing.put(lambda: folder.save_checkpoint(state))
         self._saved = time.monotonic()
+        return lambda: folder.save_checkpoint({**state, "record": self.journal.state_dict()})
 
     def _state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds."""
+        """Return what a checkpoint holds beside the journal."""
         loop = self._running
         choice = self.choice and {
             "indices": torch.from_numpy(self.choice.indices),
@@ -336,7 +349,6 @@ class Run:
             "device": self.setup.device.type,
             "epoch": loop.pruning.epoch,
             "choice": choice,
-            "record": self.journal.state_dict(),
             **loop.state_dict(),
         }
 
@@ -351,13 +363,14 @@ class Run:
                     self._take(taken, Spent(choice["seconds"], choice["samples"]))
                 self._running.load_state_dict(state)
                 self.journal.load_state_dict(state["record"])
+                self.done = len(self.journal.rows)
             except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
                 raise UsageError(
                     f"the checkpoint in {folder.path} was left by another version of this program and cannot be gone "
                     "on from; start again with force=true"
                 ) from None
         step = self.loop.step if self.loop else 0
-        if not self.setup.processes.same(len(self.journal.rows) * 2**32 + step):
+        if not self.setup.processes.same(self.done * 2**32 + step):
             raise Failed(f"the processes do not see the same checkpoint in {folder.path}; put it on a disk they share")
 
     def _check_precision(self, state: dict[str, Any]) -> None:

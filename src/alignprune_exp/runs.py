@@ -194,7 +194,7 @@ class RunFolder:
 
 
 class Writing:
-    """A thread that writes what it is handed, one piece after the other, while training goes on.
+    """A thread that works out and writes what it is handed, one piece after the other, while training goes on.
 
     What a piece raises, the next `put` or `wait` raises. Leaving the block waits for the last one.
     """
@@ -204,7 +204,7 @@ class Writing:
         self._last: Future[None] | None = None
 
     def put(self, write: Callable[[], None]) -> None:
-        """Have something written, once what was put before is."""
+        """Wait for what was put before, and have something written beside what comes."""
         self.wait()
         self._last = self._thread.submit(write)
 

@@ -40,7 +40,10 @@ class Mirrored:
 
 
 class Tracker:
-    """Mirrors one run; this one, ``tracking=none``, does nothing. What its methods raise is said."""
+    """Mirrors one run; this one, ``tracking=none``, does nothing. What its methods raise is said.
+
+    They are called one after the other, and `log` by another thread than the rest.
+    """
 
     service = "none"
     extra: str | None = None  # what installs it, if it does not come with the project
