@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from functools import cache
-from itertools import groupby
+from itertools import count, groupby
 
 import pytest
 import torch
@@ -316,24 +316,33 @@ def test_what_becomes_of_the_record_while_a_run_goes_on_is_made_good(tmp_path, u
     assert_whole(only_run(tmp_path), undisturbed())
 
 
-@pytest.mark.parametrize("loss", ["the folder", "the lock", "its owner"])
+@pytest.mark.parametrize("loss", ["the folder", "the folder, as it writes", "the lock", "its owner"])
 def test_a_run_that_loses_its_folder_ends_with_one_sentence(tmp_path, undisturbed, monkeypatch, capsys, loss):
     other = json.dumps({"host": "elsewhere", "pid": 1, "slurm_job_id": None})
+    writes, fsync = count(), os.fsync
+
+    def disturb_a_write(descriptor):
+        fsync(descriptor)
+        if next(writes) == 20:
+            disturb()
 
     def disturb():
         folder = only_run(tmp_path)
-        if loss == "the folder":
-            shutil.rmtree(folder)
+        if loss.startswith("the folder"):
+            shutil.rmtree(folder.rename(tmp_path / "away"))
         elif loss == "the lock":
             (folder / "lock").unlink()
         else:
             (folder / "lock").write_text(other)
 
     with monkeypatch.context() as patch:
-        before_the_second_step(patch, 5, disturb)
+        if loss == "the folder, as it writes":
+            patch.setattr(os, "fsync", disturb_a_write)
+        else:
+            before_the_second_step(patch, 5, disturb)
         assert launch(tmp_path) == 1
     assert "has lost its folder" in sentence_of(capsys.readouterr().err)
-    if loss == "the folder":
+    if loss.startswith("the folder"):
         assert not list((tmp_path / "runs").iterdir())
     if loss == "its owner":
         assert (only_run(tmp_path) / "lock").read_text() == other

@@ -68,10 +68,10 @@ class Journal:
 
     def write(self, folder: RunFolder) -> None:
         """Write both files, whole, whatever has become of them. Raises Failed if the folder is not owned any more."""
-        folder.check_owned()
-        write_text(folder.path / "metrics.jsonl", "".join(self._lines))
-        if (dynamics := self.dynamics) is not None:
-            write_atomically(folder.path / "dynamics.parquet", lambda file: file.write(dynamics))
+        with folder.owned():
+            write_text(folder.path / "metrics.jsonl", "".join(self._lines))
+            if (dynamics := self.dynamics) is not None:
+                write_atomically(folder.path / "dynamics.parquet", lambda file: file.write(dynamics))
 
     def state_dict(self) -> dict[str, Any]:
         return {"metrics": "".join(self._lines), "dynamics": self.dynamics}

@@ -180,13 +180,13 @@ class Run:
             summary = record.summary(setup, self.loop, self.choice, self.journal.rows, error)
             probabilities = self._probabilities() if config.keep_probabilities and error is None else None
             if writes:
-                folder.check_owned()
-                if error is None:
-                    record.write_samples(folder.path / "samples.parquet", setup, self._running)
-                if probabilities is not None:
-                    record.write_probabilities(folder.path / PROBABILITIES, setup, probabilities)
-                self._write(folder, environment)
-                write_json(folder.path / "summary.json", summary)
+                with folder.owned():
+                    if error is None:
+                        record.write_samples(folder.path / "samples.parquet", setup, self._running)
+                    if probabilities is not None:
+                        record.write_probabilities(folder.path / PROBABILITIES, setup, probabilities)
+                    self._write(folder, environment)
+                    write_json(folder.path / "summary.json", summary)
         except BaseException as ended:
             mirror.finish({"status": "stopped" if isinstance(ended, Stopped) else "interrupted"})
             raise

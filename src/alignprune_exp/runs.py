@@ -141,8 +141,17 @@ class RunFolder:
             rows.append(row)
         return rows
 
-    def check_owned(self) -> None:
-        """Raise Failed if the folder was removed, or taken over by another process, since it was claimed."""
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Let a block write. Raises Failed if the folder has been removed or taken over, before it or meanwhile."""
+        self._check_owned()
+        try:
+            yield
+        except OSError:
+            self._check_owned()
+            raise
+
+    def _check_owned(self) -> None:
         if self._lock is None or not self._lock.held():
             raise Failed(
                 f"run {self.id} has lost its folder {self.path}, which was removed, or taken over by another process; "
@@ -156,10 +165,10 @@ class RunFolder:
         """
         import torch
 
-        self.check_owned()
         a, b = (self.path / name for name in CHECKPOINTS)
         path = b if self._latest == a else a
-        write_atomically(path, lambda file: torch.save({"id": self.id, **state}, file))
+        with self.owned():
+            write_atomically(path, lambda file: torch.save({"id": self.id, **state}, file))
         self._latest = path
 
     def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any] | None:
