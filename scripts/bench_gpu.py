@@ -389,18 +389,11 @@ def epoch(report: OnDevice, sizes: Sizes) -> tuple[float, float]:
 def walked(overrides: Sequence[str]) -> tuple[list[dict[str, Any]], list[float], int]:
     """Train a run; return the records of its pruned epochs from the third on, the seconds of each, and all samples."""
     run = Run(config(*overrides))
-    train, began = run.loop.epoch, []
-
-    def noted(*given: Any) -> Any:
-        began.append(time.perf_counter())
-        return train(*given)
-
-    run.loop.epoch = noted  # type: ignore[method-assign]
-    rows = walk(run)
+    rows, walls = walk(run)
     pruned = [t for t in range(2, len(rows) - 1) if rows[t]["kept_fraction"] < 1]
     if not pruned:
         raise Failed("no epoch of the run was pruned")
-    return [rows[t] for t in pruned], [began[t + 1] - began[t] for t in pruned], run.setup.n
+    return [rows[t] for t in pruned], [walls[t] for t in pruned], run.setup.n
 
 
 def hours(report: OnDevice, speeds: dict[str, float], outside: float, checkpoint: float) -> None:

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--batch", type=int, default=128, help="of the step, the recipe's; default: %(default)s")
     command.add_argument("--images", type=int, default=4000, help="of the epochs; default: %(default)s")
     command.add_argument("--epochs", type=int, default=15, help="default: %(default)s")
+    command.add_argument("--digits", type=int, default=60, help="epochs of the main job; default: %(default)s")
     command.add_argument("--model", default="resnet18", choices=("resnet18", "resnet8"), help="of the step")
     command.add_argument("--compile", action="store_true", help="also the step under torch.compile (takes a minute)")
     options = command.parse_args(arguments)
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step(report, options.model, options.batch, options.compile)
     with tempfile.TemporaryDirectory() as folder:
         epochs(report, Path(folder), options.images, options.epochs)
+    digits(options.digits)
     start_up()
     return report.finish(options.json)
 
@@ -107,7 +109,7 @@ def epochs(report: Report, root: Path, images: int, count: int) -> None:
     fixed = ("dataset=image_folder", f"dataset.root={root}", "scale=cpu", "noise=clean")
     run = Run(config(*fixed, *(f"{key}={value}" for key, value in overrides.items())))
     reset_peak()
-    rows = walk(run)
+    rows, walls = walk(run)
     peak = peak_mb()
     seconds = [row["seconds"] - row["seconds_test"] for row in rows]
     kept = [row["kept_fraction"] for row in rows]
@@ -125,6 +127,22 @@ def epochs(report: Report, root: Path, images: int, count: int) -> None:
     print(f"{'':12} in full epochs: {', '.join(shares)}")
     rest = took - sum(median(rows[t][name] for t in pruned) for name in parts)
     print(f"{'':12} and all else {rest / full:.4f}")
+    outside(rows, walls, pruned)
+
+
+def digits(count: int) -> None:
+    """Walk the main job, where little is trained between two ends of epochs."""
+    run = Run(config("threads=1", f"epochs={count}"))
+    print(f"main job     {run.setup.n:>12,} samples, {count} epochs")
+    rows, walls = walk(run)
+    outside(rows, walls, [t for t in range(1, count) if rows[t]["kept_fraction"] < 1])
+
+
+def outside(rows: list[dict[str, Any]], walls: list[float], epochs: list[int]) -> None:
+    """Print how much of some epochs, from the beginning of each to that of the next, is no training step."""
+    wall = median(walls[t] for t in epochs)
+    rest = median(walls[t] - rows[t]["seconds_train"] for t in epochs)
+    print(f"{'':12} {rest:.4f} s of an epoch of {wall:.4f} s, {rest / wall:.1%}, is outside of its steps")
 
 
 def random_images(root: Path, images: int, test: int = 20) -> None:

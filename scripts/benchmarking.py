@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hydra import compose, initialize_config_dir
 
 from alignprune_exp.commandline import checked, config_dir
 from alignprune_exp.config import Config
+from alignprune_exp.loop import Epoch
 from alignprune_exp.run import Run
 from alignprune_exp.runs import RunFolder
 
@@ -129,13 +131,25 @@ def config(*overrides: str) -> Config:
         return checked(compose("train", overrides=list(overrides)))
 
 
-def walk(run: Run) -> list[dict[str, Any]]:
-    """Train, with a record that is thrown away, and return its metrics by epoch."""
+def walk(run: Run) -> tuple[list[dict[str, Any]], list[float]]:
+    """Train, with a record that is thrown away; return its metrics by epoch, and the seconds between their beginnings.
+
+    The last epoch's end where the run's does.
+    """
+    assert run.loop is not None
+    train, began = run.loop.epoch, []
+
+    def noted(*given: Any) -> Epoch:
+        began.append(time.perf_counter())
+        return train(*given)
+
+    run.loop.epoch = noted  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as results:
         folder = RunFolder(Path(results), run.setup.id)
         with folder.claim(False), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
             run.train(folder, "a benchmark")
-            return folder.metrics()
+            ended = time.perf_counter()
+            return folder.metrics(), [end - begin for begin, end in pairwise([*began, ended])]
 
 
 def memory_bandwidth() -> float:

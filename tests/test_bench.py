@@ -1,6 +1,7 @@
 """The benchmarks at small sizes, and the step loop watched for whatever would wait for a device."""
 
 import json
+import re
 import traceback
 from pathlib import Path
 
@@ -146,16 +147,21 @@ def test_other_batches_than_the_plain_ones_are_wrong(monkeypatch, tmp_path, caps
 
 
 def test_the_step_and_the_epochs(tmp_path, capsys):
-    arguments = ("--model", "resnet8", "--batch", "4", "--images", "60", "--epochs", "8")
+    arguments = ("--model", "resnet8", "--batch", "4", "--images", "60", "--epochs", "8", "--digits", "12")
     status, rows = rows_of(bench_step, tmp_path, *arguments)
     assert status == 0
     assert [row["step"] for row in rows] == ["step", "pruned epoch"]
-    assert "of a full epoch" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of a full epoch" in said
+    shares = [float(share) for share in re.findall(r"([\d.]+)%, is outside of its steps", said)]
+    assert len(shares) == 2
+    assert all(0 < share < 100 for share in shares)
 
 
 def test_another_loss_in_bf16_is_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_step, "CLOSE", -1)
     monkeypatch.setattr(bench_step, "epochs", lambda *_: None)
+    monkeypatch.setattr(bench_step, "digits", lambda *_: None)
     assert rows_of(bench_step, tmp_path, "--model", "resnet8", "--batch", "4")[0] == 1
 
 

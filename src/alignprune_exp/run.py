@@ -126,8 +126,8 @@ class Run:
         loop: the phase that it is in; None before a choice without a warm-up.
         choice: what a static criterion has chosen, once it has.
         done: how many epochs have ended.
-        journal: what they have left; that of the last one may still be being worked out.
-        writing: does so, writes it down, and checkpoints, beside the training.
+        journal: what they have left; the last one's share of it may still be in the making.
+        writing: makes it, writes it down, and checkpoints, beside the training.
     """
 
     def __init__(self, config: Config, processes: Processes | None = None) -> None:
