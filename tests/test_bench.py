@@ -147,7 +147,7 @@ def test_other_batches_than_the_plain_ones_are_wrong(monkeypatch, tmp_path, caps
 
 
 def test_the_step_and_the_epochs(tmp_path, capsys):
-    arguments = ("--model", "resnet8", "--batch", "4", "--images", "60", "--epochs", "8", "--digits", "12")
+    arguments = ("--model", "resnet8", "--batch", "4", "--images", "60", "--epochs", "8", "--digits", "14")
     status, rows = rows_of(bench_step, tmp_path, *arguments)
     assert status == 0
     assert [row["step"] for row in rows] == ["step", "pruned epoch"]
