@@ -680,3 +680,13 @@ def test_it_works_as_a_module_and_says_what_it_takes():
     line = [sys.executable, "-m", "alignprune_exp.curate", "--help"]
     said = subprocess.run(line, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"}).stdout
     assert not missing("--reference --score --keep --gaps --on-error --approximate --memory settled", said)
+
+
+@pytest.mark.parametrize("memory", ["1KB", "1MB"])
+def test_too_little_memory_is_no_files_fault(place, capsys, memory):
+    ids, losses_NW, reference = drawn()
+    lay_out("rows", ids, losses_NW, files=2)
+    asked = ("losses", "--reference", write_reference(reference), "--on-error", "skip", "--memory", memory)
+    assert curate(*asked) == 2
+    assert not missing("memory do not suffice raise --memory", sentence_of(capsys.readouterr().err))
+    assert not Path("keep/summary.json").exists()

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import duckdb
 
 from ..errors import UsageError
-from .inspect import File, first_line, parquet, text
+from .inspect import File, ShortError, first_line, parquet, text
 from .layout import Part
 from .store import Store, protocol_of
 
@@ -57,7 +57,7 @@ class Engine:
     """
 
     def __init__(self, spill: Path, memory: str | None = None, threads: int | None = None) -> None:
-        self.connection, self.threads = duckdb.connect(), 1
+        self.connection, self.threads, self._limit = duckdb.connect(), 1, str(memory)
         self._cursors: list[duckdb.DuckDBPyConnection] = []
         self._stores: dict[str, Store] = {}
         self._lock = Lock()
@@ -69,7 +69,8 @@ class Engine:
                 option = setting.partition("_")[0]
                 raise UsageError(f"--{option} {value} is no such number ({first_line(error)}); use 8GB, say") from None
         self.threads = int(self.one("SELECT current_setting('threads')")[0])
-        number, unit = str(self.one("SELECT current_setting('memory_limit')")[0]).split()
+        self._limit = str(self.one("SELECT current_setting('memory_limit')")[0])
+        number, unit = self._limit.split()
         self.memory = int(float(number) * UNITS[unit])
 
     def store(self, path: str) -> Store | None:
@@ -87,9 +88,11 @@ class Engine:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Raise Failed in place of an error of DuckDB's where a store has failed."""
+        """Raise, in place of an error of DuckDB's, Failed where a store has failed, ShortError where memory lacks."""
         try:
             yield
+        except duckdb.OutOfMemoryException as error:
+            raise ShortError(f"{self._limit} of memory do not suffice ({first_line(error)}); raise --memory") from None
         except duckdb.Error:
             for store in self._stores.values():
                 store.check()
@@ -128,7 +131,7 @@ class Engine:
     def write(self, sql: str, target: Path, files: Sequence[File], options: str = "") -> None:
         """Write what a query has to a Parquet file, or with ``options`` to a folder of them.
 
-        Raises BrokenError for the one of ``files`` that cannot be read, UsageError where the memory does not suffice,
+        Raises BrokenError for the one of ``files`` that cannot be read, ShortError where the memory does not suffice,
         and OSError where the disk is full.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -137,9 +140,6 @@ class Engine:
                 self.cursor().execute(f"COPY ({sql}) TO {text(str(target))} (FORMAT parquet{options})")
         except duckdb.InterruptException:
             raise
-        except duckdb.OutOfMemoryException as error:
-            limit = self.one("SELECT current_setting('memory_limit')")[0]
-            raise UsageError(f"{limit} of memory do not suffice ({first_line(error)}); raise --memory") from None
         except duckdb.Error as error:
             if "No space left" in str(error):
                 raise OSError(errno.ENOSPC, "No space left on device", str(target)) from None

@@ -42,6 +42,10 @@ def parquet(paths: Iterable[str]) -> str:
     return f"read_parquet([{', '.join(text(escape(path)) for path in paths)}], union_by_name = true)"
 
 
+class ShortError(UsageError):
+    """DuckDB may use too little memory, which is no file's fault."""
+
+
 @dataclass(frozen=True)
 class File:
     """One file of losses.
@@ -205,6 +209,8 @@ def _file_or_flaw(columns: Sequence[str] | None, engine: Engine, given: tuple[st
     """Return a file of a path and its stamp, or why it cannot be read."""
     try:
         return read_file(engine, *given, columns)
+    except ShortError:
+        raise
     except UsageError as flaw:
         return flaw
 
