@@ -175,6 +175,13 @@ def curate(*arguments, keep=0.6, out="keep"):
     return command.main([*map(str, arguments), "--keep", str(keep), "-o", str(out)])
 
 
+def marked(part):
+    """Give all ids of a part that is scored another score, by which they can be told; return them."""
+    before = pq.read_table(part)
+    pq.write_table(before.set_column(1, "score", pa.array(np.full(len(before), 0.125, np.float32))), part)
+    return before["id"].to_numpy()
+
+
 def found(out="keep", what="scores"):
     """The output by id, and the summary."""
     table = duckdb.sql(f"SELECT * FROM '{out}/{what}/**/*.parquet' ORDER BY id").fetchnumpy()
@@ -400,12 +407,10 @@ def test_a_killed_command_goes_on_from_what_it_has_scored(place, how):
     running.wait()
     assert not Path("keep/summary.json").exists()
     assert not Path("keep/scores").exists()
-    before = pq.read_table(scored[0])
-    marked = before.set_column(1, "score", pa.array(np.full(len(before), 0.125, np.float32)))
-    pq.write_table(marked, scored[0])  # what was scored before can be told
+    before = marked(scored[0])
     assert curate(*asked) == 0
     table, summary = found()
-    mine = np.isin(table["id"], before["id"])
+    mine = np.isin(table["id"], before)
     assert (table["score"][mine] == 0.125).all()
     np.testing.assert_allclose(table["score"][~mine], expected("das", losses_NW, reference)[~mine], atol=CLOSE)
     assert len(list(Path("keep/scores").iterdir())) > 2

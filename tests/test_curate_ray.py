@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -20,7 +19,7 @@ from alignprune_exp.curate.engine import Engine
 from alignprune_exp.curate.inspect import list_files, read_files
 from alignprune_exp.errors import Failed, UsageError
 from harness import contents, missing, sentence_of, truncate
-from test_curate import LAYOUTS, curate, drawn, lay_out, outcome, write_reference
+from test_curate import LAYOUTS, curate, drawn, lay_out, marked, outcome, write_reference
 
 pytestmark = pytest.mark.ray
 KEEP = ("--keep", "0.6", "-o", "keep")
@@ -133,12 +132,10 @@ def test_a_signal_stops_it_and_any_engine_goes_on_from_what_is_scored(place, nod
     losses = str(Path(lay_out("rows", ids, losses_NW, files=16)).absolute())
     asked = [losses, "--reference", write_reference(reference), "--threads", "1"]
     scored = stopped(asked, nodes)
-    before = pq.read_table(scored[0])
-    marked = before.set_column(1, "score", pa.array(np.full(len(before), 0.125, np.float32)))
-    pq.write_table(marked, scored[0])  # what was scored before can be told
+    before = marked(scored[0])
     assert curate(*asked) == 0
     table = pq.read_table("keep/scores").to_pandas().set_index("id")
-    assert (table.loc[before["id"].to_numpy(), "score"] == 0.125).all()
+    assert (table.loc[before, "score"] == 0.125).all()
     assert len(table) == len(ids)
 
 

@@ -20,7 +20,7 @@ from alignprune_exp.curate.engine import Engine
 from alignprune_exp.curate.inspect import list_files, read_file, read_files
 from alignprune_exp.errors import Failed
 from harness import contents, missing, sentence_of, truncate
-from test_curate import LAYOUTS, check_found, curate, drawn, found, lay_out, outcome, write, write_reference
+from test_curate import LAYOUTS, check_found, curate, drawn, found, lay_out, marked, outcome, write, write_reference
 
 
 @pytest.fixture
@@ -111,12 +111,10 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(place, bucket):
     _, said = running.communicate(timeout=30)
     assert running.returncode == 130
     assert "stopped; the same command goes on" in sentence_of(said)
-    before = pq.read_table(scored[0])
-    marked = before.set_column(1, "score", pa.array(np.full(len(before), 0.125, np.float32)))
-    pq.write_table(marked, scored[0])  # what was scored before can be told
+    before = marked(scored[0])
     assert curate(*asked) == 0
     table, _ = found()
-    mine = np.isin(table["id"], before["id"])
+    mine = np.isin(table["id"], before)
     assert (table["score"][mine] == 0.125).all()
     assert (table["score"][~mine] != 0.125).any()
     assert table["id"].tolist() == ids.tolist()

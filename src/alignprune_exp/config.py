@@ -205,9 +205,8 @@ def validate(values: Mapping[str, Any]) -> Config:
     if (planned := plan.planned(config.epochs)) < config.epochs:
         raise UsageError(f"pruner={config.pruner.name}: epochs={config.epochs} is more than of={planned}; use fewer")
     if not plan.uses_scores:
-        config = config.model_copy(update={"score": UNRANKED})
-        if config.recorded in SIGNALS:
-            config = config.model_copy(update={"recorded": "plain"})
+        recorded = "plain" if config.recorded in SIGNALS else config.recorded
+        config = config.model_copy(update={"score": UNRANKED, "recorded": recorded})
     learner = LEARNER.find(config.learner.name)
     if not getattr(learner, "smooths", False) or config.label_smoothing == 0:  # a scale may have set some
         kept = "plain" if config.recorded == "smoothed" else config.recorded

@@ -176,16 +176,14 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
         raise UsageError(f"pruner={config.pruner.name} compares losses; leave recorded={config.recorded} out")
     if classes:
         return
+    name, lacks = config.task.name, "needs class labels, and task="
     if config.recorded in SIGNALS:
-        raise UsageError(
-            f"recorded={config.recorded} needs class labels, and task={config.task.name} has none; use recorded=plain"
-        )
+        raise UsageError(f"recorded={config.recorded} {lacks}{name} has none; use recorded=plain")
     if config.score.name == "cleaning":
         raise UsageError(
-            f"score=cleaning needs class labels, and task={config.task.name} has none; use score=settled, or "
-            "method=sieve_settled in place of method=sieve"
+            f"score=cleaning {lacks}{name} has none; use score=settled, or method=sieve_settled in place of "
+            "method=sieve"
         )
-    name, lacks = config.task.name, "needs class labels, and task="
     if LEARNER.find(config.learner.name).by_class:
         raise UsageError(f"learner={config.learner.name} {lacks}{name} has none; use learner=ce")
     if plan.asks:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem, filesystem
 
+from ..console import one_line
 from ..errors import Failed, UsageError
 
 EXTRAS = {  # of this package, by protocol
@@ -169,4 +170,4 @@ def _stamp(info: dict[str, Any]) -> str | None:
 
 def _said(error: Exception) -> str:
     """Return an error's first sentence, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0]}".rstrip(".: ")
+    return f"{type(error).__name__}: {one_line(str(error)).partition('. ')[0]}".rstrip(".: ")
