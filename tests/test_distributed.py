@@ -67,6 +67,7 @@ def assert_same(folder, other):
         (3, ("dataset.subset=60", "pruner=seta", "noise=clean")),  # fewer batches than processes
         (2, ("dataset.subset=151", "pruner=static_glister", "pruner.warmup=2")),
         (3, ("dataset.subset=151", *PSEUDO)),
+        (2, ("dataset.subset=151", "method=rho_loss", "score.holdout=1")),
         (2, ("dataset.subset=150", "score.unseen=refresh", "recorded=smoothed", "label_smoothing=0.1")),
     ],
 )

@@ -668,7 +668,7 @@ def by_hand(setup):
 
     given = {"window": config.score.window, "seed": config.seed}
     network = Network(setup, "warm-up model").learner.networks[0]
-    warm = walked(DynamicPruning(train, setup.warmup, pruner="full", **given), network)
+    warm = walked(DynamicPruning(train, setup.before, pruner="full", **given), network)
     _, evidence = seen(network, train.labels, setup.task.train)
     _, reference = seen(network, trusted.labels, setup.task.reference)
     evidence = replace(evidence, losses=log.losses, forgotten=log.forgotten, reference=reference)

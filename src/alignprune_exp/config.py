@@ -68,7 +68,7 @@ TASK = _seam("task", "tasks.base.Task", "tasks.TASKS")
 DATASET = _seam("dataset", "data.source.DataSet", "data.datasets.DATASETS", DatasetKeys)
 NOISE = _seam("noise", "data.noise.Noise", "data.noise.NOISES", NoiseKeys)
 PRUNER = _seam("pruner", "pruning.selection.Plan", "pruning.pruners.PRUNERS", most=MOST)
-SCORE = _seam("score", "pruning.scores.Score", "pruning.scores.SCORES", ScoreKeys)
+SCORE = _seam("score", "pruning.scores.Score", "pruning.scores.SCORES", ScoreKeys, most={"holdout": EPOCHS})
 LEARNER = _seam("learner", "learners.base.Learner", "learners.LEARNERS")
 MODEL = _seam("model", "torch.nn.Module", "models.MODELS")
 OPTIMIZER = _seam("optimizer", "torch.optim.Optimizer", "optim.OPTIMIZERS", OptimizerKeys)
@@ -200,7 +200,7 @@ def validate(values: Mapping[str, Any]) -> Config:
             f"use at most {config.epochs - 1}, or reference=population"
         )
     if config.saved is not None:
-        config = config.model_copy(update=_saving(config.pruner, config.saved, config.epochs))
+        config = config.model_copy(update=_saving(config.pruner, config.score, config.saved, config.epochs))
     plan = PRUNER.make(config.pruner)
     if (planned := plan.planned(config.epochs)) < config.epochs:
         raise UsageError(f"pruner={config.pruner.name}: epochs={config.epochs} is more than of={planned}; use fewer")
@@ -215,13 +215,20 @@ def validate(values: Mapping[str, Any]) -> Config:
     return config
 
 
-def _saving(node: Named, saved: float, epochs: int) -> dict[str, Any]:
-    """Return the keys of a run, its pruner's node among them, set so that it saves so much. Raises UsageError."""
+def _saving(node: Named, score: ScoreKeys, saved: float, epochs: int) -> dict[str, Any]:
+    """Return the keys of a run, its pruner's node among them, set so that it saves so much. Raises UsageError.
+
+    The pruner saves what the score takes before the run, too.
+    """
     plan = PRUNER.make(node)
+    holdout = SCORE.make(score).holdout_epochs(epochs) if plan.uses_scores else 0
+    takes = f"score={score.name} takes {holdout} of {epochs} epochs before; with these counted " if holdout else ""
+    if saved * epochs + holdout >= epochs:
+        raise UsageError(f"{takes}saved={saved:g} is out of reach; lower score.holdout or saved")
     try:
-        pruner = plan.saving(saved, epochs)
+        pruner = plan.saving(saved + holdout / epochs, epochs)
     except ValueError as error:
-        raise UsageError(f"pruner={node.name}: {error}") from None
+        raise UsageError(f"{takes}pruner={node.name}: {error}") from None
     node = node.model_copy(update={name: getattr(pruner, name) for name in settings(PRUNER.find(node.name))})
     return {"pruner": node, "epochs": plan.lasting(saved, epochs), "saved": None}
 

@@ -77,6 +77,7 @@ class Spent:
 
     seconds: float = 0.0
     samples: int = 0  # passed through a network
+    trained: int = 0  # samples of all epochs before
 
 
 class Loop:
@@ -202,16 +203,20 @@ class Loop:
         """Record the losses of the samples that the epoch left out; return how many there are."""
         setup, unseen = self.setup, self.pruning.unseen().cpu()
         if len(unseen):
-            smoothing = setup.config.label_smoothing if setup.config.recorded == "smoothed" else 0.0
             own = setup.processes.share(unseen)
-            batches = setup.task.train.evaluation(own)
             if self.pruning.pruner.asks:
-                losses = setup.task.doubts(self.network, batches)
+                losses = setup.task.doubts(self.network, setup.task.train.evaluation(own))
             else:
-                losses = setup.task.recorded(self.network, batches, smoothing)
+                losses = self.recorded(own)
             self.pruning.record(own, losses)
             self.pruning.exchange()
         return len(unseen)
+
+    def recorded(self, samples: Tensor) -> Tensor:
+        """Return what trajectories are made of, of samples (k,) under the network, in eval mode."""
+        setup = self.setup
+        smoothing = setup.config.label_smoothing if setup.config.recorded == "smoothed" else 0.0
+        return setup.task.recorded(self.network, setup.task.train.evaluation(samples), smoothing)
 
     def _test(self, epoch: int) -> dict[str, float]:
         """Return loss and metrics on the test set, and the metrics on whatever else is evaluated on."""

@@ -101,10 +101,10 @@ def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, Callable[[], t
         clock.laps["select"] += loop.spent.seconds
         looked_at = loop.spent.samples
     passes = loop.network.learner.passes(now.number - pruning.first)
-    trained = setup.n * pruning.first + int(pruning.times_selected.sum())
+    trained = loop.spent.trained + int(pruning.times_selected.sum())
     row = {
         "epoch": now.number,
-        "phase": ("train" if loop.log is None else "warmup") if setup.chooses_once else None,
+        "phase": _phase(setup, now.number),
         "ranked_by": now.ranked_by,
         "train_loss": now.train_loss,
         **{name: now.tested.get(name) for name in metric_names(setup)},
@@ -112,7 +112,7 @@ def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, Callable[[], t
         "kept_fraction": len(now.selection.indices) / setup.n,
         "kept_noise": plain_noise,
         "kept_noise_weighted": weighted_noise,
-        **{f"auroc_{name}": None for name in logged_scores(pruning)},
+        **{f"auroc_{name}": None for name in logged_scores(setup, pruning)},
         "reference_loss": now.reference_loss,
         "reference_noise": now.reference_noise,
         "score_mean": float(np.nanmean(now.ranking)) if now.ranked_by and not np.isnan(now.ranking).all() else None,
@@ -134,20 +134,27 @@ def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, Callable[[], t
     return row, complete
 
 
+def _phase(setup: Setup, epoch: int) -> str | None:
+    """Return what an epoch belongs to, in a run of several phases."""
+    if not (setup.chooses_once or setup.holdout):
+        return None
+    return "train" if epoch >= setup.before else "holdout" if setup.holdout else "warmup"
+
+
 def metric_names(setup: Setup) -> list[str]:
     """Return the names of what an epoch's evaluation gives."""
     names = [f"test_{metric.name}" for metric in setup.task.metrics]
     return [*names, "test_loss", *(name + suffix for suffix in setup.task.tests if suffix for name in names)]
 
 
-def ranking_name(pruning: DynamicPruning) -> str | None:
-    """Return the name of the score that a pruning ranks by, if it ranks."""
-    return pruning.score.name if pruning.pruner.uses_scores else None
+def ranking_name(setup: Setup, pruning: DynamicPruning) -> str | None:
+    """Return the name of the score that a run ranks by, if it ranks."""
+    return pruning.score.name if setup.plan.uses_scores else None
 
 
-def logged_scores(pruning: DynamicPruning) -> list[str]:
+def logged_scores(setup: Setup, pruning: DynamicPruning) -> list[str]:
     """Return the names of the scores that a run logs: those of every run, and the one that ranks."""
-    return list(dict.fromkeys(filter(None, (*FROM_THE_BANK, ranking_name(pruning)))))
+    return list(dict.fromkeys(filter(None, (*FROM_THE_BANK, ranking_name(setup, pruning)))))
 
 
 def bank_scores(setup: Setup, pruning: DynamicPruning) -> dict[str, np.ndarray]:
@@ -155,8 +162,8 @@ def bank_scores(setup: Setup, pruning: DynamicPruning) -> dict[str, np.ndarray]:
 
     A score that compares with the reference is there once its window is full.
     """
-    ranking = ranking_name(pruning)
-    scores = {name: pruning.score if name == ranking else SCORES[name]() for name in logged_scores(pruning)}
+    ranking = ranking_name(setup, pruning)
+    scores = {name: pruning.score if name == ranking else SCORES[name]() for name in logged_scores(setup, pruning)}
     if pruning.epoch < setup.config.score.window or not setup.config.reference.aligns:
         scores = {name: score for name, score in scores.items() if not score.aligned}
     return dict(zip(scores, pruning.several_scores(list(scores.values())), strict=True))
@@ -165,12 +172,12 @@ def bank_scores(setup: Setup, pruning: DynamicPruning) -> dict[str, np.ndarray]:
 def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequence[Row], error: str | None) -> Row:
     """Return ``summary.json``: what the run was and what came out, or the ``error`` that ended it."""
     config = setup.config
-    pruned = [row for row in rows if row["epoch"] in setup.plan.pruned(config.epochs)]
-    of_training = rows[setup.warmup :]
+    pruned = [row for row in rows if row["epoch"] - 2 * setup.holdout in setup.plan.pruned(config.epochs)]
+    of_training = rows[setup.before :]
     trained = rows[-1]["samples_seen"] if rows else 0
     planned = setup.plan.planned(config.epochs)
     seconds_steps = sum(row["seconds_train"] for row in rows)
-    ranking = ranking_name(loop.pruning) if loop is not None else None
+    ranking = ranking_name(setup, loop.pruning) if loop is not None else None
     estimate = loop.pruning.noise_rate if loop is not None else math.nan
     return {
         "id": setup.id,
@@ -201,7 +208,7 @@ def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequen
         "seconds_train": sum(row["seconds"] - row["seconds_test"] for row in rows),
         "seconds_total": sum(row["seconds"] for row in rows),
         "samples_per_second": trained / seconds_steps if seconds_steps else None,
-        **(_of_the_choice(setup, loop, choice, rows) if setup.chooses_once else {}),
+        **(_of_what_came_before(setup, loop, choice, rows) if setup.chooses_once or setup.holdout else {}),
         "commit": commit(),
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -221,11 +228,11 @@ def _tested(setup: Setup, rows: Sequence[Row]) -> Row:
     return found
 
 
-def _of_the_choice(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequence[Row]) -> Row:
-    """Return what a summary says of samples chosen once."""
+def _of_what_came_before(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequence[Row]) -> Row:
+    """Return what a summary says of the epochs before those of the run, and of samples chosen once."""
     return {
-        "warmup_epochs": setup.warmup,
-        "seconds_warmup": sum(row["seconds"] for row in rows[: setup.warmup]),
+        "warmup_epochs": setup.before,
+        "seconds_warmup": sum(row["seconds"] for row in rows[: setup.before]),
         "seconds_select": loop.spent.seconds if loop else 0.0,
         **({f"choice_{name}": value for name, value in choice.facts.items()} if choice else {}),
     }
@@ -280,7 +287,7 @@ def write_samples(path: Path, setup: Setup, loop: Loop) -> None:
             **({} if classes is None else {"predicted": loop.predicted.cpu().numpy()}),
             "loss": pruning.trajectories.last_N.cpu().numpy(),
             **scores,
-            "times_selected": setup.warmup + pruning.times_selected,
+            "times_selected": setup.times_before + pruning.times_selected,
         }
     )
     facts = {} if classes is None else {"classes": len(classes)}

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
@@ -125,6 +126,8 @@ class Run:
     Attributes:
         loop: the phase that it is in; None before a choice without a warm-up.
         choice: what a static criterion has chosen, once it has.
+        irreducible: the losses (n,) that held-out samples have told, NaN where they have not.
+        halves: how many of the two networks that tell them have been trained.
         done: how many epochs have ended.
         journal: what they have left; the last one's share of it may still be in the making.
         writing: makes it, writes it down, and checkpoints, beside the training.
@@ -134,13 +137,14 @@ class Run:
         self.setup = setup = Setup.of(config, processes or Processes())
         self.reference = Reference(setup)
         self.choice: Choice | None = None
+        self.irreducible, self.halves = torch.full((setup.n,), torch.nan), 0
         self.done, self.journal = 0, record.Journal(setup.id)
         self.writing, self._saved = Writing(), time.monotonic()
         self.loop: Loop | None = None
         if isinstance(setup.plan, Pruner):
-            self.loop = self._phase(setup.plan, config.epochs)
-        elif setup.warmup:
-            self.loop = self._phase(Full(), setup.warmup, "warm-up model", WarmUpLog(setup.n))
+            self.loop = self._half()
+        elif setup.before:
+            self.loop = self._phase(Full(), setup.before, "warm-up model", WarmUpLog(setup.n))
         else:
             self._phase(Full(), 1)  # whose mistakes are to be found now
 
@@ -157,7 +161,8 @@ class Run:
         clean = None if setup.noisy is None else ~setup.noisy
         labels = None if setup.task.classes is None else setup.task.strata
         phase = (pruner, epochs)
-        pruning = make_pruning(setup.config, range(setup.n), clean, labels, setup.device, phase, bank)
+        told = self.irreducible
+        pruning = make_pruning(setup.config, range(setup.n), clean, labels, setup.device, phase, bank, told)
         return Loop(setup, pruning, Network(setup, purpose), self.reference, log, spent)
 
     def train(self, folder: RunFolder, command: str, group: str | None = None) -> dict[str, Any]:
@@ -220,9 +225,10 @@ class Run:
     def _beginning(self) -> str:
         setup, config = self.setup, self.setup.config
         step = self.loop.step if self.loop else 0
+        warmup = f"{setup.before} on halves of the samples" if setup.holdout else f"a warm-up of {setup.before}"
         parts = [
             f"run {setup.id}: {setup.n} samples of {config.dataset.name}",
-            f"{config.epochs} epochs" + (f" after a warm-up of {setup.warmup}" if setup.warmup else ""),
+            f"{config.epochs} epochs" + (f" after {warmup}" if setup.before else ""),
             f"{config.model.name} on {setup.device} in {setup.precision}",
         ]
         if setup.processes.size > 1:
@@ -237,14 +243,24 @@ class Run:
 
     def _phases(self, folder: RunFolder, stop: threading.Event) -> Iterator[Loop]:
         """Yield the phases that are left, each when the one before it has ended."""
-        if isinstance(self.setup.plan, Criterion) and self.choice is None:
+        while self._prepares:
             if self.loop is not None:
                 yield self.loop
-            self._choose(self.setup.plan)
+            if isinstance(self.setup.plan, Criterion):
+                self._choose(self.setup.plan)
+            else:
+                self._hold_out()
             self._save(folder)
             if self.setup.processes.any(stop.is_set()):
                 self._stop()
         yield self._running
+
+    @property
+    def _prepares(self) -> bool:
+        """Whether the phase that it is in comes before the one that counts."""
+        if self.setup.chooses_once:
+            return self.choice is None
+        return self.setup.holdout > 0 and self.halves < 2
 
     def _walk(self, folder: RunFolder, stop: threading.Event, mirror: Mirror) -> str | None:
         """Train the epochs that are left, writing the record as they end; return why they cannot go on, if so."""
@@ -294,7 +310,7 @@ class Run:
             choice = criterion.choose(evidence, generator(setup.config.seed, "choose"))
         except ValueError as error:
             raise Failed(f"run {setup.id} cannot choose: {error}") from None
-        self._take(choice, Spent(time.perf_counter() - began, samples))
+        self._take(choice, Spent(time.perf_counter() - began, samples, setup.n * setup.before))
 
     def _take(self, choice: Choice, spent: Spent) -> None:
         """Begin the phase that trains on a choice."""
@@ -303,6 +319,30 @@ class Run:
         self.loop = self._phase(Fixed(indices=choice.indices), self.setup.config.epochs, bank=bank, spent=spent)
         if before is not None:
             self.loop.predicted = before.predicted
+
+    def _hold_out(self) -> None:
+        """Let the network tell the losses of the half that it has not trained on, and begin the next phase."""
+        setup, before, began = self.setup, self._running, time.perf_counter()
+        before.network.learner.eval()
+        others = torch.from_numpy(setup.half(1 - self.halves))
+        losses = setup.processes.gather(before.recorded(setup.processes.share(others))).cpu()
+        if not losses.isfinite().all():
+            raise Failed(
+                f"run {setup.id} cannot go on: the loss of a sample held out is not finite; lower optimizer.lr"
+            )
+        self.irreducible[others] = losses
+        self.halves += 1
+        trained = before.spent.trained + int(before.pruning.times_selected.sum())
+        self.loop = self._half(Spent(time.perf_counter() - began, len(others), trained))
+
+    def _half(self, spent: Spent | None = None) -> Loop:
+        """Return the phase after so many halves: on a half of the samples, or the one that counts."""
+        setup, bank = self.setup, None if self.loop is None else self.loop.pruning.trajectories
+        assert isinstance(setup.plan, Pruner)
+        if self._prepares:
+            half = Fixed(indices=setup.half(self.halves))
+            return self._phase(half, setup.holdout, f"holdout model {self.halves}", bank=bank, spent=spent)
+        return self._phase(setup.plan, setup.config.epochs, bank=bank, spent=spent)
 
     def _write_down(
         self, folder: RunFolder, mirror: Mirror, complete: Callable[[], tuple[Row, list[Row]]], checkpoint: bool
@@ -341,14 +381,15 @@ class Run:
         choice = self.choice and {
             "indices": torch.from_numpy(self.choice.indices),
             "facts": dict(self.choice.facts),
-            "seconds": loop.spent.seconds,
-            "samples": loop.spent.samples,
         }
         return {
             "precision": self.setup.precision,
             "device": self.setup.device.type,
             "epoch": loop.pruning.epoch,
             "choice": choice,
+            "halves": self.halves,
+            "irreducible": self.irreducible,
+            "spent": asdict(loop.spent),
             **loop.state_dict(),
         }
 
@@ -359,8 +400,10 @@ class Run:
             self._check_precision(state)
             try:
                 if (choice := state["choice"]) is not None:
-                    taken = Choice(choice["indices"].numpy().copy(), choice["facts"])
-                    self._take(taken, Spent(choice["seconds"], choice["samples"]))
+                    self._take(Choice(choice["indices"].numpy().copy(), choice["facts"]), Spent(**state["spent"]))
+                elif state["halves"]:
+                    self.halves, self.irreducible = state["halves"], state["irreducible"]
+                    self.loop = self._half(Spent(**state["spent"]))
                 self._running.load_state_dict(state)
                 self.journal.load_state_dict(state["record"])
                 self.done = len(self.journal.rows)

@@ -14,7 +14,8 @@ from .config import LEARNER, PRUNER, SCORE, TASK, Config, Pseudo, Trusted, ident
 from .data.split import reference_count
 from .distributed import Processes
 from .errors import UsageError
-from .pruning import Criterion, DynamicPruning, Full, Plan, Pruner, Trajectories
+from .pruning import Criterion, DynamicPruning, Full, Plan, Pruner, Score, Trajectories
+from .pruning.seeding import generator
 from .pruning.signals import SIGNALS
 from .runs import run_id
 from .tasks import Task
@@ -80,15 +81,31 @@ class Setup:
         """Whether the samples of all epochs are chosen once, after a warm-up."""
         return isinstance(self.plan, Criterion)
 
+    @cached_property
+    def holdout(self) -> int:
+        """Epochs that a network trains on each half of the samples, to tell the irreducible losses of the other."""
+        score: Score = SCORE.make(self.config.score)
+        return score.holdout_epochs(self.config.epochs) if self.plan.uses_scores else 0
+
+    def half(self, number: int) -> np.ndarray:
+        """Return the samples of one half, 0 or 1, ascending: drawn by the seed."""
+        halves = generator(self.config.seed, "halves").permutation(self.n)
+        return np.sort(halves[number::2])
+
     @property
-    def warmup(self) -> int:
-        """Epochs on everything before a choice that is made once."""
-        return self.plan.warmup_epochs(self.config.epochs)
+    def before(self) -> int:
+        """Epochs before those of the run: on everything, for a choice made once, or on halves, to hold others out."""
+        return self.plan.warmup_epochs(self.config.epochs) + 2 * self.holdout
 
     @property
     def epochs(self) -> int:
-        """All epochs of the run."""
-        return self.warmup + self.config.epochs
+        """All epochs, with those before."""
+        return self.before + self.config.epochs
+
+    @property
+    def times_before(self) -> int:
+        """How many of the epochs before train on a sample."""
+        return self.before - self.holdout
 
     @property
     def n(self) -> int:
@@ -207,10 +224,12 @@ def make_pruning(
     device: torch.device | str = "cpu",
     phase: tuple[Pruner, int] | None = None,
     bank: Trajectories | None = None,
+    irreducible: torch.Tensor | None = None,
 ) -> DynamicPruning:
     """Return the pruning of a run over ``dataset``; raise UsageError for settings that do not go together.
 
-    ``phase`` has pruner and epochs of a phase of the run, where these are not the config's own.
+    ``phase`` has pruner and epochs of a phase of the run, where these are not the config's own; ``irreducible`` the
+    losses (n,) that held-out samples have told so far.
     """
     name, score, plan = config.pruner.name, config.score.name, PRUNER.make(config.pruner)
     trusted = isinstance(config.reference, Trusted) and config.reference.size > 0
@@ -234,6 +253,7 @@ def make_pruning(
             seed=config.seed,
             clean=clean,
             labels=labels,
+            irreducible=torch.full((len(dataset),), torch.nan) if irreducible is None else irreducible,
             device=device,
             bank_dtype=getattr(torch, config.score.bank),
             bank=bank,

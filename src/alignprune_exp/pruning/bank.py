@@ -35,6 +35,7 @@ class History:
         seed: the run's seed, for scores that draw.
         labels: the class (N,) that each sample is given as, where there are any.
         progress: the share of the run's epochs that are finished.
+        irreducible_N: the loss of each sample under a network that has not trained on it, where that is known.
     """
 
     rows: list[Tensor]
@@ -47,6 +48,7 @@ class History:
     seed: int
     labels: NDArray | None = None
     progress: float = 0.0
+    irreducible_N: Tensor | None = None
 
     def map(self, score: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply ``score``, (W, B) float32 losses, oldest first, to (B,) scores, to all samples in blocks.
@@ -198,7 +200,12 @@ class Trajectories:
         self.reference_W += loss - last
 
     def history(
-        self, clean_N: Tensor | None = None, seed: int = 0, labels: NDArray | None = None, progress: float = 0.0
+        self,
+        clean_N: Tensor | None = None,
+        seed: int = 0,
+        labels: NDArray | None = None,
+        progress: float = 0.0,
+        irreducible_N: Tensor | None = None,
     ) -> History:
         """Return the finished epochs of the window. Raises RuntimeError once the next epoch has begun."""
         if self.recorded:
@@ -215,6 +222,7 @@ class Trajectories:
             seed,
             labels,
             progress,
+            irreducible_N,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class DynamicPruning(Selecting):
         seed: seed of every random choice.
         clean: mask (n,), true where the label is clean; needed by ``score="oracle"`` alone.
         labels: the given ones (n,), of any type; needed by ``score="cleaning"`` alone.
+        irreducible: (n,) the loss of each sample under a network that has not trained on it, NaN where that is not
+            known; needed by ``score="reducible"`` and ``"irreducible"`` alone.
         device: where losses, trajectories and weights lie; without one that of the first loss.
         bank_dtype: of the trajectories; ``torch.float16`` halves their memory.
         bank: the ``trajectories`` of an earlier phase of training, to go on with: its epochs count on, so that no
@@ -316,7 +318,10 @@ class DynamicPruning(Selecting):
         if self._follows and device.type != "cpu":
             self.trajectories.move(device)
             self.running.move(device)
-            self.clean, self._weights = None if self.clean is None else self.clean.to(device), None
+            self.clean, self.irreducible = (
+                None if known is None else known.to(device) for known in (self.clean, self.irreducible)
+            )
+            self._weights = None
         self._follows = False
 
     def _check_selected(self, seen: np.ndarray) -> None:

@@ -16,6 +16,7 @@ from . import fast
 from .bank import History
 from .cleaning import within_class
 from .seeding import generator
+from .selection import floor
 
 
 def pearson(losses_WB: Tensor, reference_W: Tensor) -> Tensor:
@@ -103,6 +104,10 @@ class Score:
 
     name: str
     aligned: bool = False
+
+    def holdout_epochs(self, epochs: int) -> int:
+        """Return how many epochs two networks are to train before a run of so many; see `HeldOut`."""
+        return 0
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.__dict__.get("name", cls.__name__)
@@ -230,6 +235,54 @@ class Curriculum(Score):
         return (place_N - history.progress).abs_().neg_().masked_fill_(last_N.isnan(), torch.nan).float()
 
 
+class HeldOut(Score):
+    """A score by the irreducible losses: of each sample under a network that has not trained on it.
+
+    Attributes:
+        holdout: epochs, or below 1 a share of them, that two networks are to train before the run, each on one half of
+            the samples, so that each tells the losses of the other half. That is for whoever trains to do.
+    """
+
+    def __init__(self, *, holdout: float = 0.1) -> None:
+        if holdout <= 0:
+            raise ValueError(f"holdout={holdout} is out of range; use epochs, or a share of them below 1")
+        self.holdout = holdout
+
+    def holdout_epochs(self, epochs: int) -> int:
+        return max(1, floor(self.holdout if self.holdout >= 1 else self.holdout * epochs))
+
+    def irreducible(self, history: History) -> Tensor:
+        """Return these losses (N,). Raises ValueError where nobody has told them."""
+        if history.irreducible_N is None:
+            raise ValueError(
+                f"score={self.name!r} compares with losses under a network that has not trained on the samples; pass "
+                "irreducible=(n,)"
+            )
+        return history.irreducible_N
+
+
+class Reducible(HeldOut):
+    """RHO-LOSS: the last loss less the irreducible one, which is what training can still gain by a sample.
+
+    It is low for what is learned already, and for what nobody learns, as a wrong label (Mindermann et al., ICML 2022).
+    They draw a large batch, pass it through the network and train on its best; here an epoch is the batch.
+    """
+
+    name = "reducible"
+
+    def __call__(self, history: History) -> Tensor:
+        return history.last_N - self.irreducible(history)
+
+
+class Irreducible(HeldOut):
+    """Control: minus the irreducible loss, by which a wrong label that is never memorised shows itself."""
+
+    name = "irreducible"
+
+    def __call__(self, history: History) -> Tensor:
+        return -self.irreducible(history)
+
+
 class Oracle(Score):
     """Control, the upper bound: 1 if the label is clean, else 0."""
 
@@ -243,5 +296,18 @@ class Oracle(Score):
 
 SCORES: dict[str, type[Score]] = {
     score.name: score
-    for score in (Loss, DAS, Spearman, Cosine, Random, SmallLoss, Settled, Cleaning, Curriculum, Oracle)
+    for score in (
+        Loss,
+        DAS,
+        Spearman,
+        Cosine,
+        Random,
+        SmallLoss,
+        Settled,
+        Cleaning,
+        Curriculum,
+        Reducible,
+        Irreducible,
+        Oracle,
+    )
 }

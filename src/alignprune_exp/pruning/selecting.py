@@ -46,6 +46,7 @@ class Selecting(Indexed):
         seed: int = 0,
         clean: Sequence[bool] | np.ndarray | Tensor | None = None,
         labels: Sequence[Any] | np.ndarray | Tensor | None = None,
+        irreducible: Sequence[float] | np.ndarray | Tensor | None = None,
         device: torch.device | str | None = None,
         bank_dtype: torch.dtype = torch.float32,
         bank: Trajectories | None = None,
@@ -78,6 +79,12 @@ class Selecting(Indexed):
             self.clean = torch.as_tensor(clean, dtype=torch.bool, device=device)
             if self.clean.shape != (self.n,):
                 raise ValueError(f"clean has shape {tuple(self.clean.shape)}; it must be ({self.n},), one a sample")
+        self.irreducible: Tensor | None = None
+        if irreducible is not None:
+            self.irreducible = torch.as_tensor(irreducible, dtype=torch.float32, device=device)
+            if self.irreducible.shape != (self.n,):
+                shape = tuple(self.irreducible.shape)
+                raise ValueError(f"irreducible has shape {shape}; it must be ({self.n},), a loss a sample")
         self.labels = None if labels is None else array(labels)
         if self.labels is not None and self.labels.shape != (self.n,):
             raise ValueError(f"labels has shape {self.labels.shape}; it must be ({self.n},), one a sample")
@@ -237,7 +244,7 @@ class Selecting(Indexed):
     def several_scores(self, scores: Sequence[str | Score]) -> np.ndarray:
         """Return K scores (K, n) as `scores` does, in one copy from the device."""
         progress = (self.epoch - self.first) / (self.epochs - self.first)
-        history = self.trajectories.history(self.clean, self.seed, self.labels, progress)
+        history = self.trajectories.history(self.clean, self.seed, self.labels, progress, self.irreducible)
         found = []
         for score in map(make_score, scores):
             values = score(history)

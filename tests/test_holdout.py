@@ -1,0 +1,159 @@
+"""Scores by losses under a network that has not trained on the sample, and the two networks that tell them."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignprune_exp import optim
+from alignprune_exp.config import OPTIMIZER
+from alignprune_exp.network import Network
+from alignprune_exp.pruning import SCORES, DynamicPruning, Fixed
+from alignprune_exp.run import Run
+from harness import (
+    SMALL,
+    assert_same_results,
+    config_of,
+    launch,
+    only_run,
+    rows_of,
+    same_bits_when_stopped,
+    samples_of,
+    summary_of,
+    trained,
+)
+
+RHO = ("method=rho_loss", "noise=sym0.5", "score.holdout=2", "epochs=8", "recorded=plain")
+
+
+def after_an_epoch(losses, irreducible, **given_):
+    """A pruning that has seen one epoch, of these losses."""
+    pruning = DynamicPruning(range(len(losses)), 4, "topk", irreducible=irreducible, **given_)
+    index = torch.from_numpy(pruning.order())
+    pruning.update(index, torch.tensor(losses)[index])
+    pruning.end_epoch()
+    return pruning
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 100, width=32), st.floats(0, 100, width=32)), min_size=2, max_size=40),
+    st.integers(0, 99),
+)
+def test_what_training_can_still_gain_comes_first(pairs, seed):
+    losses, irreducible = map(list, zip(*pairs, strict=True))
+    pruning = after_an_epoch(losses, irreducible, score="reducible", seed=seed, ratio=0.5, warmup=1)
+    gain = np.float32(losses) - np.float32(irreducible)
+    np.testing.assert_array_equal(pruning.ranking, gain)
+    np.testing.assert_array_equal(pruning.scores("irreducible"), -np.float32(irreducible))
+    chosen = pruning.selection.indices
+    assert len(chosen) == max(1, len(gain) // 2)
+    assert sorted(gain[chosen]) == sorted(gain)[-len(chosen) :]
+
+
+@pytest.mark.parametrize("name", ["reducible", "irreducible"])
+def test_losses_that_nobody_has_told_are_asked_for(name):
+    with pytest.raises(ValueError, match=rf"score='{name}' compares with losses .* pass irreducible=\(n,\)"):
+        DynamicPruning(range(3), 4, "topk", name)
+
+
+def test_losses_of_other_samples_are_refused():
+    with pytest.raises(ValueError, match=r"irreducible has shape \(4,\); it must be \(3,\), a loss a sample"):
+        DynamicPruning(range(3), 4, "topk", "reducible", irreducible=[1.0, 2.0, 3.0, 4.0])
+
+
+@pytest.mark.parametrize(("holdout", "epochs", "due"), [(0.1, 40, 4), (0.3, 10, 3), (0.01, 40, 1), (5, 40, 5)])
+def test_a_holdout_below_1_is_a_share_of_the_epochs(holdout, epochs, due):
+    assert SCORES["reducible"](holdout=holdout).holdout_epochs(epochs) == due
+
+
+# ---- runs -------------------------------------------------------------------------------------------------
+
+
+def by_hand(setup):
+    """The losses of each half under a network that a loop of one's own has trained on the other, from scratch."""
+    config, train = setup.config, setup.task.train
+    told, bank = torch.full((setup.n,), torch.nan), None
+    for number in (0, 1):
+        network = Network(setup, f"holdout model {number}").learner.networks[0]
+        optimizer = OPTIMIZER.make(config.optimizer, network.parameters())
+        half, other = setup.half(number), torch.from_numpy(setup.half(1 - number))
+        pruner, given_ = Fixed(indices=half), {"window": config.score.window, "seed": config.seed}
+        pruning = DynamicPruning(range(setup.n), 2, pruner, "loss", bank=bank, **given_)
+        for epoch in range(pruning.first, pruning.epochs):
+            order = pruning.order()
+            assert sorted(order) == half.tolist()
+            steps = -(-len(order) // config.batch_size)
+            network.train()
+            for step, (index, x, y) in enumerate(train.epoch(order, epoch)):
+                optim.set_progress(optimizer, (epoch - pruning.first + step / steps) / 2, config.optimizer)
+                loss = pruning.update(index, F.cross_entropy(network(x), y, reduction="none"))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            pruning.end_epoch()
+        network.eval()
+        with torch.no_grad():
+            told[other] = torch.cat(
+                [F.cross_entropy(network(x), y, reduction="none") for _, x, y in train.evaluation(other)]
+            )
+        bank = pruning.trajectories
+    return told
+
+
+def test_each_half_is_told_by_a_network_that_has_trained_on_the_other_alone(tmp_path):
+    one = Run(config_of(tmp_path, *RHO, "precision=fp32"))
+    halves = [one.setup.half(number) for number in (0, 1)]
+    assert sorted(np.concatenate(halves)) == list(range(one.setup.n))
+    assert abs(len(halves[0]) - len(halves[1])) <= 1
+    trained(one)
+    torch.testing.assert_close(one.irreducible, by_hand(one.setup), rtol=1e-5, atol=1e-5)
+    ranking = one.loop.pruning.trajectories.last_N - one.irreducible
+    np.testing.assert_array_equal(samples_of(only_run(tmp_path))["loss"] - one.irreducible.numpy(), ranking.numpy())
+
+
+def test_the_epochs_that_count_have_the_schedule_of_any_other_run(undisturbed):
+    rows = rows_of(undisturbed(*RHO, "pruner.warmup=8"))
+    others = rows_of(undisturbed("method=full", *RHO[1:2], *RHO[3:]))
+    assert [row["lr"] for row in rows[4:]] == [row["lr"] for row in others]
+    assert [row["phase"] for row in rows] == ["holdout"] * 4 + ["train"] * 8
+
+
+def test_what_the_two_networks_take_is_counted(undisturbed):
+    folder = undisturbed(*RHO, "saved=0.5")
+    rows, summary, n = rows_of(folder), summary_of(folder), summary_of(folder)["samples"]
+    trained_on = np.cumsum([round(row["kept_fraction"] * n) for row in rows])
+    assert [row["samples_seen"] for row in rows] == trained_on.tolist()
+    assert trained_on[3] == 2 * n
+    assert summary["saved"] == pytest.approx(1 - trained_on[-1] / (8 * n)) == pytest.approx(0.5, abs=0.01)
+    assert samples_of(folder)["times_selected"].sum() == trained_on[-1]
+    assert [row["ranked_by"] for row in rows] == [None] * 5 + ["reducible"] * 7
+    looked_at = [row["samples_forwarded"] - round(row["kept_fraction"] * n) - row["samples_reference"] for row in rows]
+    assert looked_at == [0, 0, n // 2, 0, n - n // 2, *[0] * 7]
+    assert summary["kept_noise_mean"] == pytest.approx(np.mean([row["kept_noise"] for row in rows[5:]]))
+    assert (summary["warmup_epochs"], summary["epochs"]) == (4, 8)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_run_stopped_in_any_phase_ends_with_the_same_bits(tmp_path, steps):
+    same_bits_when_stopped(tmp_path, steps, *RHO, "score.holdout=1", "epochs=3", base=SMALL)
+
+
+def test_a_pruner_that_asks_no_score_holds_nothing_out(tmp_path):
+    for name, line in {"with": ("score=reducible",), "without": ()}.items():
+        assert launch(tmp_path / name, "pruner=rs2", *line) == 0
+    assert_same_results(*(only_run(tmp_path / name) for name in ("with", "without")))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("saved=0.8", "score=reducible takes 2 of 8 epochs before; with these counted saved=0.8 is out of reach"),
+        ("saved=0.7", "with these counted pruner=topk: saved=0.95 is out of reach"),
+        ("score.holdout=0", "holdout=0.0 is out of range; use epochs, or a share of them below 1"),
+        ("score.holdout=x", "score.holdout=x has the wrong type"),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused(refused, line, sentence):
+    assert sentence in refused(*RHO, *line.split())
