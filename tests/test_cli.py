@@ -230,6 +230,8 @@ MISTAKES = [
     ("reference.noise=2", "reference.noise=2 1"),
     ("score.unseen=cary", "score.unseen=cary carry mask refresh"),
     ("precision=fp64", "precision=fp64 auto bf16 fp32"),
+    ("recorded=margin", "recorded=margin mean odds? plain"),
+    ("recorded=smooth", "recorded=smooth mean smoothed? plain"),
     ("recorded=both", "recorded=both plain smoothed doubt odds disagreement"),
     ("device=gpu", "device=gpu auto cpu cuda"),
     ("noise=real noise.labels=best", "noise.labels=best worst aggre"),

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import logsumexp, softmax
 
-from alignprune_exp.pruning.signals import SIGNALS, extent
-from harness import config_of, metrics_of, summary_of
+from alignprune_exp.errors import UsageError
+from alignprune_exp.pruning.signals import OTHER_NAMES, SIGNALS, extent
+from harness import composed, config_of, metrics_of, summary_of
 from test_config import _ids
 
 LOGITS = arrays(np.float64, st.tuples(st.integers(1, 8), st.just(5)), elements=st.floats(-12, 12))
@@ -82,6 +83,13 @@ def test_a_signal_makes_another_run_where_it_ranks_and_the_same_where_nothing_do
 )
 def test_what_cannot_be_made_of_a_signal_is_refused(refused, line, sentence):
     assert sentence in refused("noise=sym0.5", *line.split())
+
+
+@pytest.mark.parametrize(("word", "meant"), OTHER_NAMES.items())
+def test_another_name_of_a_signal_is_answered_with_its_name_here(word, meant):
+    with pytest.raises(UsageError, match=f"^recorded={word} is unknown; did you mean {meant}[?]; use "):
+        composed(f"recorded={word}")
+    assert composed(f"recorded={meant}", "pruner=topk").recorded == meant
 
 
 def test_suspects_are_told_by_losses_alone(undisturbed, capsys):

@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, SerializeAsAny, Tag
 
 from .errors import UsageError
-from .pruning.signals import SIGNALS
+from .pruning.signals import OTHER_NAMES, SIGNALS
 from .registry import Named, Registry, settings
-from .schema import EPOCHS, Aside, Count, Epochs, Neutral, Node, Rate, Share, validated
+from .schema import EPOCHS, AlsoCalled, Aside, Count, Epochs, Neutral, Node, Rate, Share, validated
 
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
@@ -139,7 +139,7 @@ class Plain(Node):
     epochs: Epochs
     batch_size: Annotated[int, Field(ge=1, le=10**6)]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    recorded: Literal["plain", "smoothed", "doubt", "odds", "disagreement"]
+    recorded: Annotated[Literal["plain", "smoothed", "doubt", "odds", "disagreement"], AlsoCalled(OTHER_NAMES)]
     eval_every: Count
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
     precision: Literal["auto", "bf16", "fp32"]

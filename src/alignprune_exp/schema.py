@@ -34,6 +34,13 @@ class Aside:
     """Marks a key that cannot change the result, and so is never part of an id."""
 
 
+@dataclass(frozen=True)
+class AlsoCalled:
+    """Marks a key: other names for some of its values, which a word that is unknown here may be."""
+
+    names: Mapping[str, str]
+
+
 class Node(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -59,7 +66,7 @@ def validated(schema: type[Checked], values: Mapping[str, Any], at: str = "", ch
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise UsageError(_explain(error, values, at, chosen)) from None
+        raise UsageError(_explain(error, schema, values, at, chosen)) from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -80,7 +87,7 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _explain(error: ValidationError, values: Mapping[str, Any], at: str, chosen: str) -> str:
+def _explain(error: ValidationError, schema: type[Node], values: Mapping[str, Any], at: str, chosen: str) -> str:
     first = error.errors()[0]
     keys: list[str] = [at] if at else []
     node: Any = values
@@ -105,17 +112,26 @@ def _explain(error: ValidationError, values: Mapping[str, Any], at: str, chosen:
     if kind == "union_tag_invalid":
         given = f"{key}.name={context['tag']}"
     if kind in ("literal_error", "union_tag_invalid"):
-        expected = context.get("expected") or context.get("expected_tags")
-        return f"{given} is unknown: use {expected}".replace("'", "").replace("True", "true").replace("False", "false")
+        expected = context.get("expected") or context["expected_tags"]
+        marks = schema.model_fields[str(first["loc"][0])].metadata
+        hint = _meant(str(context.get("tag", first["input"])), re.findall("'(.*?)'", expected), marks)
+        expected = expected.replace("'", "").replace("True", "true").replace("False", "false")
+        return f"{given} is unknown{hint}; use {expected}"
     if kind == "string_pattern_mismatch":
-        return f"{given} is unknown: use auto, cpu, cuda or cuda:K"
+        return f"{given} is unknown; use auto, cpu, cuda or cuda:K"
     if isinstance(first["input"], str) and re.fullmatch(
         r"[-+]?(\d+\.?|\d*\.\d+)(e[-+]?\d+)?|true|false|null", first["input"], re.I
     ):
         return f"{key}='{first['input']}' is a text; leave out the quotes"
     if kind.startswith(("float_", "int_")) and (words := _words(error)):
-        return f"{given} is unknown: use a number, or {words}"
+        return f"{given} is unknown; use a number, or {words}"
     return f"{given} has the wrong type: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _meant(word: str, known: Iterable[str], marks: Iterable[Any]) -> str:
+    """Return ``; did you mean …?`` where an unknown word is another name for something known, or near it."""
+    other = next((mark.names[word] for mark in marks if isinstance(mark, AlsoCalled) and word in mark.names), word)
+    return suggest(other, known)
 
 
 def _words(error: ValidationError) -> str:

@@ -38,6 +38,9 @@ SIGNALS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Of cross-entropies (B,), and of where another class than the label was predicted (B,)."""
 
+OTHER_NAMES: Mapping[str, str] = {"aum": "odds", "margin": "odds", "confidence": "doubt", "loss": "plain"}
+"""What the literature calls them, or what they are the negative of."""
+
 
 def extent(signal: str, chance_loss: float) -> tuple[float, float]:
     """Return the least and the most of a signal, or of losses, that histograms show; guesses have ``chance_loss``."""
