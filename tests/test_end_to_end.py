@@ -222,6 +222,7 @@ def _next_commands(out):
         "method=sieve saved=0.5",
         "method=infobatch_das_unscaled",
         "method=query",
+        "method=sieve_settled recorded=odds",
         "score=das score.name=alignprune_exp.pruning.scores.Loss",
     ],
 )

@@ -1,5 +1,7 @@
 """What trajectories can be made of beside a loss: against the probabilities and margins themselves."""
 
+import shlex
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import logsumexp, softmax
 
+from alignprune_exp.commandline import inert_keys, next_commands
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning.signals import OTHER_NAMES, SIGNALS, extent
 from harness import composed, config_of, metrics_of, summary_of
@@ -100,9 +103,26 @@ def test_suspects_are_told_by_losses_alone(undisturbed, capsys):
     assert "has recorded odds" in capsys.readouterr().err
 
 
-def test_a_signal_that_ranks_nothing_is_said_to_be_without_effect(tmp_path):
-    from alignprune_exp.commandline import inert_keys
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        ("pruner=topk score=settled recorded=odds", [None, None, "odds"]),
+        ("pruner=topk score=loss recorded=odds", [None, "odds", "odds"]),
+        ("pruner=full recorded='doubt'", ["'doubt'", None, None]),
+        ("pruner=topk score=settled scale=paper recorded=disagreement", [None, None, "disagreement"]),
+        ("pruner=topk score=settled label_smoothing=0.1 recorded=smoothed", ["smoothed"] * 3),
+    ],
+)
+def test_proposed_next_is_a_signal_only_where_it_ranks_as_is_said(tmp_path, line, kept):
+    line = ("dataset=cifar10", "dataset.root=/nowhere", *line.split())
+    commands = [shlex.split(words)[3:] for words, _ in next_commands(config_of(tmp_path, *line), line)]
+    assert [dict(word.split("=", 1) for word in words).get("recorded") for words in commands] == kept
+    ranked_by = [config_of(tmp_path, *words).recorded for words in commands]
+    otherwise = "smoothed" if "scale=paper" in line else "plain"
+    assert ranked_by == [recorded.strip("'") if recorded else otherwise for recorded in kept]
 
+
+def test_a_signal_that_ranks_nothing_is_said_to_be_without_effect(tmp_path):
     line = ("pruner=full", "recorded=odds")
     assert inert_keys(config_of(tmp_path, *line), line) == [
         "recorded has no effect under pruner=full, which ranks nothing"

@@ -290,7 +290,7 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     notes = []
     given = sorted({override.split("=")[0].lstrip("+") for override in overrides})
     pruner = config.pruner.name
-    signal = any(f"recorded={name}" in overrides for name in SIGNALS)
+    signal = any(map(_records_a_signal, overrides))
     scores = [key for key in given if key.partition(".")[0] == "score" or (signal and key == "recorded")]
     if scores and not PRUNER.make(config.pruner).uses_scores:
         notes.append(f"{', '.join(scores)} has no effect under pruner={pruner}, which ranks nothing")
@@ -303,6 +303,12 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     if named := [key for key in given if key in [f"noise.{name}" for name in inert]]:
         notes.append(f"{', '.join(named)} has no effect under noise={config.noise.name}")
     return notes
+
+
+def _records_a_signal(override: str) -> bool:
+    """Return whether an override has trajectories made of something else than losses."""
+    key, _, value = override.lstrip("+").partition("=")
+    return key == "recorded" and value.strip("'\"") in SIGNALS
 
 
 def interpreter() -> str:
@@ -334,12 +340,14 @@ def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, s
     def command(pruner: str, score: str | None, *more: str) -> str:
         changed = {change.split("=")[0] for change in more} | {"method", "pruner", "score", "score.name", "force"}
         same = pruner == config.pruner.name
+        of_losses = score is None or (score == "loss" and not (ranks and config.score.name == "loss"))
         kept = [
             override
             for override in overrides
             if (key := override.split("=")[0].lstrip("+~")) not in changed
             and (same or not (key.startswith("pruner.") or key == "saved"))
             and (score is not None or not key.startswith("score."))
+            and not (of_losses and _records_a_signal(override))
         ]
         choice = [f"pruner={pruner}", *([f"score={score}"] if score else [])]
         given = {override.split("=")[0].lstrip("+~") for override in kept}
