@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +277,15 @@ MISTAKES = [
     ("tiny_imagenet", "empty", r"train/n00000001/images has no image"),
     ("parquet", "empty", r"0 in .*parquet and its like has no image"),
 ]
+
+
+@pytest.mark.parametrize("name", ["webvision", "clothing1m", "tiny_imagenet"])
+def test_lists_may_begin_as_windows_writes_them(tmp_path, miniatures, name):
+    root, whole = _miniature(name, tmp_path / "set"), _load(name, miniatures / name)
+    for file in root.rglob("*.txt"):
+        file.write_bytes(BOM_UTF8 + file.read_bytes())
+    source = _load(name, root)
+    assert (source.fingerprint, source.classes) == (whole.fingerprint, whole.classes)
 
 
 @pytest.mark.parametrize(("name", "kind", "sentence"), MISTAKES)

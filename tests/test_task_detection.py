@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from codecs import BOM_UTF8
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -522,6 +523,16 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
     if kind == "coco":
         changed(root / "annotations" / "instances_val2017.json", lambda held: held["categories"].reverse())
         assert task.fingerprint == open_task(composed(*line)).fingerprint
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_lists_and_annotations_may_begin_as_windows_writes_them(ships, kind):
+    root, _ = ships(kind)
+    line = ("task=detection", f"dataset={kind}", f"dataset.root={root}", "dataset.image_size=60", "reference.size=2")
+    before = open_task(composed(*line)).fingerprint
+    for file in [file for file in root.rglob("*") if file.suffix in (".json", ".txt", ".xml")]:
+        file.write_bytes(BOM_UTF8 + file.read_bytes())
+    assert open_task(composed(*line)).fingerprint == before
 
 
 def test_the_classes_of_voc_are_called_as_its_annotations_call_them():

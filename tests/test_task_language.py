@@ -161,7 +161,7 @@ def test_parquet_and_files_give_the_same_documents(tmp_path, task):
     pq.write_table(pa.table({"body": pa.array(texts).dictionary_encode()}), tmp_path / "a.parquet")
     (tmp_path / "folder" / "below").mkdir(parents=True)
     for row, text in enumerate(texts):
-        (tmp_path / "folder" / "below" / f"{row:03}.txt").write_text(text)
+        (tmp_path / "folder" / "below" / f"{row:03}.txt").write_text(text, "utf-8-sig" if row % 2 else "utf-8")
     for more in (
         (f"dataset.root={tmp_path / 'a.parquet'}", "dataset.column=body"),
         (f"dataset.root={tmp_path / 'folder'}",),

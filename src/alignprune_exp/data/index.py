@@ -11,6 +11,7 @@ import os
 import time
 import zipfile
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ class Survey:
         self.stamp(file)
         with there(file), file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if content := line.strip():
+                if content := (line.removeprefix(BOM_UTF8) if number == 1 else line).strip():
                     yield number, content
 
     def labelled(self, file: Path, labels: int) -> Iterator[tuple[int, bytes, int]]:

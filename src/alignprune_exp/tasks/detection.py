@@ -7,6 +7,7 @@ A box is a row (x0, y0, x1, y1, class, crowd), in pixels; one of a crowd is neit
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -444,7 +445,7 @@ class Coco(BoxFiles):
     def _annotations(self, name: str) -> Annotations:
         file = self._file(name)
         with there(file):
-            text = file.read_bytes()
+            text = file.read_bytes().removeprefix(BOM_UTF8)
         try:
             read = Annotations.model_validate_json(text)
         except ValidationError as error:

@@ -340,7 +340,7 @@ class TextFiles(Texts):
 
     def _txt(self, file: Path, name: str) -> Iterator[Text]:
         try:
-            yield name, file.read_text("utf-8")
+            yield name, file.read_text("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UsageError(f"{file} is not UTF-8 ({brief(error)}): convert it, or move it elsewhere") from None
 
