@@ -162,6 +162,9 @@ def test_parquet_and_files_give_the_same_documents(tmp_path, task):
     (tmp_path / "folder" / "below").mkdir(parents=True)
     for row, text in enumerate(texts):
         (tmp_path / "folder" / "below" / f"{row:03}.txt").write_text(text, "utf-8-sig" if row % 2 else "utf-8")
+    for hidden in (".DS_Store.txt", "below/._000.txt", ".trash/000.txt", ".a.jsonl"):
+        (tmp_path / "folder" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "folder" / hidden).write_text("\0 what macOS keeps to itself, or somebody threw away")
     for more in (
         (f"dataset.root={tmp_path / 'a.parquet'}", "dataset.column=body"),
         (f"dataset.root={tmp_path / 'folder'}",),

@@ -45,6 +45,13 @@ def _of_the_disk(error: BaseException | None, before: BaseException | None) -> O
     return None
 
 
+def below(root: Path, pattern: str) -> list[Path]:
+    """Return what fits a pattern below a folder, in order, but for what is hidden, as macOS leaves it beside files."""
+    return sorted(
+        path for path in root.glob(pattern) if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
+
+
 def printable(text: str | bytes) -> str:
     """Return a text, or a file's name, with ``\\xNN`` for every byte that is not of UTF-8: one that can be written."""
     encoded = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text

@@ -28,7 +28,7 @@ from ..console import Progress
 from ..data.batches import Batch, Batches, TensorBatches
 from ..data.source import DataSet, Root, brief
 from ..errors import UsageError
-from ..files import cache_folder, printable, write_atomically
+from ..files import below, cache_folder, printable, write_atomically
 from ..pruning.seeding import generator
 from ..records import Metric
 from .base import RowsTask, mean_nats, nats
@@ -326,7 +326,7 @@ class TextFiles(Texts):
         root = Path(self.root).expanduser()
         if not root.exists():
             raise UsageError(f"dataset.root={root} is not there: type a folder of {holds}, or one such file")
-        there = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+        there = [root] if root.is_file() else [path for path in below(root, "**/*") if path.is_file()]
         files = [file for file in there if file.suffix in kinds]
         if not files:
             raise UsageError(f"dataset.root={root} has no {holds}: type the folder that has them")

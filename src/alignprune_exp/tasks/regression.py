@@ -26,6 +26,7 @@ from ..data.batches import Batch, Batches, TensorBatches
 from ..data.source import DataSet, Root, brief
 from ..data.sources.digits import shipped
 from ..errors import UsageError
+from ..files import below
 from ..pruning.seeding import generator
 from ..records import Metric
 from .base import RowsTask
@@ -277,7 +278,7 @@ class ParquetTable(DataSet):
         if self.root is None:
             raise UsageError(f"dataset={self.name} needs its file: type dataset.root=FILE.parquet, or a folder of such")
         root = Path(self.root).expanduser()
-        files = [root] if root.is_file() else sorted(root.glob("*.parquet"))
+        files = [root] if root.is_file() else below(root, "*.parquet")
         if not files:
             raise UsageError(f"dataset.root={root} is no Parquet file, nor a folder of *.parquet: type where these are")
         tables = []

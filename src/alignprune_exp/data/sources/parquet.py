@@ -17,6 +17,7 @@ from alignprune_exp.data.index import Found, Splits, Survey
 from alignprune_exp.data.layout import Photographs
 from alignprune_exp.data.source import brief, fits_into_memory
 from alignprune_exp.errors import UsageError
+from alignprune_exp.files import below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Parquet(Photographs):
         for split, called in (("train", self.train_split), ("test", self.test_split)):
             found[split] = shards_of(self.folder, called, "data", called)
             if not found[split]:
-                files = self.folder.rglob("*.parquet")
+                files = below(self.folder, "**/*.parquet")
                 there = sorted({file.name.partition("-")[0].removesuffix(".parquet") for file in files})
                 raise UsageError(
                     f"dataset.{split}_split={called} has no {called}.parquet or {called}-*.parquet under {self.root}: "
