@@ -305,6 +305,60 @@ def test_a_mistake_in_a_list_is_one_sentence_or_skipped(tmp_path, name, kind, se
     assert source.train.pixels(np.arange(len(source.train))).shape[1:] == (3, 24, 24)
 
 
+TWICE = {
+    "webvision": ("info/train_filelist_google.txt", "{0} {1}", "names '{0}', which line 2 names too"),
+    "clothing1m": ("noisy_train_key_list.txt", "{0}", "names '{0}', which line 2 names too"),
+    "tiny_imagenet": (
+        "val/val_annotations.txt",
+        "{0}\tn0000000{1}\t0\t0\t31\t31",
+        "names 'val/images/{0}', which line 2 names too",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("other", [False, True], ids=["as before", "another label"])
+def test_an_image_that_a_list_names_twice_is_named_with_both_lines_or_skipped(tmp_path, miniatures, name, other):
+    root, (listed, line, sentence) = _miniature(name, tmp_path / "set"), TWICE[name]
+    lines = (root / listed).read_text().splitlines()
+    path, label, *_ = [*re.split(r"\s(?:n0+)?", lines[1]), "1"]
+    again = line.format(path, int(label) % 4 + 1 if other else label)
+    (root / listed).write_text("\n".join([*lines, again]) + "\n")
+    said = f"{root / listed}, line {len(lines) + 1}, {sentence.format(path)}"
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}: mend or delete it, or type dataset.on_error=skip"):
+        _load(name, root)
+    source = _load(name, root, "skip")
+    assert source.skipped == (said,)
+    assert source.fingerprint == _load(name, miniatures / name).fingerprint
+
+
+def test_a_list_of_labels_may_say_one_again_but_not_another(tmp_path, miniatures):
+    root, before = _miniature("clothing1m", tmp_path / "set"), _load("clothing1m", miniatures / "clothing1m")
+    file = root / "noisy_label_kv.txt"
+    lines = file.read_text().splitlines()
+    path, label = lines[1].rsplit(" ", 1)
+    file.write_text("\n".join([*lines, lines[1]]) + "\n")
+    assert _load("clothing1m", root).fingerprint == before.fingerprint
+    other = (int(label) + 1) % 14
+    file.write_text("\n".join([*lines, f"{path} {other}"]) + "\n")
+    said = f"{file}, line {len(lines) + 1}, gives '{path}' the label {other}, and line 2 the label {label}"
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}: mend or delete it"):
+        _load("clothing1m", root)
+    source = _load("clothing1m", root, "skip")
+    assert (source.skipped, source.fingerprint) == ((said,), before.fingerprint)
+
+
+def test_an_image_may_have_a_noisy_and_a_clean_label(tmp_path):
+    root = _miniature("clothing1m", tmp_path / "set")
+    trained = (root / "noisy_train_key_list.txt").read_text().splitlines()[0]
+    with (root / "clean_label_kv.txt").open("a") as labels, (root / "clean_train_key_list.txt").open("a") as keys:
+        labels.write(f"{trained} 5\n")
+        keys.write(f"{trained}\n")
+    source = _load("clothing1m", root)
+    assert _text(source.reference.paths[-1]) == _text(source.train.paths[0]) == trained
+    assert source.reference.labels[-1] == 5
+
+
 def test_a_label_beyond_the_names_that_the_hub_gives(tmp_path):
     root = _miniature("parquet", tmp_path / "set", "--broken", "label")
     file = root / "data/train-00000-of-00002.parquet"

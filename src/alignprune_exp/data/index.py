@@ -170,10 +170,17 @@ class Survey:
         return self.listed(found, self.root / parent, [f"{self.root / folder}" for folder in folders if every])
 
     def by_list(self, file: Path, named: Iterable[tuple[int, bytes, int]], classes: Sequence[str]) -> np.ndarray:
-        """Return the images that a list names: the line's number, the path and the label of each, as in `Splits`."""
+        """Return the images that a list names: the line's number, the path and the label of each, as in `Splits`.
+
+        Each is a sample of its own, and so may stand there once, whatever its labels are.
+        """
+        line_of: dict[bytes, int] = {}
 
         def found() -> Iterator[Found]:
             for number, path, label in named:
+                if (first := line_of.setdefault(path, number)) != number:
+                    self.wrong(file, number, f"names {show(path)}, which line {first} names too")
+                    continue
                 folder = os.path.dirname(f"{self.root}/{os.fsdecode(path)}")
                 if folder not in self.stamps:
                     while not os.path.isdir(folder):  # the nearest one that is there changes when this one comes

@@ -193,11 +193,21 @@ class Clothing1M(Photographs):
         classes, splits = CLOTHING_CLASSES.split(", "), {}
         for kind, parts in (("noisy", {"train": "train"}), ("clean", {"reference": "train", "test": "test"})):
             labels = self.folder / f"{kind}_label_kv.txt"
-            label_of = {path: label for _, path, label in survey.labelled(labels, len(classes))}
+            label_of = _labels(survey, labels, len(classes))
             for split, part in parts.items():
                 file = self.folder / f"{kind}_{part}_key_list.txt"
                 splits[split] = survey.by_list(file, _keyed(survey, file, labels, label_of), classes)
         return classes, splits
+
+
+def _labels(survey: Survey, file: Path, labels: int) -> dict[bytes, int]:
+    """Return the label of every path of a list, which may say it again, but not say another."""
+    found: dict[bytes, tuple[int, int]] = {}
+    for number, path, label in survey.labelled(file, labels):
+        first, given = found.setdefault(path, (number, label))
+        if label != given:
+            survey.wrong(file, number, f"gives {show(path)} the label {label}, and line {first} the label {given}")
+    return {path: label for path, (_, label) in found.items()}
 
 
 def _keyed(survey: Survey, file: Path, labels: Path, label_of: dict[bytes, int]) -> Iterator[tuple[int, bytes, int]]:
