@@ -223,6 +223,7 @@ def _next_commands(out):
         "method=infobatch_das_unscaled",
         "method=query",
         "method=sieve_settled recorded=odds",
+        "method=rho_loss score.holdout=1",
         "score=das score.name=alignprune_exp.pruning.scores.Loss",
     ],
 )

@@ -32,7 +32,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .config import LEARNER, NOISE, PATHS, PRUNER, UNRANKED, Config, NoiseKeys, ScoreKeys, validate
+from .config import LEARNER, NOISE, PATHS, PRUNER, SCORE, UNRANKED, Config, NoiseKeys, ScoreKeys, validate
 from .errors import UsageError
 from .pruning.signals import SIGNALS
 from .registry import settings
@@ -338,6 +338,7 @@ def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, s
     """Return three commands worth typing after this one, each with what it does."""
 
     def command(pruner: str, score: str | None, *more: str) -> str:
+        asked = SCORE.schema(score).model_fields if score else {}
         changed = {change.split("=")[0] for change in more} | {"method", "pruner", "score", "score.name", "force"}
         same = pruner == config.pruner.name
         of_losses = score is None or (score == "loss" and not (ranks and config.score.name == "loss"))
@@ -346,7 +347,7 @@ def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, s
             for override in overrides
             if (key := override.split("=")[0].lstrip("+~")) not in changed
             and (same or not (key.startswith("pruner.") or key == "saved"))
-            and (score is not None or not key.startswith("score."))
+            and (not key.startswith("score.") or key.removeprefix("score.") in asked)
             and not (of_losses and _records_a_signal(override))
         ]
         choice = [f"pruner={pruner}", *([f"score={score}"] if score else [])]
