@@ -1,5 +1,7 @@
 """Scores by losses under a network that has not trained on the sample, and the two networks that tell them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,8 @@ RHO = ("method=rho_loss", "noise=sym0.5", "score.holdout=2", "epochs=8", "record
 
 def after_an_epoch(losses, irreducible, **given_):
     """A pruning that has seen one epoch, of these losses."""
-    pruning = DynamicPruning(range(len(losses)), 4, "topk", irreducible=irreducible, **given_)
+    pruning = DynamicPruning(range(len(losses)), 4, "topk", **given_)
+    pruning.tell(irreducible)
     index = torch.from_numpy(pruning.order())
     pruning.update(index, torch.tensor(losses)[index])
     pruning.end_epoch()
@@ -54,13 +57,24 @@ def test_what_training_can_still_gain_comes_first(pairs, seed):
 
 @pytest.mark.parametrize("name", ["reducible", "irreducible"])
 def test_losses_that_nobody_has_told_are_asked_for(name):
-    with pytest.raises(ValueError, match=rf"score='{name}' compares with losses .* pass irreducible=\(n,\)"):
-        DynamicPruning(range(3), 4, "topk", name)
+    pruning = DynamicPruning(range(3), 4, "topk", name)
+    assert pruning.due
+    pruning.update(torch.arange(3), torch.ones(3))
+    with pytest.raises(
+        ValueError, match=rf"score='{name}' goes by what you tell of every sample; call tell\(\) before"
+    ):
+        pruning.end_epoch()
+    pruning.tell(torch.zeros(3))
+    pruning.end_epoch()
+    assert not pruning.due
 
 
-def test_losses_of_other_samples_are_refused():
-    with pytest.raises(ValueError, match=r"irreducible has shape \(4,\); it must be \(3,\), a loss a sample"):
-        DynamicPruning(range(3), 4, "topk", "reducible", irreducible=[1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize(
+    ("values", "what"), [([1.0, 2.0, 3.0, 4.0], r"of shape \(4,\)"), ([1.0, math.inf, 0.0], "infinite in places")]
+)
+def test_what_is_no_number_a_sample_is_refused(values, what):
+    with pytest.raises(ValueError, match=rf"what is told is {what}; tell \(3,\) numbers, one a sample"):
+        DynamicPruning(range(3), 4, "topk", "reducible").tell(values)
 
 
 @pytest.mark.parametrize(("holdout", "epochs", "due"), [(0.1, 40, 4), (0.3, 10, 3), (0.01, 40, 1), (5, 40, 5)])
@@ -108,9 +122,7 @@ def test_each_half_is_told_by_a_network_that_has_trained_on_the_other_alone(tmp_
     assert sorted(np.concatenate(halves)) == list(range(one.setup.n))
     assert abs(len(halves[0]) - len(halves[1])) <= 1
     trained(one)
-    torch.testing.assert_close(one.irreducible, by_hand(one.setup), rtol=1e-5, atol=1e-5)
-    ranking = one.loop.pruning.trajectories.last_N - one.irreducible
-    np.testing.assert_array_equal(samples_of(only_run(tmp_path))["loss"] - one.irreducible.numpy(), ranking.numpy())
+    torch.testing.assert_close(one.loop.pruning.told, by_hand(one.setup), rtol=1e-5, atol=1e-5)
 
 
 def test_the_epochs_that_count_have_the_schedule_of_any_other_run(undisturbed):

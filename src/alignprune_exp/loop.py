@@ -18,6 +18,7 @@ from .errors import Stopped
 from .learners import Step
 from .network import Network
 from .pruning import DynamicPruning, NonFiniteLossError, Selection, WarmUpLog
+from .pruning.readout import readout
 from .reference import Reference
 from .setup import Setup
 
@@ -132,6 +133,8 @@ class Loop:
         around = pruning.pruner.looks_around(now.number - pruning.first, pruning.epochs - pruning.first)
         if config.score.unseen == "refresh" or around:
             now.refreshed = self._refresh()
+        if pruning.due:
+            now.refreshed += self._read_out()
         clock.lap("refresh")
         now.reference = self.reference.losses(network)
         now.reference_loss = self.reference.loss(now.reference, pruning)
@@ -211,6 +214,15 @@ class Loop:
             self.pruning.record(own, losses)
             self.pruning.exchange()
         return len(unseen)
+
+    def _read_out(self) -> int:
+        """Tell what a readout of all samples' embeddings foretells of their labels; return how many samples."""
+        setup, everything = self.setup, torch.arange(self.setup.n)
+        batches = setup.task.train.evaluation(setup.processes.share(everything))
+        embeddings = setup.processes.gather(setup.task.outputs(self.network, batches)[1])
+        assert setup.task.strata is not None
+        self.pruning.tell(readout(embeddings, torch.from_numpy(setup.task.strata)))
+        return setup.n
 
     def recorded(self, samples: Tensor) -> Tensor:
         """Return what trajectories are made of, of samples (k,) under the network, in eval mode."""

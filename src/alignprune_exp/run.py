@@ -126,8 +126,7 @@ class Run:
     Attributes:
         loop: the phase that it is in; None before a choice without a warm-up.
         choice: what a static criterion has chosen, once it has.
-        irreducible: the losses (n,) that held-out samples have told, NaN where they have not.
-        halves: how many of the two networks that tell them have been trained.
+        halves: how many of the two networks that hold samples out have been trained.
         done: how many epochs have ended.
         journal: what they have left; the last one's share of it may still be in the making.
         writing: makes it, writes it down, and checkpoints, beside the training.
@@ -137,7 +136,7 @@ class Run:
         self.setup = setup = Setup.of(config, processes or Processes())
         self.reference = Reference(setup)
         self.choice: Choice | None = None
-        self.irreducible, self.halves = torch.full((setup.n,), torch.nan), 0
+        self.halves = 0
         self.done, self.journal = 0, record.Journal(setup.id)
         self.writing, self._saved = Writing(), time.monotonic()
         self.loop: Loop | None = None
@@ -161,8 +160,7 @@ class Run:
         clean = None if setup.noisy is None else ~setup.noisy
         labels = None if setup.task.classes is None else setup.task.strata
         phase = (pruner, epochs)
-        told = self.irreducible
-        pruning = make_pruning(setup.config, range(setup.n), clean, labels, setup.device, phase, bank, told)
+        pruning = make_pruning(setup.config, range(setup.n), clean, labels, setup.device, phase, bank)
         return Loop(setup, pruning, Network(setup, purpose), self.reference, log, spent)
 
     def train(self, folder: RunFolder, command: str, group: str | None = None) -> dict[str, Any]:
@@ -325,15 +323,14 @@ class Run:
         setup, before, began = self.setup, self._running, time.perf_counter()
         before.network.learner.eval()
         others = torch.from_numpy(setup.half(1 - self.halves))
-        losses = setup.processes.gather(before.recorded(setup.processes.share(others))).cpu()
+        losses = setup.processes.gather(before.recorded(setup.processes.share(others)))
         if not losses.isfinite().all():
-            raise Failed(
-                f"run {setup.id} cannot go on: the loss of a sample held out is not finite; lower optimizer.lr"
-            )
-        self.irreducible[others] = losses
+            raise Failed(f"run {setup.id} cannot go on: a held-out sample's loss is not finite; lower optimizer.lr")
+        told = before.pruning.told.index_copy(0, others.to(setup.device), losses)
         self.halves += 1
         trained = before.spent.trained + int(before.pruning.times_selected.sum())
         self.loop = self._half(Spent(time.perf_counter() - began, len(others), trained))
+        self.loop.pruning.tell(told)
 
     def _half(self, spent: Spent | None = None) -> Loop:
         """Return the phase after so many halves: on a half of the samples, or the one that counts."""
@@ -388,7 +385,6 @@ class Run:
             "epoch": loop.pruning.epoch,
             "choice": choice,
             "halves": self.halves,
-            "irreducible": self.irreducible,
             "spent": asdict(loop.spent),
             **loop.state_dict(),
         }
@@ -402,7 +398,7 @@ class Run:
                 if (choice := state["choice"]) is not None:
                     self._take(Choice(choice["indices"].numpy().copy(), choice["facts"]), Spent(**state["spent"]))
                 elif state["halves"]:
-                    self.halves, self.irreducible = state["halves"], state["irreducible"]
+                    self.halves = state["halves"]
                     self.loop = self._half(Spent(**state["spent"]))
                 self._running.load_state_dict(state)
                 self.journal.load_state_dict(state["record"])

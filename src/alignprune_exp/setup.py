@@ -196,9 +196,9 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
     name, lacks = config.task.name, "needs class labels, and task="
     if config.recorded in SIGNALS:
         raise UsageError(f"recorded={config.recorded} {lacks}{name} has none; use recorded=plain")
-    if config.score.name == "cleaning":
+    if config.score.name in ("cleaning", "readout"):
         raise UsageError(
-            f"score=cleaning {lacks}{name} has none; use score=settled, or method=sieve_settled in place of "
+            f"score={config.score.name} {lacks}{name} has none; use score=settled, or method=sieve_settled in place of "
             "method=sieve"
         )
     if LEARNER.find(config.learner.name).by_class:
@@ -224,12 +224,10 @@ def make_pruning(
     device: torch.device | str = "cpu",
     phase: tuple[Pruner, int] | None = None,
     bank: Trajectories | None = None,
-    irreducible: torch.Tensor | None = None,
 ) -> DynamicPruning:
     """Return the pruning of a run over ``dataset``; raise UsageError for settings that do not go together.
 
-    ``phase`` has pruner and epochs of a phase of the run, where these are not the config's own; ``irreducible`` the
-    losses (n,) that held-out samples have told so far.
+    ``phase`` has pruner and epochs of a phase of the run, where these are not the config's own.
     """
     name, score, plan = config.pruner.name, config.score.name, PRUNER.make(config.pruner)
     trusted = isinstance(config.reference, Trusted) and config.reference.size > 0
@@ -253,7 +251,6 @@ def make_pruning(
             seed=config.seed,
             clean=clean,
             labels=labels,
-            irreducible=torch.full((len(dataset),), torch.nan) if irreducible is None else irreducible,
             device=device,
             bank_dtype=getattr(torch, config.score.bank),
             bank=bank,

@@ -35,7 +35,7 @@ class History:
         seed: the run's seed, for scores that draw.
         labels: the class (N,) that each sample is given as, where there are any.
         progress: the share of the run's epochs that are finished.
-        irreducible_N: the loss of each sample under a network that has not trained on it, where that is known.
+        told_N: what whoever trains has told of each sample (N,), NaN where nothing; see `DynamicPruning.tell`.
     """
 
     rows: list[Tensor]
@@ -48,7 +48,7 @@ class History:
     seed: int
     labels: NDArray | None = None
     progress: float = 0.0
-    irreducible_N: Tensor | None = None
+    told_N: Tensor | None = None
 
     def map(self, score: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply ``score``, (W, B) float32 losses, oldest first, to (B,) scores, to all samples in blocks.
@@ -205,7 +205,7 @@ class Trajectories:
         seed: int = 0,
         labels: NDArray | None = None,
         progress: float = 0.0,
-        irreducible_N: Tensor | None = None,
+        told_N: Tensor | None = None,
     ) -> History:
         """Return the finished epochs of the window. Raises RuntimeError once the next epoch has begun."""
         if self.recorded:
@@ -222,7 +222,7 @@ class Trajectories:
             seed,
             labels,
             progress,
-            irreducible_N,
+            told_N,
         )
 
     def state_dict(self) -> dict[str, Any]:

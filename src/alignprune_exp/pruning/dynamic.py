@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,6 @@ class DynamicPruning(Selecting):
         seed: seed of every random choice.
         clean: mask (n,), true where the label is clean; needed by ``score="oracle"`` alone.
         labels: the given ones (n,), of any type; needed by ``score="cleaning"`` alone.
-        irreducible: (n,) the loss of each sample under a network that has not trained on it, NaN where that is not
-            known; needed by ``score="reducible"`` and ``"irreducible"`` alone.
         device: where losses, trajectories and weights lie; without one that of the first loss.
         bank_dtype: of the trajectories; ``torch.float16`` halves their memory.
         bank: the ``trajectories`` of an earlier phase of training, to go on with: its epochs count on, so that no
@@ -164,6 +163,23 @@ class DynamicPruning(Selecting):
         self._follow(losses.device)
         self.running.record(self.trajectories.place(torch.as_tensor(index)), losses.detach())
 
+    def tell(self, values: Sequence[float] | np.ndarray | Tensor) -> None:
+        """Tell, in the running epoch, what the score goes by beside the losses, wherever `due` asks for it.
+
+        That is the irreducible losses for ``score="reducible"`` and ``"irreducible"``, before the first epoch, and
+        every few epochs a `readout` for ``score="readout"``. Several processes tell the same.
+
+        Args:
+            values: (n,) one a sample, NaN where it is not known.
+
+        Raises ValueError for another number of them, and for infinite ones.
+        """
+        told = torch.as_tensor(values, dtype=torch.float32, device=self.told.device)
+        if told.shape != (self.n,) or told.isinf().any():
+            what = f"of shape {tuple(told.shape)}" if told.shape != (self.n,) else "infinite in places"
+            raise ValueError(f"what is told is {what}; tell ({self.n},) numbers, one a sample, NaN where unknown")
+        self.told, self.told_in = told, self.epoch
+
     def check_agreement(self, *also: np.ndarray) -> None:
         """Raise DisagreementError, in all processes, unless they have all chosen the same, and have ``also`` the same.
 
@@ -214,9 +230,11 @@ class DynamicPruning(Selecting):
         Raises:
             NonFiniteLossError: a loss of this epoch, or the reference loss, was NaN or infinite.
             DisagreementError: the processes were given different reference losses.
-            ValueError: the reference loss is missing, nothing was recorded, a sample was observed twice or was not
-                selected, ``unseen="refresh"`` misses one, or the samples were divided twice.
+            ValueError: the reference loss is missing, or what is `due`, nothing was recorded, a sample was observed
+                twice or was not selected, ``unseen="refresh"`` misses one, or the samples were divided twice.
         """
+        if self.due:
+            raise ValueError(f"score={self.score.name!r} goes by what you tell of every sample; call tell() before")
         selected = len(self.selection.indices)
         self.exchange()
         reference, trusted = self._reference(reference_loss, self.epoch)
@@ -291,6 +309,7 @@ class DynamicPruning(Selecting):
         self.sizes = list(state["sizes"])
         self._memory = state["memory"].numpy().copy()
         self._noise.load_state_dict(state["noise"])
+        self.told, self.told_in = state["told"].to(self.told.device), state["told_in"]
         self._begin()
         self.running.load_state_dict(state["running"])
 
@@ -304,6 +323,8 @@ class DynamicPruning(Selecting):
             "running": self.running.state_dict(),
             "memory": torch.from_numpy(self._memory),
             "noise": self._noise.state_dict(),
+            "told": self.told,
+            "told_in": self.told_in,
         }
 
     def _reference(self, given: ReferenceLoss, epoch: int) -> tuple[float | None, float]:
@@ -318,9 +339,7 @@ class DynamicPruning(Selecting):
         if self._follows and device.type != "cpu":
             self.trajectories.move(device)
             self.running.move(device)
-            self.clean, self.irreducible = (
-                None if known is None else known.to(device) for known in (self.clean, self.irreducible)
-            )
+            self.clean, self.told = None if self.clean is None else self.clean.to(device), self.told.to(device)
             self._weights = None
         self._follows = False
 

@@ -109,6 +109,10 @@ class Score:
         """Return how many epochs two networks are to train before a run of so many; see `HeldOut`."""
         return 0
 
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Return whether what it goes by is to be told, by `DynamicPruning.tell`, before ``epoch`` of so many ends."""
+        return False
+
     def __init_subclass__(cls) -> None:
         cls.name = cls.__dict__.get("name", cls.__name__)
 
@@ -235,8 +239,42 @@ class Curriculum(Score):
         return (place_N - history.progress).abs_().neg_().masked_fill_(last_N.isnan(), torch.nan).float()
 
 
+def told(history: History) -> Tensor:
+    """Return what was told of each sample (N,), NaN where nothing was."""
+    return torch.full_like(history.last_N, torch.nan) if history.told_N is None else history.told_N
+
+
+class Readout(Score):
+    """`Cleaning`, and what a `readout` of the network's embeddings foretells of each label, within the class too.
+
+    The losses remember how a label was learned; the readout asks the other samples' labels, and so knows more in early
+    epochs. Before it is told the first time this is `Cleaning` alone.
+
+    Attributes:
+        every: epochs, or below 1 a share of them, after which it is told anew: one pass of all samples each time.
+    """
+
+    name = "readout"
+
+    def __init__(self, *, every: float = 0.25) -> None:
+        if every <= 0:
+            raise ValueError(f"every={every} is out of range; use epochs, or a share of them below 1")
+        self.every = every
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        every = max(1, floor(self.every if self.every >= 1 else self.every * epochs))
+        return (epoch + 1) % every == 0 and epoch + 1 < epochs
+
+    def __call__(self, history: History) -> Tensor:
+        scores_N, told_N = Cleaning()(history), told(history)
+        if history.labels is None or told_N.isnan().all():
+            return scores_N
+        margins = within_class(told_N.cpu().numpy(), history.labels)
+        return scores_N + torch.from_numpy(margins.astype(np.float32)).to(scores_N.device)
+
+
 class HeldOut(Score):
-    """A score by the irreducible losses: of each sample under a network that has not trained on it.
+    """A score by the irreducible losses: of each sample under a network that has not trained on it, told at first.
 
     Attributes:
         holdout: epochs, or below 1 a share of them, that two networks are to train before the run, each on one half of
@@ -251,14 +289,8 @@ class HeldOut(Score):
     def holdout_epochs(self, epochs: int) -> int:
         return max(1, floor(self.holdout if self.holdout >= 1 else self.holdout * epochs))
 
-    def irreducible(self, history: History) -> Tensor:
-        """Return these losses (N,). Raises ValueError where nobody has told them."""
-        if history.irreducible_N is None:
-            raise ValueError(
-                f"score={self.name!r} compares with losses under a network that has not trained on the samples; pass "
-                "irreducible=(n,)"
-            )
-        return history.irreducible_N
+    def due(self, epoch: int, epochs: int) -> bool:
+        return epoch == 0
 
 
 class Reducible(HeldOut):
@@ -271,7 +303,7 @@ class Reducible(HeldOut):
     name = "reducible"
 
     def __call__(self, history: History) -> Tensor:
-        return history.last_N - self.irreducible(history)
+        return history.last_N - told(history)
 
 
 class Irreducible(HeldOut):
@@ -280,7 +312,7 @@ class Irreducible(HeldOut):
     name = "irreducible"
 
     def __call__(self, history: History) -> Tensor:
-        return -self.irreducible(history)
+        return -told(history)
 
 
 class Oracle(Score):
@@ -306,6 +338,7 @@ SCORES: dict[str, type[Score]] = {
         Settled,
         Cleaning,
         Curriculum,
+        Readout,
         Reducible,
         Irreducible,
         Oracle,

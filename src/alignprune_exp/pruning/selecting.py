@@ -46,7 +46,6 @@ class Selecting(Indexed):
         seed: int = 0,
         clean: Sequence[bool] | np.ndarray | Tensor | None = None,
         labels: Sequence[Any] | np.ndarray | Tensor | None = None,
-        irreducible: Sequence[float] | np.ndarray | Tensor | None = None,
         device: torch.device | str | None = None,
         bank_dtype: torch.dtype = torch.float32,
         bank: Trajectories | None = None,
@@ -79,12 +78,7 @@ class Selecting(Indexed):
             self.clean = torch.as_tensor(clean, dtype=torch.bool, device=device)
             if self.clean.shape != (self.n,):
                 raise ValueError(f"clean has shape {tuple(self.clean.shape)}; it must be ({self.n},), one a sample")
-        self.irreducible: Tensor | None = None
-        if irreducible is not None:
-            self.irreducible = torch.as_tensor(irreducible, dtype=torch.float32, device=device)
-            if self.irreducible.shape != (self.n,):
-                shape = tuple(self.irreducible.shape)
-                raise ValueError(f"irreducible has shape {shape}; it must be ({self.n},), a loss a sample")
+        self.told, self.told_in = torch.full((self.n,), torch.nan, device=device), -1
         self.labels = None if labels is None else array(labels)
         if self.labels is not None and self.labels.shape != (self.n,):
             raise ValueError(f"labels has shape {self.labels.shape}; it must be ({self.n},), one a sample")
@@ -133,6 +127,12 @@ class Selecting(Indexed):
             rng = generator(self.seed, "select", self.first + pruner.address(epoch, epochs, self.n))
             self._selection = pruner.select(scores, epoch, epochs, rng)
         return self._selection
+
+    @property
+    def due(self) -> bool:
+        """Whether what the score goes by is to be told, by ``tell``, before the running epoch ends."""
+        asks = self.pruner.uses_scores and self.score.due(self.epoch - self.first, self.epochs - self.first)
+        return asks and self.told_in != self.epoch
 
     @property
     def noise_rate(self) -> float:
@@ -244,7 +244,7 @@ class Selecting(Indexed):
     def several_scores(self, scores: Sequence[str | Score]) -> np.ndarray:
         """Return K scores (K, n) as `scores` does, in one copy from the device."""
         progress = (self.epoch - self.first) / (self.epochs - self.first)
-        history = self.trajectories.history(self.clean, self.seed, self.labels, progress, self.irreducible)
+        history = self.trajectories.history(self.clean, self.seed, self.labels, progress, self.told)
         found = []
         for score in map(make_score, scores):
             values = score(history)

@@ -1,0 +1,63 @@
+"""What a linear readout of the network's embeddings foretells of each label, out of all the other samples' labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .bank import exact
+
+RIDGE = 0.01  # of the mean variance of an embedding's dimension
+ROWS = 8192  # that are in double precision at a time
+
+
+def readout(embeddings: Tensor, labels: Tensor) -> Tensor:
+    r"""Return by how much each label is foretold above all other classes, were the sample itself left out.
+
+    With X the centred embeddings, Y the centred indicators of the C classes and one ridge λ, least squares without
+    sample i foretell of it what they foretell with it, corrected by its leverage (Allen, 1974):
+
+    .. math:: A = X^\top X + \lambda I, \quad h_i = \tfrac1n + x_i^\top A^{-1} x_i, \quad
+              f_i = y_i - \frac{y_i - x_i^\top A^{-1} X^\top Y}{1 - h_i}
+
+    The margin is f_i at the label less the highest of the others; it is in units of a probability.
+
+    Args:
+        embeddings: (n, d) of the network's last layer but one, in eval mode.
+        labels: (n,) as given, integers from 0.
+
+    Returns:
+        (n,) float32, where the embeddings lie; higher means that the label fits what the others say.
+
+    Raises ValueError for labels of one class or of other samples, and for embeddings that are not finite.
+    """
+    n, d = embeddings.shape
+    labels = labels.to(embeddings.device)
+    classes = int(labels.max()) + 1 if labels.numel() else 0
+    if labels.shape != (n,) or classes < 2:
+        raise ValueError(f"a readout needs {n} labels, one a sample, of two classes or more")
+    mean_D = embeddings.mean(0, dtype=exact(embeddings.device))
+    shares_C = F.one_hot(labels, classes).to(mean_D.dtype).mean(0)
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield X (B, D), Y (B, C) and the labels (B, 1) of some rows at a time."""
+        for x_BD, label_B in zip(embeddings.split(ROWS), labels.split(ROWS), strict=True):
+            yield x_BD - mean_D, F.one_hot(label_B, classes) - shares_C, label_B[:, None]
+
+    gram_DD, cross_DC = mean_D.new_zeros(d, d), mean_D.new_zeros(d, classes)
+    for x_BD, y_BC, _ in blocks():
+        gram_DD += x_BD.T @ x_BD
+        cross_DC += x_BD.T @ y_BC
+    if not gram_DD.isfinite().all():
+        raise ValueError("the embeddings are not finite")
+    ridge = RIDGE * gram_DD.diagonal().mean().clamp(min=torch.finfo(gram_DD.dtype).tiny)
+    inverse_DD = torch.linalg.inv(gram_DD + ridge * torch.eye(d, dtype=gram_DD.dtype, device=gram_DD.device))
+    margins = []
+    for x_BD, y_BC, label_B1 in blocks():
+        h_B = 1 / n + ((x_BD @ inverse_DD) * x_BD).sum(1)
+        f_BC = y_BC - (y_BC - x_BD @ (inverse_DD @ cross_DC)) / (1 - h_B)[:, None] + shares_C
+        margins.append(f_BC.gather(1, label_B1)[:, 0] - f_BC.scatter(1, label_B1, -torch.inf).amax(1))
+    return torch.cat(margins).float()
