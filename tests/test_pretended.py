@@ -40,6 +40,7 @@ RUNS = {  # between them every learner, score, pruner, kind of reference set and
     "sieve, odds": ("pruner=sieve", "score=settled", "pruner.exclude=0.3", "pruner.warmup=2", "recorded=odds"),
     "random, smoothed": ("pruner=random", "label_smoothing=0.1", "recorded=smoothed"),
     "full, population": ("pruner=full", "reference=population"),
+    "readout": ("method=sieve_readout", "pruner.warmup=2", "score.every=1"),
     "reducible": ("method=rho_loss", "score.holdout=1"),
     "ucb, small_loss": ("pruner=ucb", "score=small_loss"),
     "epsilon_greedy, oracle": ("pruner=epsilon_greedy", "score=oracle"),

@@ -53,7 +53,7 @@ def readout(embeddings: Tensor, labels: Tensor) -> Tensor:
         cross_DC += x_BD.T @ y_BC
     if not gram_DD.isfinite().all():
         raise ValueError("the embeddings are not finite")
-    ridge = RIDGE * gram_DD.diagonal().mean().clamp(min=torch.finfo(gram_DD.dtype).tiny)
+    ridge = (RIDGE * gram_DD.diagonal().mean()).clamp(min=torch.finfo(gram_DD.dtype).tiny)
     inverse_DD = torch.linalg.inv(gram_DD + ridge * torch.eye(d, dtype=gram_DD.dtype, device=gram_DD.device))
     margins = []
     for x_BD, y_BC, label_B1 in blocks():

@@ -1,0 +1,166 @@
+"""What a readout of the embeddings foretells of each label, and what ranks by it."""
+
+import re
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
+
+from alignprune_exp.pruning import SCORES, DynamicPruning, within_class
+from alignprune_exp.pruning import readout as module
+from alignprune_exp.pruning.readout import RIDGE, readout
+from alignprune_exp.run import Run
+from harness import SMALL, config_of, rows_of, same_bits_when_stopped, summary_of
+
+LINE = ("method=sieve_readout", "noise=sym0.5", "pruner.warmup=0.25", "pruner.exclude=0.3", "score.every=3")
+
+
+def by_refitting(embeddings, labels):
+    """The margins (n,), each by a regression that has seen all other samples, with the ridge of all of them."""
+    x, n = embeddings.astype(np.float64), len(labels)
+    indicators = np.eye(labels.max() + 1)[labels]
+    alpha = RIDGE * np.square(x - x.mean(0)).sum(0).mean()
+    margins = np.empty(n)
+    for i in range(n):
+        others = np.arange(n) != i
+        foretold = Ridge(alpha=alpha).fit(x[others], indicators[others]).predict(x[i : i + 1])[0]
+        margins[i] = foretold[labels[i]] - np.delete(foretold, labels[i]).max()
+    return margins
+
+
+@st.composite
+def embedded(draw, least=4):
+    n, d, classes = draw(st.integers(least, 25)), draw(st.integers(1, 6)), draw(st.integers(2, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    scale, shift = 10.0 ** draw(st.integers(-3, 3)), draw(st.integers(-5, 5))
+    labels = rng.integers(0, classes, n)
+    labels[:2] = 0, classes - 1
+    return ((rng.standard_normal((n, d)) + shift) * scale).astype(np.float32), labels
+
+
+@settings(max_examples=60, deadline=None)
+@given(embedded())
+def test_each_label_is_foretold_by_a_regression_on_all_the_other_samples(pair):
+    x, labels = pair
+    found = readout(torch.from_numpy(x), torch.from_numpy(labels))
+    np.testing.assert_allclose(found, by_refitting(x, labels), rtol=1e-4, atol=1e-4)
+
+
+@given(embedded(), st.integers(0, 99))
+def test_rows_at_a_time_order_and_unit_make_no_difference(pair, seed):
+    x, labels = map(torch.from_numpy, pair)
+    expected, order = readout(x, labels), torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ROWS", 3)
+        torch.testing.assert_close(readout(4 * x[order], labels[order]), expected[order], rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrong_label_among_right_ones_is_told():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 500)
+    x = np.eye(5)[labels] + 0.3 * rng.standard_normal((500, 5))
+    wrong = rng.random(500) < 0.4
+    given_ = np.where(wrong, (labels + rng.integers(1, 5, 500)) % 5, labels)
+    margins = readout(torch.from_numpy(x).float(), torch.from_numpy(given_)).numpy()
+    assert margins[wrong].max() < np.median(margins[~wrong])
+    assert (margins[wrong] < 0).mean() > 0.95
+
+
+def test_embeddings_that_are_all_the_same_foretell_the_shares_of_the_others():
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    expected = torch.tensor([2 / 4 - 2 / 4] * 3 + [1 / 4 - 3 / 4] * 2)
+    torch.testing.assert_close(readout(torch.full((5, 3), 7.0), labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("x", "labels", "sentence"),
+    [
+        (torch.ones(3, 2), torch.zeros(3, dtype=torch.long), "needs 3 labels, one a sample, of two classes or more"),
+        (torch.ones(3, 2), torch.tensor([0, 1]), "needs 3 labels, one a sample"),
+        (torch.tensor([[1.0], [torch.nan], [2.0]]), torch.tensor([0, 1, 1]), "the embeddings are not finite"),
+    ],
+)
+def test_what_cannot_be_read_out_is_refused(x, labels, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        readout(x, labels)
+
+
+# ---- the score --------------------------------------------------------------------------------------------
+
+
+@given(embedded(least=8), st.integers(0, 99))
+def test_losses_and_readout_count_alike_once_there_is_one(pair, seed):
+    labels = pair[1]
+    n, rng = len(labels), np.random.default_rng(seed)
+    losses, margins = rng.exponential(size=n).astype(np.float32), rng.normal(size=n).astype(np.float32)
+    pruning = DynamicPruning(range(n), 8, "sieve", "readout", labels=labels, warmup=1, seed=seed)
+    for epoch in range(2):
+        assert pruning.due == (epoch == 1)
+        if pruning.due:
+            pruning.tell(margins)
+        index = torch.from_numpy(pruning.order())
+        pruning.update(index, torch.from_numpy(losses)[index])
+        pruning.end_epoch()
+        if epoch == 0:
+            np.testing.assert_array_equal(pruning.ranking, pruning.scores("cleaning"))
+    seen = ~np.isnan(pruning.ranking)
+    assume(seen.any())
+    both = pruning.scores("cleaning") + within_class(margins, labels)
+    np.testing.assert_allclose(pruning.ranking[seen], both[seen], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "due"), [(0.25, 40, [9, 19, 29]), (3, 10, [2, 5, 8]), (0.01, 3, [0, 1]), (50, 40, [])]
+)
+def test_a_readout_is_due_every_so_many_epochs_but_not_at_the_end(every, epochs, due):
+    score = SCORES["readout"](every=every)
+    assert [epoch for epoch in range(epochs) if score.due(epoch, epochs)] == due
+
+
+def test_a_readout_that_is_due_is_asked_for():
+    pruning = DynamicPruning(range(4), 8, "sieve", SCORES["readout"](every=1), labels=[0, 0, 1, 1])
+    pruning.update(torch.from_numpy(pruning.order()), torch.ones(len(pruning.order())))
+    with pytest.raises(ValueError, match=re.escape("score='readout' goes by what you tell of every sample")):
+        pruning.end_epoch()
+    assert not DynamicPruning(range(4), 8, "rs2", SCORES["readout"](every=1), labels=[0, 0, 1, 1]).due
+
+
+# ---- runs -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_reads_out_the_network_as_it_is_when_the_epoch_ends(tmp_path):
+    one = Run(config_of(tmp_path, *LINE, "precision=fp32"))
+    split, data = one.setup.task.data.train, one.setup.task.data
+    for _ in range(3):
+        assert one.loop.pruning.told.isnan().all()
+        one.loop.epoch(threading.Event(), lambda: None)
+    mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (data.mean, data.std))
+    with torch.no_grad():
+        hidden = one.loop.network.learner.networks[0].eval()[:-1]((split.images.float() / 255 - mean) / std)
+    np.testing.assert_allclose(one.loop.pruning.told, by_refitting(hidden.numpy(), split.labels), atol=1e-3)
+
+
+def test_a_pass_for_a_readout_is_counted(undisturbed):
+    folder = undisturbed(*LINE)
+    n, rows = summary_of(folder)["samples"], rows_of(folder)
+    assert [row["samples_refreshed"] for row in rows] == [n if epoch in (2, 5, 8) else 0 for epoch in range(len(rows))]
+    assert {row["ranked_by"] for row in rows} == {None, "readout"}
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):
+    same_bits_when_stopped(tmp_path, 3, *LINE, base=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("score.every=0", "every=0.0 is out of range; use epochs, or a share of them below 1"),
+        ("task=regression", "score=readout needs class labels, and task=regression has none; use score=settled"),
+    ],
+)
+def test_what_cannot_be_read_out_in_a_run_is_refused(refused, line, sentence):
+    assert sentence in refused("method=sieve_readout", line)
