@@ -3,18 +3,22 @@
 import math
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
+from alignprune_exp.packs import packed_runs
 from alignprune_exp.pruning import PRUNERS, Criterion, DynamicPruning, Evidence, Fixed, Pruner, Selection, pruners
 from alignprune_exp.pruning.kmeans import cluster
+from alignprune_exp.pruning.selection import epochs_of
+from alignprune_exp.records import read_config
 
 LATE = 10**6  # a run so long that pruning does not end
 UNTOLD = {"full", "shorter", "query"}  # nothing of theirs says how much an epoch keeps
@@ -401,12 +405,36 @@ def test_what_the_sieve_leaves_comes_without_replacement_across_epochs(n, budget
         assert sum(map(len, drawn_in_turn[:-1])) == len(set().union(*drawn_in_turn[:-1]))
 
 
+@given(st.one_of(st.integers(1, 250), st.integers(1, 99).map(lambda percent: percent / 100)), st.integers(1, 250))
+@example(0.5, 15)
+@example(0.28, 25)
+def test_a_share_of_the_epochs_is_one_number_whatever_warms_up(warmup, epochs):
+    whole = exactly(warmup) if warmup >= 1 else exactly(warmup) * epochs
+    sieve, coreset = PRUNERS["sieve"](warmup=warmup, budget=0.5), PRUNERS["static_el2n"](warmup=warmup)
+    warm = [t for t in range(epochs + 251) if sieve.sizes(t, epochs, 100)[0] == 0]
+    assert len(warm) == coreset.warmup_epochs(epochs) >= 1
+    assert warm == [*range(len(warm))]
+    assert len(warm) == 1 or abs(len(warm) - whole) <= Fraction(1, 2)
+
+
+def test_the_warm_ups_of_what_is_published_are_no_matter_of_rounding():
+    found = set()
+    for run in packed_runs(Path(__file__).parents[1] / "results" / "records"):
+        config = read_config(run)
+        if 0 < (warmup := config["pruner"].get("warmup", 0)) < 1:
+            found.add(config["pruner"]["name"])
+            assert exactly(warmup) * config["epochs"] == epochs_of(warmup, config["epochs"])
+    assert found > {"sieve", "static_el2n"}
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"exclude": 0.95}, "exclude=0.95 is out of range"),
         ({"explore": 1.0}, "explore=1.0 is out of range"),
         ({"warmup": 0}, "warmup=0 is out of range"),
+        ({"warmup": 2.7}, "warmup=2.7 is out of range"),
+        ({"warmup": math.inf}, "warmup=inf is out of range"),
         ({"exclude": "most"}, "exclude=most is out of range"),
     ],
 )

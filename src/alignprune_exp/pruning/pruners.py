@@ -25,6 +25,7 @@ from .selection import (
     Selection,
     ascending,
     best,
+    epochs_of,
     everything,
     floor,
     kept,
@@ -149,11 +150,11 @@ class RS2(RandomSubset):
 class Sieve(RandomSubset):
     """Leaves out what seems mislabelled, and draws each epoch's samples freshly from the rest; weight 1 throughout.
 
-    For ``warmup`` epochs, or below 1 a share of them, it is `RS2`. From then on the ``exclude`` share of all samples
-    that scores worst stays out, and the epochs take slices of permutations of the rest as RS2 does, less ``explore`` of
-    each epoch's samples, drawn likewise from what is out: their scores stay up to date, and who was put out wrongly
-    comes back. Where less than an epoch's samples would be left, fewer stay out. With nothing to exclude it is RS2 to
-    the end.
+    For ``warmup`` epochs, or below 1 a share of all, rounded, it is `RS2`. From then on the ``exclude`` share of all
+    samples that scores worst stays out, and the epochs take slices of permutations of the rest as RS2 does, less
+    ``explore`` of each epoch's samples, drawn likewise from what is out: their scores stay up to date, and who was put
+    out wrongly comes back. Where less than an epoch's samples would be left, fewer stay out. With nothing to exclude
+    it is RS2 to the end.
 
     Meant for ``score=cleaning``: by the losses of all epochs, standardised within the class.
 
@@ -176,8 +177,10 @@ class Sieve(RandomSubset):
             )
         if not 0 <= self.explore < 1:
             raise ValueError(f"Sieve: explore={self.explore} is out of range; use a number from 0, below 1")
-        if self.warmup <= 0:
-            raise ValueError(f"Sieve: warmup={self.warmup} is out of range; use epochs, or a share of them below 1")
+        if self.warmup <= 0 or (self.warmup >= 1 and self.warmup % 1):
+            raise ValueError(
+                f"Sieve: warmup={self.warmup} is out of range; use a number of epochs, or a share of them below 1"
+            )
 
     @property
     def needs_noise_rate(self) -> bool:
@@ -189,8 +192,7 @@ class Sieve(RandomSubset):
     def sizes(self, epoch: int, epochs: int, n: int) -> tuple[int, int, int]:
         """Return how many samples are out, and how many are drawn from the rest and from these."""
         size = self.size(n)
-        warmup = self.warmup if self.warmup >= 1 else self.warmup * epochs
-        out = 0 if epoch < max(1, floor(warmup)) else min(floor(float(self.exclude) * n), n - size)
+        out = 0 if epoch < epochs_of(self.warmup, epochs) else min(floor(float(self.exclude) * n), n - size)
         explored = min(floor(self.explore * size), out)
         return out, size - explored, explored
 

@@ -205,6 +205,11 @@ def share(n: int, budget: float) -> int:
     return max(1, floor(budget * n))
 
 
+def epochs_of(warmup: float, epochs: int) -> int:
+    """Return the epochs of a warm-up: so many, or below 1 that share of ``epochs``, rounded, and at least one."""
+    return int(warmup) if warmup >= 1 or warmup == 0 else max(1, round(warmup * epochs))
+
+
 def proportional(members: Sequence[int] | Ints, size: int, ties: Floats | None = None) -> Ints:
     """Divide ``size`` over groups (G,) of so many members, in proportion, by largest remainder.
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..selection import Floats, Ints, Plan, share
+from ..selection import Floats, Ints, Plan, epochs_of, share
 
 ROWS = 1 << 14  # samples in float64 at a time
 
@@ -127,7 +127,7 @@ class Criterion(Plan):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
-        if self.warmup < 0 or (self.warmup >= 1 and self.warmup != int(self.warmup)):
+        if self.warmup < 0 or (self.warmup >= 1 and self.warmup % 1):
             raise ValueError(
                 f"{name}: warmup={self.warmup} is out of range; use a number of epochs, or a share of them below 1"
             )
@@ -144,7 +144,7 @@ class Criterion(Plan):
         return self.warmup_epochs(epochs)
 
     def warmup_epochs(self, epochs: int) -> int:
-        return int(self.warmup) if self.warmup >= 1 or self.warmup == 0 else max(1, round(self.warmup * epochs))
+        return epochs_of(self.warmup, epochs)
 
     def choose(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
         """Return the choice; raise ValueError for evidence that is missing, of a wrong shape, or not a number."""
