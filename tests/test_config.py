@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from torch import nn
 
-from alignprune_exp.config import PRUNER, REGISTRIES, Config, identity, validate
+from alignprune_exp.config import MODEL, PRUNER, REGISTRIES, Config, identity, validate
 from alignprune_exp.errors import UsageError
+from alignprune_exp.models import MODELS
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Pruner
 from alignprune_exp.registry import settings
 from alignprune_exp.runs import run_id
@@ -197,6 +199,23 @@ def test_devices_of_one_kind_are_one_run():
     cuda = _ids("device=cuda", "device=cuda:0", "device=cuda:1")
     assert len(set(cuda)) == 1
     assert len({*cuda, *_ids("device=cpu", "device=auto")}) == 3
+
+
+TASK_OF = {"gpt": "language", "mlp": "regression", "fcos": "detection", "fcos_small": "detection"}
+TASK_OF |= dict.fromkeys(("unet", "lraspp", "deeplabv3"), "segmentation")
+
+
+NORMALISED = [name for name in MODELS if "\nnorm: " in (CONF / "model" / f"{name}.yaml").read_text()]
+
+
+@pytest.mark.parametrize("choice", [*MODELS, *(f"{name} model.norm=group" for name in NORMALISED)])
+def test_the_number_of_processes_belongs_to_a_run_of_batch_norm_alone(choice):
+    task = TASK_OF.get(choice.split()[0], "classification")
+    config = composed(f"task={task}", *f"model={choice}".split())
+    kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+    by_share = any(isinstance(part, kinds) for part in MODEL.make(config.model, 3, 8).modules())
+    ids = {run_id(identity(config, FINGERPRINT, processes)) for processes in (1, 2, 3)}
+    assert len(ids) == (3 if by_share else 1)
 
 
 # Smoothing makes `recorded` matter. Numbers and booleans are changed by rule, words by this table.

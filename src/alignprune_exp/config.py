@@ -174,6 +174,8 @@ class Config(Plain):
         return Config.model_validate, (self.model_dump(),)
 
 
+BY_SAMPLE = ("gpt", "mlp")  # models without batch norm, and so without a choice of it
+
 # What a run records where its pruner ranks nothing: any score would be inert, so that all share one run.
 UNRANKED = ScoreKeys(name="loss", window=10, unseen="carry", bank="float32")
 NOTHING_HELD_OUT = Trusted(size=0.0, per_class=False, noise=0.0, train=False)
@@ -260,7 +262,8 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
         del values["recorded"]
     if config.device.startswith("cuda"):
         values["device"] = "cuda"
-    if getattr(config.model, "norm", "batch") == "batch" and processes > 1:
+    norm = getattr(config.model, "norm", None if config.model.name in BY_SAMPLE else "batch")
+    if norm == "batch" and processes > 1:
         values["processes"] = processes
     values["data"] = fingerprint
     return values
