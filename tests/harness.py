@@ -13,11 +13,12 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from alignprune_exp.commandline import checked, config_dir
+from alignprune_exp.config import identity
 from alignprune_exp.errors import Stopped
 from alignprune_exp.learners.ce import CrossEntropy
 from alignprune_exp.pruning import DynamicPruning
 from alignprune_exp.run import Run
-from alignprune_exp.runs import CHECKPOINTS, RunFolder, run_folders
+from alignprune_exp.runs import CHECKPOINTS, RunFolder, run_folders, run_id
 from alignprune_exp.sweep import Job
 from alignprune_exp.train import perform
 
@@ -25,6 +26,7 @@ CONF = config_dir()
 EPOCHS, WINDOW = 12, 3
 SMALL = ("threads=1", f"epochs={EPOCHS}", f"score.window={WINDOW}", "dataset.subset=300", "dataset.test_subset=100")
 SMALL += ("checkpoint_seconds=0",)
+FINGERPRINT = "0" * 64  # of data that nobody reads
 MEASURED = ("seconds", "samples_per_second", "finished_at", "commit")  # of a summary, by their beginnings
 
 
@@ -33,6 +35,16 @@ def composed(*overrides):
     """The checked config that overrides choose."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return checked(compose("train", list(overrides)))
+
+
+def id_of(config, fingerprint=FINGERPRINT, processes=1):
+    """The id of a run of ``config``, of data with that fingerprint, in so many processes."""
+    return run_id(identity(config, fingerprint, processes))
+
+
+def ids_of(*lines):
+    """The ids of the runs that some command lines choose."""
+    return [id_of(composed(*line.split())) for line in lines]
 
 
 def config_of(results, *overrides, base=SMALL):

@@ -16,9 +16,8 @@ from alignprune_exp.errors import UsageError
 from alignprune_exp.models import MODELS
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Pruner
 from alignprune_exp.registry import settings
-from alignprune_exp.runs import run_id
 from alignprune_exp.setup import make_pruning
-from harness import composed
+from harness import FINGERPRINT, composed, id_of, ids_of
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = (
@@ -35,16 +34,7 @@ GROUPS = (
     "tracking",
 )
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
-FINGERPRINT = "0" * 64
 ROOT = "dataset.root=/nowhere"
-
-
-def _id(config, fingerprint=FINGERPRINT):
-    return run_id(identity(config, fingerprint))
-
-
-def _ids(*command_lines):
-    return [_id(composed(*overrides.split())) for overrides in command_lines]
 
 
 def _leaves(values, path=()):
@@ -88,7 +78,7 @@ def test_score_yaml_holds_the_defaults_of_the_plug_in(name):
 
 
 def test_main_job_is_what_the_specification_says():
-    assert _ids("") == _ids("dataset=digits noise=sym0.5 pruner=infobatch score=das scale=smoke")
+    assert ids_of("") == ids_of("dataset=digits noise=sym0.5 pruner=infobatch score=das scale=smoke")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +88,7 @@ def test_main_job_is_what_the_specification_says():
 def test_noise_rate_in_an_options_name_is_its_rate(noise, name, rate):
     config = composed(f"noise={noise}")
     assert (config.noise.name, config.noise.rate) == (name, rate)
-    assert _ids(f"noise={noise}") == _ids(f"noise={name} noise.rate={rate}")
+    assert ids_of(f"noise={noise}") == ids_of(f"noise={name} noise.rate={rate}")
 
 
 def test_paper_scale_is_the_public_recipe():
@@ -169,7 +159,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("overrides", "expected"), GOLDEN.items())
 def test_golden_ids(overrides, expected):
-    assert _ids(overrides) == [expected]
+    assert ids_of(overrides) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -191,14 +181,14 @@ def test_golden_ids(overrides, expected):
 )
 def test_what_cannot_change_the_result_does_not_change_the_id(change):
     base = f"dataset=cifar10 {ROOT}"
-    same, changed = _ids(base, f"{base} {change}")
+    same, changed = ids_of(base, f"{base} {change}")
     assert same == changed
 
 
 def test_devices_of_one_kind_are_one_run():
-    cuda = _ids("device=cuda", "device=cuda:0", "device=cuda:1")
+    cuda = ids_of("device=cuda", "device=cuda:0", "device=cuda:1")
     assert len(set(cuda)) == 1
-    assert len({*cuda, *_ids("device=cpu", "device=auto")}) == 3
+    assert len({*cuda, *ids_of("device=cpu", "device=auto")}) == 3
 
 
 TASK_OF = {"gpt": "language", "mlp": "regression", "fcos": "detection", "fcos_small": "detection"}
@@ -214,7 +204,7 @@ def test_the_number_of_processes_belongs_to_a_run_of_batch_norm_alone(choice):
     config = composed(f"task={task}", *f"model={choice}".split())
     kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
     by_share = any(isinstance(part, kinds) for part in MODEL.make(config.model, 3, 8).modules())
-    ids = {run_id(identity(config, FINGERPRINT, processes)) for processes in (1, 2, 3)}
+    ids = {id_of(config, processes=processes) for processes in (1, 2, 3)}
     assert len(ids) == (3 if by_share else 1)
 
 
@@ -265,23 +255,23 @@ def test_every_other_key_changes_the_id(path):
         assert isinstance(old, float), f"{name} is new: give it another valid value in OTHER"
         node[key] = old / 2 if old else 0.25
     assert node[key] != old
-    assert _id(validate(values)) != _id(validate(WALKED))
+    assert id_of(validate(values)) != id_of(validate(WALKED))
 
 
 def test_dataset_and_pruner_and_data_change_the_id():
     datasets = [f"dataset=cifar10 {ROOT}", f"dataset=cifar100 {ROOT}"]
-    ids = _ids("", *datasets, *(f"pruner={name}" for name in PRUNERS if name != "infobatch"))
+    ids = ids_of("", *datasets, *(f"pruner={name}" for name in PRUNERS if name != "infobatch"))
     assert len(set(ids)) == len(ids)
-    assert _id(composed(), "1" * 64) != _id(composed())
+    assert id_of(composed(), "1" * 64) != id_of(composed())
 
 
 def test_a_corrected_rule_is_another_run_and_no_other_pruner_says_which_it_follows(monkeypatch):
     assert identity(composed("pruner=static_prune4rel"), FINGERPRINT)["pruner"]["revision"] == 1
     config = composed()
     assert "revision" not in identity(config, FINGERPRINT)["pruner"]
-    old = _id(config)
+    old = id_of(config)
     monkeypatch.setattr(PRUNERS["infobatch"], "revision", 1)
-    assert _id(config) != old
+    assert id_of(config) != old
 
 
 @pytest.mark.parametrize(
@@ -301,7 +291,7 @@ def test_a_corrected_rule_is_another_run_and_no_other_pruner_says_which_it_follo
     ],
 )
 def test_keys_that_a_choice_leaves_without_effect_do_not_change_the_id(base, changes):
-    ids = _ids(base, *(f"{base} {change}" for change in changes))
+    ids = ids_of(base, *(f"{base} {change}" for change in changes))
     assert len(set(ids)) == 1
 
 
@@ -318,7 +308,7 @@ def test_keys_that_a_choice_leaves_without_effect_do_not_change_the_id(base, cha
     ],
 )
 def test_a_run_told_what_to_save_is_the_run_told_what_to_keep(saved, explicit):
-    assert len(set(_ids(saved, explicit))) == 1
+    assert len(set(ids_of(saved, explicit))) == 1
 
 
 def test_a_shorter_run_is_not_longer_than_what_it_is_shorter_than():
@@ -330,16 +320,16 @@ def test_every_key_of_a_pseudo_reference_changes_the_id():
     pseudo = "reference=pseudo"
     changes = ["reference.method=cleanlab", "reference.size=0.02", "reference.warmup=6", "reference.every=11"]
     kinds = ["", "reference=none score=loss", "reference=population", "reference=population score=loss", pseudo]
-    ids = _ids(*kinds, *(f"{pseudo} {change}" for change in changes))
+    ids = ids_of(*kinds, *(f"{pseudo} {change}" for change in changes))
     assert len(set(ids)) == len(ids)
-    assert _ids("reference=pseudo_cleanlab") == _ids(f"{pseudo} reference.method=cleanlab")
+    assert ids_of("reference=pseudo_cleanlab") == ids_of(f"{pseudo} reference.method=cleanlab")
 
 
 def test_keys_with_an_effect_again_change_the_id():
     real10 = f"dataset=cifar10 {ROOT} noise=real"
-    assert len(set(_ids(real10, f"{real10} noise.labels=aggre"))) == 2
-    assert len(set(_ids("noise=sym", "noise=sym noise.rate=0.35", "noise=asym noise.rate=0.35"))) == 3
-    assert len(set(_ids("pruner=topk", "pruner=topk score=loss", "pruner=seta", "pruner=seta score=loss"))) == 4
+    assert len(set(ids_of(real10, f"{real10} noise.labels=aggre"))) == 2
+    assert len(set(ids_of("noise=sym", "noise=sym noise.rate=0.35", "noise=asym noise.rate=0.35"))) == 3
+    assert len(set(ids_of("pruner=topk", "pruner=topk score=loss", "pruner=seta", "pruner=seta score=loss"))) == 4
 
 
 # --- ranges, at their edges

@@ -21,9 +21,8 @@ from alignprune_exp.learners.dividemix import clean_probability, mix, sharpen, t
 from alignprune_exp.pruning import PRUNERS, NonFiniteLossError
 from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.run import Run
-from alignprune_exp.runs import run_id
 from alignprune_exp.tasks.classification import Classification
-from harness import composed, config_of, metrics_of, only_run, summary_of, trained
+from harness import composed, config_of, id_of, metrics_of, only_run, summary_of, trained
 
 N, B, C, PIXELS = 12, 6, 4, 5
 LEARNERS = ("ce", "elr", "sop", "refurbish", "dividemix")
@@ -437,14 +436,10 @@ def test_two_networks_start_apart_and_are_evaluated_as_their_mean():
 # --- configs
 
 
-def _id(*overrides):
-    return run_id(identity(composed(*overrides), "0" * 64))
-
-
 def test_cross_entropy_is_the_default_and_no_part_of_a_runs_identity():
     assert composed().learner.name == "ce"
     assert "learner" not in identity(composed("learner=ce"), "")
-    assert len({_id(f"learner={name}") for name in LEARNERS}) == len(LEARNERS)
+    assert len({id_of(composed(f"learner={name}")) for name in LEARNERS}) == len(LEARNERS)
 
 
 @pytest.mark.parametrize("learner", LEARNERS[1:])
@@ -455,13 +450,13 @@ def test_every_setting_of_a_learner_changes_the_id(learner):
         value = settings[key]
         other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2
         changed = validate(values | {"learner": settings | {key: other}})
-        assert run_id(identity(changed, "0" * 64)) != _id(f"learner={learner}"), key
+        assert id_of(changed) != id_of(composed(f"learner={learner}")), key
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_smoothing_is_for_cross_entropy_alone_and_leaves_no_trace_elsewhere(learner):
     smoothed = (f"learner={learner}", "label_smoothing=0.1", "recorded=smoothed")
-    assert (_id(f"learner={learner}") == _id(*smoothed)) == (learner != "ce")
+    assert (id_of(composed(f"learner={learner}")) == id_of(composed(*smoothed))) == (learner != "ce")
     config = composed(*smoothed)
     assert (config.label_smoothing, config.recorded) == ((0.1, "smoothed") if learner == "ce" else (0.0, "plain"))
     notes = [note for note in inert_keys(config, smoothed) if "label_smoothing, recorded has no effect" in note]

@@ -13,8 +13,7 @@ from scipy.special import logsumexp, softmax
 from alignprune_exp.commandline import inert_keys, next_commands
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning.signals import OTHER_NAMES, SIGNALS, extent
-from harness import composed, config_of, metrics_of, summary_of
-from test_config import _ids
+from harness import composed, config_of, ids_of, metrics_of, summary_of
 
 LOGITS = arrays(np.float64, st.tuples(st.integers(1, 8), st.just(5)), elements=st.floats(-12, 12))
 
@@ -71,9 +70,9 @@ def test_a_signal_ranks_and_is_told_of(undisturbed, signal):
 
 
 def test_a_signal_makes_another_run_where_it_ranks_and_the_same_where_nothing_does():
-    ranked = _ids("pruner=topk score=settled", *(f"pruner=topk score=settled recorded={name}" for name in SIGNALS))
+    ranked = ids_of("pruner=topk score=settled", *(f"pruner=topk score=settled recorded={name}" for name in SIGNALS))
     assert len(set(ranked)) == 1 + len(SIGNALS)
-    assert len(set(_ids("pruner=rs2", *(f"pruner=rs2 recorded={name}" for name in SIGNALS)))) == 1
+    assert len(set(ids_of("pruner=rs2", *(f"pruner=rs2 recorded={name}" for name in SIGNALS)))) == 1
 
 
 @pytest.mark.parametrize(
