@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from alignprune_exp.distributed import Processes
 from alignprune_exp.errors import UsageError
 from alignprune_exp.record import environment
 from alignprune_exp.run import Run
+from alignprune_exp.runs import RunFolder
 from alignprune_exp.setup import resolve_device
 from harness import config_of, environment_of, launch, only_run, rows_of, samples_of, summary_of
 from hydra_plugins.alignprune_launchers import take_device
@@ -29,6 +31,7 @@ LONG = (*TINY, "dataset.subset=300", "batch_size=4", "epochs=12")
 PSEUDO = ("reference=pseudo_cleanlab", "reference.size=20", "reference.warmup=1", "reference.every=1")
 SAME = ("ranked_by", "kept_fraction", "kept_noise", "kept_noise_weighted", "samples_seen", "samples_refreshed", "lr")
 SAME += ("reference_noise", "samples_reference")
+WARM = ("pruner.warmup=2", "epochs=3")
 CLOSE = ("train_loss", "test_loss", "reference_loss", "score_mean")
 
 
@@ -202,6 +205,28 @@ def test_a_mistake_is_one_sentence_of_one_process_and_nothing_is_written(tmp_pat
     (sentence,) = words_of(*nurse.said)
     assert sentence.startswith(words)
     assert not list(tmp_path.iterdir())
+
+
+def journal_of(rank, results, line):
+    one = Run(config_of(results, *line, base=TINY), Processes())
+    folder = RunFolder(Path(results), one.setup.id)
+    with folder.claim() if rank == 0 else nullcontext():
+        summary = one.train(folder, "test")
+    return one.journal.rows, one.journal.dynamics, summary
+
+
+@pytest.mark.parametrize("line", [("dataset.subset=150",), ("dataset.subset=150", "pruner=static_el2n", *WARM)])
+def test_the_process_that_writes_alone_looks_at_what_is_written(tmp_path, together, line):
+    (rows, dynamics, summary), (others, nothing, told) = together(2, journal_of, str(tmp_path), line)
+    assert rows == rows_of(only_run(tmp_path))
+    assert dynamics == (only_run(tmp_path) / "dynamics.parquet").read_bytes()
+    assert (summary["status"], told["status"]) == ("finished", "finished")
+    assert summary["test_accuracy_final"] == told["test_accuracy_final"]
+    assert nothing is None
+    aurocs = {key for key in rows[-1] if key.startswith("auroc_")}
+    assert all(row["auroc_loss"] is not None for row in rows)
+    assert {row[key] for row in others for key in aurocs} == {None}
+    assert [[row[key] for key in SAME] for row in others] == [[row[key] for key in SAME] for row in rows]
 
 
 def test_with_batch_norm_the_number_of_processes_belongs_to_the_run(tmp_path, nurse, start, undisturbed):

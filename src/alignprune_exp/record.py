@@ -85,16 +85,10 @@ class Journal:
         self._table = pq.read_table(io.BytesIO(self.dynamics)) if self.dynamics is not None else None
 
 
-def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, Callable[[], tuple[Row, list[Row]]]]:
-    """Return an epoch's row of ``metrics.jsonl``, whose AUROCs are still missing, and what works out the rest.
-
-    The latter goes by copies, so that the next epoch may train meanwhile. It returns the whole row, and the epoch's
-    rows of ``dynamics.parquet``.
-    """
-    pruning, noisy, clock = loop.pruning, setup.noisy, now.clock
-    scores = bank_scores(setup, pruning)
-    losses, reference = (each.cpu().numpy().copy() for each in (pruning.trajectories.last_N, now.reference))
-    plain_noise, weighted_noise = kept_noise(now.selection, noisy)
+def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> Row:
+    """Return an epoch's row of ``metrics.jsonl``, whose AUROCs are still missing."""
+    pruning, clock = loop.pruning, now.clock
+    plain_noise, weighted_noise = kept_noise(now.selection, setup.noisy)
     clock.lap("diagnostics")
     looked_at = 0
     if now.number == pruning.first:
@@ -102,7 +96,7 @@ def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, Callable[[], t
         looked_at = loop.spent.samples
     passes = loop.network.learner.passes(now.number - pruning.first)
     trained = loop.spent.trained + int(pruning.times_selected.sum())
-    row = {
+    return {
         "epoch": now.number,
         "phase": _phase(setup, now.number),
         "ranked_by": now.ranked_by,
@@ -125,13 +119,23 @@ def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> tuple[Row, Callable[[], t
         **{f"seconds_{name}": seconds for name, seconds in clock.laps.items()},
     }
 
+
+def diagnostics(setup: Setup, loop: Loop, now: Epoch) -> Callable[[], tuple[Row, list[Row]]]:
+    """Return what works out an epoch's AUROCs, and its rows of ``dynamics.parquet``.
+
+    It goes by copies, so that the next epoch may train meanwhile.
+    """
+    pruning, noisy = loop.pruning, setup.noisy
+    scores = bank_scores(setup, pruning)
+    losses, reference = (each.cpu().numpy().copy() for each in (pruning.trajectories.last_N, now.reference))
+
     def complete() -> tuple[Row, list[Row]]:
         found = {} if noisy is None else {f"auroc_{name}": detection_auroc(scores[name], noisy) for name in scores}
         shown = extent(setup.config.recorded, setup.task.chance_loss)
         drawn = dynamics(now.number, losses, reference, scores, noisy, setup.task.strata, now.selection, shown)
-        return row | found, drawn
+        return found, drawn
 
-    return row, complete
+    return complete
 
 
 def _phase(setup: Setup, epoch: int) -> str | None:

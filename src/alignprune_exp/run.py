@@ -128,7 +128,8 @@ class Run:
         choice: what a static criterion has chosen, once it has.
         halves: how many of the two networks that hold samples out have been trained.
         done: how many epochs have ended.
-        journal: what they have left; the last one's share of it may still be in the making.
+        journal: what they have left; the last one's share of it may still be in the making. Processes that do not
+            write have the rows alone, without AUROCs.
         writing: makes it, writes it down, and checkpoints, beside the training.
     """
 
@@ -270,10 +271,15 @@ class Run:
                     now = loop.epoch(stop, lambda: self._save(folder))
                 except NonFiniteLossError as error:
                     return str(error)
-                row, complete = record.epoch_row(setup, loop, now)
+                diagnostics = record.diagnostics(setup, loop, now) if setup.processes.rank == 0 else None
+                row = record.epoch_row(setup, loop, now)
                 self.done += 1
                 stops = self.done < setup.epochs and setup.processes.any(stop.is_set())
-                self._write_down(folder, mirror, complete, stops or loop.pruning.epoch == loop.pruning.epochs)
+                if diagnostics is not None:
+                    last = stops or loop.pruning.epoch == loop.pruning.epochs
+                    self._write_down(folder, mirror, row, diagnostics, last)
+                else:
+                    self.journal.rows.append(row)
                 recent.append(row["seconds"])
                 left = sum(recent) / len(recent) * (setup.epochs - self.done)
                 say(epoch_line(row, setup.epochs, left, setup.task.metrics[0]))
@@ -342,21 +348,25 @@ class Run:
         return self._phase(setup.plan, setup.config.epochs, bank=bank, spent=spent)
 
     def _write_down(
-        self, folder: RunFolder, mirror: Mirror, complete: Callable[[], tuple[Row, list[Row]]], checkpoint: bool
+        self,
+        folder: RunFolder,
+        mirror: Mirror,
+        row: Row,
+        diagnostics: Callable[[], tuple[Row, list[Row]]],
+        checkpoint: bool,
     ) -> None:
         """Have an epoch's record completed and written, and a checkpoint, where one is due or asked for."""
-        writes = self.setup.processes.rank == 0
         due = checkpoint or time.monotonic() - self._saved >= self.setup.config.checkpoint_seconds
-        save = self._checkpoint(folder) if writes and due else None
+        save = self._checkpoint(folder) if due else None
 
         def write() -> None:
-            row, drawn = complete()
-            self.journal.add(row, drawn)
-            if writes:
-                self.journal.write(folder)
+            aurocs, drawn = diagnostics()
+            whole = row | aurocs
+            self.journal.add(whole, drawn)
+            self.journal.write(folder)
             if save is not None:
                 save()
-            mirror.log(row)
+            mirror.log(whole)
 
         self.writing.put(write)
 
