@@ -158,7 +158,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("score.every=0", "every=0.0 is out of range; use epochs, or a share of them below 1"),
+        ("score.every=2.5", "every=2.5 is out of range; use a number of epochs, or a share of them below 1"),
         ("task=regression", "score=readout needs class labels, and task=regression has none; use score=settled"),
     ],
 )

@@ -16,7 +16,7 @@ from . import fast
 from .bank import History
 from .cleaning import within_class
 from .seeding import generator
-from .selection import floor
+from .selection import epochs_of
 
 
 def pearson(losses_WB: Tensor, reference_W: Tensor) -> Tensor:
@@ -239,6 +239,13 @@ class Curriculum(Score):
         return (place_N - history.progress).abs_().neg_().masked_fill_(last_N.isnan(), torch.nan).float()
 
 
+def checked(setting: str, value: float) -> float:
+    """Return a number of epochs, or a share of them; raise ValueError for what is neither."""
+    if value <= 0 or (value >= 1 and value % 1):
+        raise ValueError(f"{setting}={value} is out of range; use a number of epochs, or a share of them below 1")
+    return value
+
+
 def told(history: History) -> Tensor:
     """Return what was told of each sample (N,), NaN where nothing was."""
     return torch.full_like(history.last_N, torch.nan) if history.told_N is None else history.told_N
@@ -257,13 +264,10 @@ class Readout(Score):
     name = "readout"
 
     def __init__(self, *, every: float = 0.25) -> None:
-        if every <= 0:
-            raise ValueError(f"every={every} is out of range; use epochs, or a share of them below 1")
-        self.every = every
+        self.every = checked("every", every)
 
     def due(self, epoch: int, epochs: int) -> bool:
-        every = max(1, floor(self.every if self.every >= 1 else self.every * epochs))
-        return (epoch + 1) % every == 0 and epoch + 1 < epochs
+        return (epoch + 1) % epochs_of(self.every, epochs) == 0 and epoch + 1 < epochs
 
     def __call__(self, history: History) -> Tensor:
         scores_N, told_N = Cleaning()(history), told(history)
@@ -282,12 +286,10 @@ class HeldOut(Score):
     """
 
     def __init__(self, *, holdout: float = 0.1) -> None:
-        if holdout <= 0:
-            raise ValueError(f"holdout={holdout} is out of range; use epochs, or a share of them below 1")
-        self.holdout = holdout
+        self.holdout = checked("holdout", holdout)
 
     def holdout_epochs(self, epochs: int) -> int:
-        return max(1, floor(self.holdout if self.holdout >= 1 else self.holdout * epochs))
+        return epochs_of(self.holdout, epochs)
 
     def due(self, epoch: int, epochs: int) -> bool:
         return epoch == 0
