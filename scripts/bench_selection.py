@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from alignprune_exp.pruning import PRUNERS, SCORES, Trajectories
 from alignprune_exp.pruning.kmeans import cluster
+from alignprune_exp.pruning.readout import RIDGE, readout
 from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.pruning.selection import kept
 from alignprune_exp.run import Run
@@ -95,6 +96,7 @@ def compare(report: Report, n: int) -> None:
         if name == "das":
             print(f"{'':12} {seconds / read:.0f} x one plain read of the bank, {read * 1e3:.1f} ms")
     record(report, n)
+    read_out(report, min(n, 10**5))
     print(
         f"memory: a copy moves {memory_bandwidth() / 1e9:.1f} GB/s, reading the bank {flat_WN.nbytes / read / 1e9:.1f}"
     )
@@ -128,6 +130,26 @@ def record(report: Report, n: int) -> None:
     report.check(np.array_equal(bank.history().rows[0].numpy(), record_plainly()), "record: another row")
     record_plainly()
     report.add("record", n, min(ours), peak, "NumPy, checking nothing", min(plain))
+
+
+def read_out(report: Report, n: int, dimensions: int = 128, classes: int = 10) -> None:
+    """Read each label out of all other samples' embeddings, and by scikit-learn's ridge regression."""
+    from sklearn.linear_model import RidgeCV
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, n)
+    x = (rng.standard_normal((n, dimensions)) + np.eye(classes, dimensions)[labels]).astype(np.float32)
+
+    def plain() -> Floats:
+        alpha = RIDGE * float(np.square(x - x.mean(0, dtype=np.float64)).sum(0).mean())
+        fit = RidgeCV([alpha], scoring="r2", store_cv_results=True).fit(x.astype(np.float64), np.eye(classes)[labels])
+        foretold, own = fit.cv_results_[..., 0], np.eye(classes, dtype=bool)[labels]
+        return foretold[own] - np.where(own, -np.inf, foretold).max(1)
+
+    margins, seconds, peak = measured(lambda: readout(torch.from_numpy(x), torch.from_numpy(labels)))
+    expected, plain_seconds, _ = measured(plain, 1)
+    report.check(bool(np.abs(margins.numpy() - expected).max() <= TOLERANCE), "readout: other margins than RidgeCV's")
+    report.add("readout", n, seconds, peak, "scikit-learn's RidgeCV", plain_seconds)
 
 
 def infobatch(scores_N: Floats, rng: np.random.Generator) -> tuple[NDArray[np.int64], Floats]:
