@@ -57,7 +57,7 @@ def rows_of(bench, tmp_path, *arguments):
 def test_selection_has_a_row_for_each_step(tmp_path, capsys):
     status, rows = rows_of(bench_selection, tmp_path, "--samples", "4000")
     assert status == 0
-    steps = ["infobatch", "seta", "das", "cosine", "small_loss", "spearman", "record"]
+    steps = ["infobatch", "seta", "das", "cosine", "small_loss", "spearman", "record", "readout"]
     assert [row["step"] for row in rows] == steps
     assert {row["samples"] for row in rows} == {4000}
     said = capsys.readouterr().out
