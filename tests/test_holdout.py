@@ -152,6 +152,18 @@ def test_a_run_stopped_in_any_phase_ends_with_the_same_bits(tmp_path, steps):
     same_bits_when_stopped(tmp_path, steps, *RHO, "score.holdout=1", "epochs=3", base=SMALL)
 
 
+@pytest.mark.parametrize("line", ["pruner=topk pruner.warmup=0", "pruner=seta score.unseen=mask"])
+def test_the_network_that_counts_is_scored_by_its_own_losses_alone(tmp_path, line):
+    one = Run(config_of(tmp_path, *line.split(), "score=reducible", "score.window=3", *RHO[1:3], "epochs=3"))
+    trained(one)
+    pruning, bank = one.loop.pruning, one.loop.pruning.trajectories
+    np.testing.assert_array_equal(bank.count_N, pruning.times_selected)
+    np.testing.assert_array_equal(bank.last_N.isnan(), pruning.times_selected == 0)
+    np.testing.assert_array_equal(np.isnan(pruning.scores("reducible")), pruning.times_selected == 0)
+    das = [row["auroc_das"] is not None for row in one.journal.rows]
+    assert das == [False] * 6 + [True]
+
+
 def test_a_pruner_that_asks_no_score_holds_nothing_out(tmp_path):
     for name, line in {"with": ("score=reducible",), "without": ()}.items():
         assert launch(tmp_path / name, "pruner=rs2", *line) == 0

@@ -168,7 +168,8 @@ def bank_scores(setup: Setup, pruning: DynamicPruning) -> dict[str, np.ndarray]:
     """
     ranking = ranking_name(setup, pruning)
     scores = {name: pruning.score if name == ranking else SCORES[name]() for name in logged_scores(setup, pruning)}
-    if pruning.epoch < setup.config.score.window or not setup.config.reference.aligns:
+    finished = pruning.epoch - (pruning.first if setup.holdout else 0)
+    if finished < setup.config.score.window or not setup.config.reference.aligns:
         scores = {name: score for name, score in scores.items() if not score.aligned}
     return dict(zip(scores, pruning.several_scores(list(scores.values())), strict=True))
 

@@ -339,8 +339,12 @@ class Run:
         self.loop.pruning.tell(told)
 
     def _half(self, spent: Spent | None = None) -> Loop:
-        """Return the phase after so many halves: on a half of the samples, or the one that counts."""
-        setup, bank = self.setup, None if self.loop is None else self.loop.pruning.trajectories
+        """Return the phase after so many halves: on a half of the samples, or the one that counts.
+
+        Each network is scored by its own losses: those of one that has trained on a sample would pass for what this one
+        has learned of it.
+        """
+        setup, bank = self.setup, None if self.loop is None else self.loop.pruning.trajectories.anew()
         assert isinstance(setup.plan, Pruner)
         if self._prepares:
             half = Fixed(indices=setup.half(self.halves))

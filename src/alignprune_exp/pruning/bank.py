@@ -105,6 +105,12 @@ class Trajectories:
         self.count_N = torch.zeros(n, dtype=torch.int32, device=device)
         self.reference_W = torch.full((window,), torch.nan, dtype=torch.float64)
 
+    def anew(self) -> Trajectories:
+        """Return a bank of the same kind that knows no loss yet, and whose epochs count on: of another network."""
+        bank = Trajectories(self.n, self.window, self.unseen, self.last_N.device, self.losses_WN.dtype)
+        bank.epoch = self.epoch
+        return bank
+
     def move(self, device: torch.device) -> None:
         """Lie on another device from now on."""
         self.losses_WN, self.last_N, self.count_N = (
