@@ -131,6 +131,12 @@ def test_labels_that_were_not_asked_for_have_no_say(undisturbed, line):
     assert summary["asked"] == (noisy["times_selected"] > 0).sum() == summary["samples"] // 2
 
 
+@pytest.mark.parametrize("score", ["reducible", "irreducible", "readout", "cleaning"])
+def test_a_score_by_the_labels_of_all_samples_is_refused(refused, score):
+    sentence = f"pruner=query knows no label before it asks, and score={score} goes by those of all samples"
+    assert sentence in refused("pruner=query", f"score={score}")
+
+
 def test_a_query_says_how_many_labels_it_asked_for(tmp_path, capsys):
     assert launch(tmp_path, *QUERY) == 0
     heads, values = (re.split(r"  +", line.strip()) for line in capsys.readouterr().out.split("\n\n")[1].splitlines())

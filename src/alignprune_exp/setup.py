@@ -20,6 +20,8 @@ from .pruning.signals import SIGNALS
 from .runs import run_id
 from .tasks import Task
 
+BY_CLASS = ("cleaning", "readout")  # scores that go by the given class
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -191,12 +193,18 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
         )
     if plan.asks and config.recorded in SIGNALS:
         raise UsageError(f"pruner={config.pruner.name} compares losses; leave recorded={config.recorded} out")
+    score: Score = SCORE.make(config.score)
+    if plan.asks and (score.name in BY_CLASS or any(score.due(epoch, config.epochs) for epoch in range(config.epochs))):
+        raise UsageError(
+            f"pruner={config.pruner.name} knows no label before it asks, and score={config.score.name} goes by those "
+            "of all samples; use score=loss"
+        )
     if classes:
         return
     name, lacks = config.task.name, "needs class labels, and task="
     if config.recorded in SIGNALS:
         raise UsageError(f"recorded={config.recorded} {lacks}{name} has none; use recorded=plain")
-    if config.score.name in ("cleaning", "readout"):
+    if config.score.name in BY_CLASS:
         raise UsageError(
             f"score={config.score.name} {lacks}{name} has none; use score=settled, or method=sieve_settled in place of "
             "method=sieve"
