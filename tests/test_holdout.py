@@ -181,3 +181,22 @@ def test_a_pruner_that_asks_no_score_holds_nothing_out(tmp_path):
 )
 def test_what_cannot_be_held_out_is_refused(refused, line, sentence):
     assert sentence in refused(*RHO, *line.split())
+
+
+OWN = """
+from alignprune_exp.pruning.scores import DAS, HeldOut
+
+class AlignedAndHeldOut(HeldOut):
+    aligned = True
+
+    def __call__(self, history):
+        return DAS()(history)
+"""
+
+
+def test_what_the_network_that_counts_lacks_is_said_before_any_is_trained(refused, tmp_path, monkeypatch):
+    (tmp_path / "aligned_and_held_out.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "score.name=aligned_and_held_out.AlignedAndHeldOut"
+    line = ("pruner=topk", "score.window=3", name, "reference=none", *SMALL, f"paths.results={tmp_path}")
+    assert "compares with a reference set, and reference.size=0 leaves none" in refused(*line)
