@@ -10,11 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
+from alignprune_exp.errors import Failed
 from alignprune_exp.pruning import SCORES, DynamicPruning, within_class
 from alignprune_exp.pruning import readout as module
 from alignprune_exp.pruning.readout import RIDGE, readout
 from alignprune_exp.run import Run
-from harness import SMALL, config_of, rows_of, same_bits_when_stopped, summary_of
+from harness import SMALL, config_of, rows_of, same_bits_when_stopped, summary_of, trained
 
 LINE = ("method=sieve_readout", "noise=sym0.5", "pruner.warmup=0.25", "pruner.exclude=0.3", "score.every=3")
 
@@ -149,6 +150,14 @@ def test_a_pass_for_a_readout_is_counted(undisturbed):
     n, rows = summary_of(folder)["samples"], rows_of(folder)
     assert [row["samples_refreshed"] for row in rows] == [n if epoch in (2, 5, 8) else 0 for epoch in range(len(rows))]
     assert {row["ranked_by"] for row in rows} == {None, "readout"}
+
+
+def test_a_run_whose_embeddings_are_not_finite_has_failed(tmp_path):
+    one = Run(config_of(tmp_path, *LINE, "score.every=1"))
+    norm = next(part for part in one.loop.network.learner.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    norm.running_var.fill_(torch.nan)
+    with pytest.raises(Failed, match="an embedding became NaN or infinite at the end of epoch 0"):
+        trained(one)
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):

@@ -220,6 +220,8 @@ class Loop:
         setup, everything = self.setup, torch.arange(self.setup.n)
         batches = setup.task.train.evaluation(setup.processes.share(everything))
         embeddings = setup.processes.gather(setup.task.outputs(self.network, batches)[1])
+        if not embeddings.isfinite().all():
+            raise NonFiniteLossError(self.pruning.epoch, what="an embedding")
         assert setup.task.strata is not None
         self.pruning.tell(readout(embeddings, torch.from_numpy(setup.task.strata)))
         return setup.n
