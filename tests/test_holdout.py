@@ -175,6 +175,7 @@ def test_a_pruner_that_asks_no_score_holds_nothing_out(tmp_path):
     [
         ("saved=0.8", "score=reducible takes 2 of 8 epochs before; with these counted saved=0.8 is out of reach"),
         ("saved=0.7", "with these counted pruner=topk: saved=0.95 is out of reach"),
+        ("saved=0.6", "saved below 0.788, or another warmup or delta; 0.25 of what is saved here is the score's"),
         ("score.holdout=0", "holdout=0.0 is out of range; use a number of epochs, or a share of them below 1"),
         ("score.holdout=x", "score.holdout=x has the wrong type"),
     ],

@@ -230,7 +230,8 @@ def _saving(node: Named, score: ScoreKeys, saved: float, epochs: int) -> dict[st
     try:
         pruner = plan.saving(saved + holdout / epochs, epochs)
     except ValueError as error:
-        raise UsageError(f"{takes}pruner={node.name}: {error}") from None
+        less = f"; {holdout / epochs:g} of what is saved here is the score's: type so much less" if holdout else ""
+        raise UsageError(f"{takes}pruner={node.name}: {error}{less}") from None
     node = node.model_copy(update={name: getattr(pruner, name) for name in settings(PRUNER.find(node.name))})
     return {"pruner": node, "epochs": plan.lasting(saved, epochs), "saved": None}
 
