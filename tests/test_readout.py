@@ -168,6 +168,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):
     ("line", "sentence"),
     [
         ("score.every=2.5", "every=2.5 is out of range; use a number of epochs, or a share of them below 1"),
+        ("score.every=1e6", "score.every=1000000.0 is out of range: use a value of at most 100000"),
         ("task=regression", "score=readout needs class labels, and task=regression has none; use score=settled"),
     ],
 )

@@ -47,10 +47,11 @@ class OptimizerKeys(Named):
     cycle_momentum: bool
 
 
-# The most of a pruner's settings of which its own class knows no most: what lies beyond can only be a slip.
+# The most of a pruner's and a score's settings of which their own class knows no most: more can only be a slip.
 MOST = {
     "warmup": EPOCHS,
     "every": EPOCHS,
+    "holdout": EPOCHS,
     "groups": 10_000,
     "rounds": 10_000,
     "neighbours": 10_000,
@@ -68,7 +69,7 @@ TASK = _seam("task", "tasks.base.Task", "tasks.TASKS")
 DATASET = _seam("dataset", "data.source.DataSet", "data.datasets.DATASETS", DatasetKeys)
 NOISE = _seam("noise", "data.noise.Noise", "data.noise.NOISES", NoiseKeys)
 PRUNER = _seam("pruner", "pruning.selection.Plan", "pruning.pruners.PRUNERS", most=MOST)
-SCORE = _seam("score", "pruning.scores.Score", "pruning.scores.SCORES", ScoreKeys, most={"holdout": EPOCHS})
+SCORE = _seam("score", "pruning.scores.Score", "pruning.scores.SCORES", ScoreKeys, most=MOST)
 LEARNER = _seam("learner", "learners.base.Learner", "learners.LEARNERS")
 MODEL = _seam("model", "torch.nn.Module", "models.MODELS")
 OPTIMIZER = _seam("optimizer", "torch.optim.Optimizer", "optim.OPTIMIZERS", OptimizerKeys)
