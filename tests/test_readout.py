@@ -122,6 +122,14 @@ def test_a_readout_is_due_every_so_many_epochs_but_not_at_the_end(every, epochs,
     assert [epoch for epoch in range(epochs) if score.due(epoch, epochs)] == due
 
 
+def test_what_was_told_stays_when_its_array_is_used_again():
+    pruning = DynamicPruning(range(4), 8, "sieve", "readout", labels=[0, 0, 1, 1])
+    margins = np.float32([1, 2, 3, 4])
+    pruning.tell(margins)
+    margins[:] = 0
+    assert pruning.told.tolist() == [1, 2, 3, 4]
+
+
 def test_a_readout_that_is_due_is_asked_for():
     pruning = DynamicPruning(range(4), 8, "sieve", SCORES["readout"](every=1), labels=[0, 0, 1, 1])
     pruning.update(torch.from_numpy(pruning.order()), torch.ones(len(pruning.order())))

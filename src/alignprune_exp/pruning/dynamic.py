@@ -178,7 +178,7 @@ class DynamicPruning(Selecting):
         if told.shape != (self.n,) or told.isinf().any():
             what = f"of shape {tuple(told.shape)}" if told.shape != (self.n,) else "infinite in places"
             raise ValueError(f"what is told is {what}; tell ({self.n},) numbers, one a sample, NaN where unknown")
-        self.told, self.told_in = told, self.epoch
+        self.told, self.told_in = told.clone(), self.epoch
 
     def check_agreement(self, *also: np.ndarray) -> None:
         """Raise DisagreementError, in all processes, unless they have all chosen the same, and have ``also`` the same.
