@@ -201,3 +201,21 @@ def test_what_the_network_that_counts_lacks_is_said_before_any_is_trained(refuse
     name = "score.name=aligned_and_held_out.AlignedAndHeldOut"
     line = ("pruner=topk", "score.window=3", name, "reference=none", *SMALL, f"paths.results={tmp_path}")
     assert "compares with a reference set, and reference.size=0 leaves none" in refused(*line)
+
+
+def test_the_first_epoch_too_goes_by_what_was_told_before_it():
+    pruning = DynamicPruning(range(10), 4, "topk", "irreducible", ratio=0.5, warmup=0)
+    pruning.tell(torch.arange(10.0))
+    assert pruning.selection.indices.tolist() == [0, 1, 2, 3, 4]
+
+
+class Demanding(SCORES["loss"]):
+    """Is told what only its author knows."""
+
+    def due(self, epoch, epochs):
+        return epoch == 2
+
+
+def test_a_score_that_no_run_can_tell_anything_is_refused(refused):
+    sentence = refused("pruner=topk", "score=loss", f"score.name={__name__}.Demanding")
+    assert "is told what a run cannot tell; let it subclass HeldOut or Readout" in sentence

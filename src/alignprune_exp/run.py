@@ -142,7 +142,7 @@ class Run:
         self.writing, self._saved = Writing(), time.monotonic()
         self.loop: Loop | None = None
         if isinstance(setup.plan, Pruner):
-            self.loop = self._half()
+            self.loop = self._coming()
         elif setup.before:
             self.loop = self._phase(Full(), setup.before, "warm-up model", WarmUpLog(setup.n))
         else:
@@ -335,10 +335,10 @@ class Run:
         told = before.pruning.told.index_copy(0, others.to(setup.device), losses)
         self.halves += 1
         trained = before.spent.trained + int(before.pruning.times_selected.sum())
-        self.loop = self._half(Spent(time.perf_counter() - began, len(others), trained))
+        self.loop = self._coming(Spent(time.perf_counter() - began, len(others), trained))
         self.loop.pruning.tell(told)
 
-    def _half(self, spent: Spent | None = None) -> Loop:
+    def _coming(self, spent: Spent | None = None) -> Loop:
         """Return the phase after so many halves: on a half of the samples, or the one that counts.
 
         Each network is scored by its own losses: those of one that has trained on a sample would pass for what this one
@@ -413,7 +413,7 @@ class Run:
                     self._take(Choice(choice["indices"].numpy().copy(), choice["facts"]), Spent(**state["spent"]))
                 elif state["halves"]:
                     self.halves = state["halves"]
-                    self.loop = self._half(Spent(**state["spent"]))
+                    self.loop = self._coming(Spent(**state["spent"]))
                 self._running.load_state_dict(state)
                 self.journal.load_state_dict(state["record"])
                 self.done = len(self.journal.rows)

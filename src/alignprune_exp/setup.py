@@ -15,12 +15,11 @@ from .data.split import reference_count
 from .distributed import Processes
 from .errors import UsageError
 from .pruning import Criterion, DynamicPruning, Full, Plan, Pruner, Score, Trajectories
+from .pruning.scores import HeldOut, Readout
 from .pruning.seeding import generator
 from .pruning.signals import SIGNALS
 from .runs import run_id
 from .tasks import Task
-
-BY_CLASS = ("cleaning", "readout")  # scores that go by the given class
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,13 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
     if plan.asks and config.recorded in SIGNALS:
         raise UsageError(f"pruner={config.pruner.name} compares losses; leave recorded={config.recorded} out")
     score: Score = SCORE.make(config.score)
-    if plan.asks and (score.name in BY_CLASS or any(score.due(epoch, config.epochs) for epoch in range(config.epochs))):
+    asks = any(score.due(epoch, config.epochs) for epoch in range(config.epochs))
+    if asks and not isinstance(score, HeldOut | Readout):
+        raise UsageError(
+            f"score={config.score.name} is told what a run cannot tell; let it subclass HeldOut or Readout, of "
+            "alignprune_exp.pruning.scores"
+        )
+    if plan.asks and (score.by_class or asks):
         raise UsageError(
             f"pruner={config.pruner.name} knows no label before it asks, and score={config.score.name} goes by those "
             "of all samples; use score=loss"
@@ -204,7 +209,7 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
     name, lacks = config.task.name, "needs class labels, and task="
     if config.recorded in SIGNALS:
         raise UsageError(f"recorded={config.recorded} {lacks}{name} has none; use recorded=plain")
-    if config.score.name in BY_CLASS:
+    if score.by_class:
         raise UsageError(
             f"score={config.score.name} {lacks}{name} has none; use score=settled, or method=sieve_settled in place of "
             "method=sieve"

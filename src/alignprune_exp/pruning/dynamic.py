@@ -179,6 +179,9 @@ class DynamicPruning(Selecting):
             what = f"of shape {tuple(told.shape)}" if told.shape != (self.n,) else "infinite in places"
             raise ValueError(f"what is told is {what}; tell ({self.n},) numbers, one a sample, NaN where unknown")
         self.told, self.told_in = told.clone(), self.epoch
+        if self.epoch == self.first and not self.trajectories.recorded:
+            self._begin()
+            self._scores = self._rank()
 
     def check_agreement(self, *also: np.ndarray) -> None:
         """Raise DisagreementError, in all processes, unless they have all chosen the same, and have ``also`` the same.

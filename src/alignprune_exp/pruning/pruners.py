@@ -25,6 +25,7 @@ from .selection import (
     Selection,
     ascending,
     best,
+    check_epochs,
     epochs_of,
     everything,
     floor,
@@ -177,10 +178,7 @@ class Sieve(RandomSubset):
             )
         if not 0 <= self.explore < 1:
             raise ValueError(f"Sieve: explore={self.explore} is out of range; use a number from 0, below 1")
-        if self.warmup <= 0 or (self.warmup >= 1 and self.warmup % 1):
-            raise ValueError(
-                f"Sieve: warmup={self.warmup} is out of range; use a number of epochs, or a share of them below 1"
-            )
+        check_epochs("Sieve: warmup", self.warmup)
 
     @property
     def needs_noise_rate(self) -> bool:

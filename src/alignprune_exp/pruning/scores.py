@@ -16,7 +16,7 @@ from . import fast
 from .bank import History
 from .cleaning import within_class
 from .seeding import generator
-from .selection import epochs_of
+from .selection import check_epochs, epochs_of
 
 
 def pearson(losses_WB: Tensor, reference_W: Tensor) -> Tensor:
@@ -100,10 +100,12 @@ class Score:
 
     A score with ``aligned = True`` compares with the reference trajectory: it needs a reference loss every
     epoch, and before its window is full all samples are ranked by `Loss` instead, as the paper says.
+    One with ``by_class = True`` goes by the given labels.
     """
 
     name: str
     aligned: bool = False
+    by_class: bool = False
 
     def holdout_epochs(self, epochs: int) -> int:
         """Return how many epochs two networks are to train before a run of so many; see `HeldOut`."""
@@ -212,13 +214,16 @@ class Cleaning(Score):
     """The cleaning score: `Settled`, standardised `within_class` of the given label, so no class is worst whole."""
 
     name = "cleaning"
+    by_class = True
 
     def __call__(self, history: History) -> Tensor:
+        return self.standardised(settled(history.sum_N, history.count_N), history)
+
+    def standardised(self, values_N: Tensor, history: History) -> Tensor:
         if history.labels is None:
-            raise ValueError("score='cleaning' standardises within the class of the given label; pass labels=(n,)")
-        scores_N = settled(history.sum_N, history.count_N)
-        standardised = within_class(scores_N.cpu().numpy(), history.labels)
-        return torch.from_numpy(standardised.astype(np.float32)).to(scores_N.device)
+            raise ValueError(f"score={self.name!r} standardises within the class of the given label; pass labels=(n,)")
+        found = within_class(values_N.cpu().numpy(), history.labels)
+        return torch.from_numpy(found.astype(np.float32)).to(values_N.device)
 
 
 class Curriculum(Score):
@@ -239,19 +244,12 @@ class Curriculum(Score):
         return (place_N - history.progress).abs_().neg_().masked_fill_(last_N.isnan(), torch.nan).float()
 
 
-def checked(setting: str, value: float) -> float:
-    """Return a number of epochs, or a share of them; raise ValueError for what is neither."""
-    if value <= 0 or (value >= 1 and value % 1):
-        raise ValueError(f"{setting}={value} is out of range; use a number of epochs, or a share of them below 1")
-    return value
-
-
 def told(history: History) -> Tensor:
     """Return what was told of each sample (N,), NaN where nothing was."""
     return torch.full_like(history.last_N, torch.nan) if history.told_N is None else history.told_N
 
 
-class Readout(Score):
+class Readout(Cleaning):
     """`Cleaning`, and what a `readout` of the network's embeddings foretells of each label, within the class too.
 
     The losses remember how a label was learned; the readout asks the other samples' labels, and so knows more in early
@@ -264,17 +262,15 @@ class Readout(Score):
     name = "readout"
 
     def __init__(self, *, every: float = 0.25) -> None:
-        self.every = checked("every", every)
+        check_epochs("every", every)
+        self.every = every
 
     def due(self, epoch: int, epochs: int) -> bool:
         return (epoch + 1) % epochs_of(self.every, epochs) == 0 and epoch + 1 < epochs
 
     def __call__(self, history: History) -> Tensor:
-        scores_N, told_N = Cleaning()(history), told(history)
-        if history.labels is None or told_N.isnan().all():
-            return scores_N
-        margins = within_class(told_N.cpu().numpy(), history.labels)
-        return scores_N + torch.from_numpy(margins.astype(np.float32)).to(scores_N.device)
+        scores_N, told_N = super().__call__(history), told(history)
+        return scores_N if told_N.isnan().all() else scores_N + self.standardised(told_N, history)
 
 
 class HeldOut(Score):
@@ -286,7 +282,8 @@ class HeldOut(Score):
     """
 
     def __init__(self, *, holdout: float = 0.1) -> None:
-        self.holdout = checked("holdout", holdout)
+        check_epochs("holdout", holdout)
+        self.holdout = holdout
 
     def holdout_epochs(self, epochs: int) -> int:
         return epochs_of(self.holdout, epochs)

@@ -205,6 +205,12 @@ def share(n: int, budget: float) -> int:
     return max(1, floor(budget * n))
 
 
+def check_epochs(setting: str, value: float, none: bool = False) -> None:
+    """Raise ValueError for what is neither a number of epochs, ``none`` among them or not, nor a share below 1."""
+    if value < 0 or (value == 0 and not none) or (value >= 1 and value % 1):
+        raise ValueError(f"{setting}={value} is out of range; use a number of epochs, or a share of them below 1")
+
+
 def epochs_of(warmup: float, epochs: int) -> int:
     """Return the epochs of a warm-up: so many, or below 1 that share of ``epochs``, rounded, and at least one."""
     return int(warmup) if warmup >= 1 or warmup == 0 else max(1, round(warmup * epochs))

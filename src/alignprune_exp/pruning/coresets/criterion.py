@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..selection import Floats, Ints, Plan, epochs_of, share
+from ..selection import Floats, Ints, Plan, check_epochs, epochs_of, share
 
 ROWS = 1 << 14  # samples in float64 at a time
 
@@ -127,10 +127,7 @@ class Criterion(Plan):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
-        if self.warmup < 0 or (self.warmup >= 1 and self.warmup % 1):
-            raise ValueError(
-                f"{name}: warmup={self.warmup} is out of range; use a number of epochs, or a share of them below 1"
-            )
+        check_epochs(f"{name}: warmup", self.warmup, none=True)
         if self.warmup == 0 and self.needs & {"losses", "forgotten"}:
             raise ValueError(f"{name}: warmup=0 leaves no losses to choose by; use 1 or more")
         if not 0 < self.fraction <= 1:
