@@ -107,6 +107,11 @@ class Loop:
         self._exchanged = self.loss_sum.clone()  # of the sum, what all processes have
         self.predicted = torch.full((setup.n,), -1, dtype=torch.int64, device=setup.device)
 
+    @property
+    def trained(self) -> int:
+        """Samples trained on in all finished epochs of the run, those of earlier phases included."""
+        return self.spent.trained + int(self.pruning.times_selected.sum())
+
     def epoch(self, stop: threading.Event, save: Callable[[], None]) -> Epoch:
         """Train one epoch and return what is to be recorded of it; ``save`` is called where ``stop`` interrupts it."""
         setup, pruning, network = self.setup, self.pruning, self.network

@@ -86,7 +86,10 @@ class Journal:
 
 
 def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> Row:
-    """Return an epoch's row of ``metrics.jsonl``, whose AUROCs are still missing."""
+    """Return an epoch's row of ``metrics.jsonl``, whose AUROCs are still missing.
+
+    It counts the epoch's seconds, and so comes after all that is done before the next epoch, `diagnostics` included.
+    """
     pruning, clock = loop.pruning, now.clock
     plain_noise, weighted_noise = kept_noise(now.selection, setup.noisy)
     clock.lap("diagnostics")
@@ -95,7 +98,6 @@ def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> Row:
         clock.laps["select"] += loop.spent.seconds
         looked_at = loop.spent.samples
     passes = loop.network.learner.passes(now.number - pruning.first)
-    trained = loop.spent.trained + int(pruning.times_selected.sum())
     return {
         "epoch": now.number,
         "phase": _phase(setup, now.number),
@@ -111,7 +113,7 @@ def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> Row:
         "reference_noise": now.reference_noise,
         "score_mean": float(np.nanmean(now.ranking)) if now.ranked_by and not np.isnan(now.ranking).all() else None,
         "low_fraction": None if math.isnan(now.selection.low_fraction) else now.selection.low_fraction,
-        "samples_seen": trained,
+        "samples_seen": loop.trained,
         "samples_refreshed": now.refreshed,
         "samples_reference": now.forwarded,
         "samples_forwarded": passes * len(now.selection.indices) + now.refreshed + now.forwarded + looked_at,

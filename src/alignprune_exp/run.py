@@ -314,7 +314,8 @@ class Run:
             choice = criterion.choose(evidence, generator(setup.config.seed, "choose"))
         except ValueError as error:
             raise Failed(f"run {setup.id} cannot choose: {error}") from None
-        self._take(choice, Spent(time.perf_counter() - began, samples, setup.n * setup.before))
+        trained = 0 if before is None else before.trained
+        self._take(choice, Spent(time.perf_counter() - began, samples, trained))
 
     def _take(self, choice: Choice, spent: Spent) -> None:
         """Begin the phase that trains on a choice."""
@@ -334,8 +335,7 @@ class Run:
             raise Failed(f"run {setup.id} cannot go on: a held-out sample's loss is not finite; lower optimizer.lr")
         told = before.pruning.told.index_copy(0, others.to(setup.device), losses)
         self.halves += 1
-        trained = before.spent.trained + int(before.pruning.times_selected.sum())
-        self.loop = self._coming(Spent(time.perf_counter() - began, len(others), trained))
+        self.loop = self._coming(Spent(time.perf_counter() - began, len(others), before.trained))
         self.loop.pruning.tell(told)
 
     def _coming(self, spent: Spent | None = None) -> Loop:
