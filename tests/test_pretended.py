@@ -44,6 +44,7 @@ RUNS = {  # between them every learner, score, pruner, kind of reference set and
     "reducible": ("method=rho_loss", "score.holdout=1"),
     "ucb, small_loss": ("pruner=ucb", "score=small_loss"),
     "epsilon_greedy, oracle": ("pruner=epsilon_greedy", "score=oracle"),
+    "sieve, supervised": ("method=sieve_supervised", "pruner.warmup=2"),
     "sieve, cleaning, group norm": ("pruner=sieve", "score=cleaning", "pruner.warmup=2", "model.norm=group"),
     "pseudo": ("reference=pseudo", "reference.warmup=2", "reference.every=1"),
     "cleanlab, random": ("reference=pseudo_cleanlab", "reference.warmup=2", "reference.every=1", "score=random"),

@@ -377,15 +377,48 @@ def test_oracle_is_one_where_the_label_is_clean():
     assert SCORES["oracle"]()(after(1, n=3, clean=clean)).tolist() == [1, 0, 1]
 
 
-def test_oracle_without_the_clean_mask_says_what_it_needs():
-    with pytest.raises(ValueError, match="clean=mask"):
-        SCORES["oracle"]()(after(1))
+@pytest.mark.parametrize("name", ["oracle", "supervised"])
+def test_a_score_that_knows_the_truth_says_that_it_needs_the_clean_mask(name):
+    assert SCORES[name].by_truth
+    with pytest.raises(ValueError, match=f"{name}.*clean=mask"):
+        SCORES[name]()(after(1))
+
+
+def test_what_supervision_makes_of_losses_is_what_they_tell_and_no_sample_tells_its_own_answer():
+    rng = np.random.default_rng(0)
+    clean, rows = rng.random(400) < 0.5, rng.normal(2, 0.5, (30, 400)).astype(np.float32)
+    knowing = torch.from_numpy(clean)
+
+    def auroc(score, losses):
+        history = filled(losses, [1.0] * len(losses), clean=knowing)
+        return stats.mannwhitneyu(*(SCORES[score]()(history).numpy()[kind] for kind in (clean, ~clean))).statistic / (
+            clean.sum() * (~clean).sum()
+        )
+
+    assert abs(auroc("supervised", rows) - 0.5) < 0.12  # noise: 30 columns fitted to their own answers reach 0.68
+    rows[3] += clean
+    rows[4] -= clean  # the mean tells nothing, a difference all
+    rows[5:15, rng.random(400) < 0.3] = np.nan
+    assert abs(auroc("settled", rows) - 0.5) < 0.12
+    assert auroc("supervised", rows) > 0.85  # a difference of 2 at a deviation of 0.7 can reach 0.92
+
+
+def test_supervised_is_settled_where_nothing_is_wrong_and_knows_nothing_of_what_was_never_seen():
+    rng = np.random.default_rng(1)
+    rows, clean = rng.gamma(1.0, 2.0, (4, 60)).astype(np.float32), torch.ones(60, dtype=torch.bool)
+    rows[:, 7] = np.nan
+    clean[:4] = False  # fewer than there are parts
+    history = filled(rows, [1.0] * 4, clean=clean)
+    assert torch.equal(SCORES["supervised"]()(history).nan_to_num(9), SCORES["settled"]()(history).nan_to_num(9))
+    clean[4:20] = False
+    again, once = (SCORES["supervised"]()(filled(rows, [1.0] * 4, clean=clean)) for _ in range(2))
+    assert once.isnan().nonzero().tolist() == [[7]] and torch.equal(again.nan_to_num(9), once.nan_to_num(9))
 
 
 def test_exactly_the_scores_that_compare_with_the_reference_are_aligned():
     assert {name for name, score in SCORES.items() if score.aligned} == {"das", "spearman", "cosine"}
     others = {"loss", "random", "small_loss", "settled", "cleaning", "curriculum", "oracle"}
-    others |= {"readout", "reducible", "irreducible"}
+    others |= {"readout", "reducible", "irreducible", "supervised"}
     assert set(SCORES) == {"das", "spearman", "cosine"} | others
     assert all(score.name == name for name, score in SCORES.items())
 

@@ -183,8 +183,9 @@ def open_task(config: Config, device: torch.device | str = "cpu", dtype: torch.d
 
 def check_labels(config: Config, classes: bool, clean: bool) -> None:
     """Raise UsageError for a config that asks for ``classes`` or known ``clean`` labels of data without."""
-    if config.score.name == "oracle" and not clean:
-        raise UsageError("score=oracle needs clean labels, and this data set has none; use another score")
+    score: Score = SCORE.make(config.score)
+    if score.by_truth and not clean:
+        raise UsageError(f"score={config.score.name} needs clean labels, and this data set has none; use another score")
     plan: Plan = PRUNER.make(config.pruner)
     if plan.asks and not clean:
         raise UsageError(
@@ -192,14 +193,13 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
         )
     if plan.asks and config.recorded in SIGNALS:
         raise UsageError(f"pruner={config.pruner.name} compares losses; leave recorded={config.recorded} out")
-    score: Score = SCORE.make(config.score)
     asks = any(score.due(epoch, config.epochs) for epoch in range(config.epochs))
     if asks and not isinstance(score, HeldOut | Readout):
         raise UsageError(
             f"score={config.score.name} is told what a run cannot tell; let it subclass HeldOut or Readout, of "
             "alignprune_exp.pruning.scores"
         )
-    if plan.asks and (score.by_class or asks):
+    if plan.asks and (score.by_class or score.by_truth or asks):
         raise UsageError(
             f"pruner={config.pruner.name} knows no label before it asks, and score={config.score.name} goes by those "
             "of all samples; use score=loss"

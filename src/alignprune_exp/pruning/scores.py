@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import fast
 from .bank import History
+from .ceiling import told_by_others
 from .cleaning import within_class
 from .seeding import generator
 from .selection import check_epochs, epochs_of
@@ -100,12 +101,14 @@ class Score:
 
     A score with ``aligned = True`` compares with the reference trajectory: it needs a reference loss every
     epoch, and before its window is full all samples are ranked by `Loss` instead, as the paper says.
-    One with ``by_class = True`` goes by the given labels.
+    One with ``by_class = True`` goes by the given labels, one with ``by_truth = True`` by which of them are clean: a
+    control, of what is best possible.
     """
 
     name: str
     aligned: bool = False
     by_class: bool = False
+    by_truth: bool = False
 
     def holdout_epochs(self, epochs: int) -> int:
         """Return how many epochs two networks are to train before a run of so many; see `HeldOut`."""
@@ -318,11 +321,36 @@ class Oracle(Score):
     """Control, the upper bound: 1 if the label is clean, else 0."""
 
     name = "oracle"
+    by_truth = True
 
     def __call__(self, history: History) -> Tensor:
+        return self.clean(history).float()
+
+    def clean(self, history: History) -> Tensor:
         if history.clean_N is None:
-            raise ValueError("score='oracle' needs to know which labels are clean; pass clean=mask")
-        return history.clean_N.float()
+            raise ValueError(f"score={self.name!r} needs to know which labels are clean; pass clean=mask")
+        return history.clean_N
+
+
+class Supervised(Oracle):
+    """Control, the most that losses can tell: the odds that a label is clean, as the answers to others teach them.
+
+    It reads the losses of the window and the mean of all, by `told_by_others`; a loss that is missing counts as the
+    mean. As `Settled` where hardly any label is wrong, or hardly any right.
+    """
+
+    name = "supervised"
+
+    def __call__(self, history: History) -> Tensor:
+        clean_N, scores_N = self.clean(history), settled(history.sum_N, history.count_N)
+        seen_N = ~scores_N.isnan()
+        means_N = -scores_N[seen_N]
+        losses = [means_N, *(torch.where(row.isnan(), means_N, row) for row in (each[seen_N] for each in history.rows))]
+        rng = generator(history.seed, "supervised score", history.epoch)
+        odds = told_by_others(torch.stack(losses, 1).cpu().numpy(), clean_N[seen_N].cpu().numpy(), rng)
+        if odds is not None:
+            scores_N[seen_N] = torch.from_numpy(odds).to(scores_N)
+        return scores_N
 
 
 SCORES: dict[str, type[Score]] = {
@@ -341,5 +369,6 @@ SCORES: dict[str, type[Score]] = {
         Reducible,
         Irreducible,
         Oracle,
+        Supervised,
     )
 }
