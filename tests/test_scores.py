@@ -412,7 +412,8 @@ def test_supervised_is_settled_where_nothing_is_wrong_and_knows_nothing_of_what_
     assert torch.equal(SCORES["supervised"]()(history).nan_to_num(9), SCORES["settled"]()(history).nan_to_num(9))
     clean[4:20] = False
     again, once = (SCORES["supervised"]()(filled(rows, [1.0] * 4, clean=clean)) for _ in range(2))
-    assert once.isnan().nonzero().tolist() == [[7]] and torch.equal(again.nan_to_num(9), once.nan_to_num(9))
+    assert once.isnan().nonzero().tolist() == [[7]]
+    assert torch.equal(again.nan_to_num(9), once.nan_to_num(9))
 
 
 def test_exactly_the_scores_that_compare_with_the_reference_are_aligned():

@@ -71,6 +71,23 @@ def test_a_corrupted_text_is_another_one(text, seed):
     assert corrupt(text, np.random.default_rng(seed)).split() != text.split()
 
 
+def test_texts_of_another_language_take_the_place_of_a_fourth_of_what_is_wrong(tmp_path, jsonl):
+    folder = tmp_path / "de"
+    folder.mkdir()
+    for number in range(7):
+        (folder / f"{number}.txt").write_text(f"Es ist nun einmal so, und das seit {number} Jahren.\n" * 5)
+    line = (*TINY, f"dataset.root={jsonl}", "noise=sym", "noise.rate=0.5")
+    plain, foreign = open_task(composed(*line)), open_task(composed(*line, f"dataset.foreign={folder}"))
+    documents = foreign.opened()
+    assert "".join(documents.foreign) == "".join(path.read_text().strip() for path in sorted(folder.iterdir()))
+    assert max(map(len, documents.foreign)) <= 80 + SHORTEST
+    assert plain.fingerprint != foreign.fingerprint
+    assert plain.corrupted.tolist() == foreign.corrupted.tolist()
+    wrong = [text for text, corrupted in zip(foreign.texts, foreign.corrupted, strict=True) if corrupted]
+    share = np.mean([text in documents.foreign for text in wrong])
+    assert abs(share - 1 / 4) < 4 * math.sqrt(3 / 16 / len(wrong))
+
+
 def test_a_text_of_one_word_does_not_count_as_shuffled():
     text = "word" * SHORTEST + "\n"
     assert all(corrupt(text, np.random.default_rng(seed)).split() != text.split() for seed in range(20))
@@ -206,6 +223,23 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, jsonl):
     assert "has 0 texts of 32 characters or more" in refused(*line, root, "dataset.column=body")
     pq.write_table(pa.table({"text": pa.array([b"\xff"]).view(pa.string())}), folder / "d.parquet")
     assert "d.parquet cannot be read as Parquet (" in refused(*line, root)
+
+
+def test_a_mistake_in_the_texts_of_another_language_is_one_sentence(tmp_path, refused, jsonl):
+    line = ["task=language", "dataset=text", f"dataset.root={jsonl}", f"paths.results={tmp_path / 'none'}"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    foreign = f"dataset.foreign={folder}"
+    assert f"{foreign}/gone is not there" in refused(*line, f"{foreign}/gone")
+    (folder / "a.txt").write_text("zu kurz")
+    assert f"{foreign} has no text of 32 characters" in refused(*line, foreign)
+    (folder / "a.txt").write_text(sentences(1)[0])
+    assert f"a.txt of {foreign} is a text of dataset=text too" in refused(*line, foreign)
+    (folder / "a.txt").rename(folder / "a.jsonl")
+    (folder / "a.jsonl").write_text('{"body": "a"}\n')
+    assert "has no text text, but body: type dataset.column=NAME" in refused(*line, foreign)
+    python = ["task=language", foreign, f"paths.results={tmp_path / 'none'}"]
+    assert "has no text text, but body: call the one that has the texts so" in refused(*python)
 
 
 def test_a_text_that_comes_twice_is_not_both_trained_on_and_held_out(tmp_path):

@@ -11,7 +11,7 @@ import json
 import math
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +87,8 @@ class Language(RowsTask):
         """Return the documents of some rows, those that are ``wrong`` corrupted by (seed, row)."""
         texts = [self.data.train[row][1] for row in rows]
         for place in np.flatnonzero(wrong):
-            texts[place] = corrupt(texts[place], generator(self.config.seed, "corruption", int(rows[place])))
+            rng = generator(self.config.seed, "corruption", int(rows[place]))
+            texts[place] = corrupt(texts[place], rng, self.data.foreign)
         return texts
 
     def _length(self, token: int) -> int:
@@ -164,9 +165,14 @@ def learnt(texts: list[str], vocabulary: int) -> Any:
 # --- what can be wrong with a document
 
 
-def corrupt(text: str, rng: np.random.Generator) -> str:
-    """Return a text with its words shuffled, or in mojibake, or boilerplate in its place: other words in any case."""
-    kinds = (shuffled, mojibake, boilerplate)
+def corrupt(text: str, rng: np.random.Generator, foreign: Sequence[str] = ()) -> str:
+    """Return a text with its words shuffled, or in mojibake, or boilerplate in its place: other words in any case.
+
+    Where there are ``foreign`` texts, one of these in its place is as likely as each of the others.
+    """
+    kinds: list[Callable[[str, np.random.Generator], str]] = [shuffled, mojibake, boilerplate]
+    if foreign:
+        kinds.append(lambda text, rng: foreign[int(rng.integers(len(foreign)))])
     changed = (kinds[kind](text, rng) for kind in rng.permutation(len(kinds)))
     return next(other for other in changed if other.split() != text.split())
 
@@ -200,6 +206,7 @@ class Documents:
         clean: whether these count as clean where no noise is injected.
         fingerprint: sha256, as hex, of all of it.
         skipped: what was too short.
+        foreign: documents of another language, for noise to put in the place of some.
     """
 
     train: list[Text]
@@ -207,19 +214,24 @@ class Documents:
     clean: bool
     fingerprint: str
     skipped: list[str]
+    foreign: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Texts(DataSet):
     """Texts, cut into documents of about ``characters`` or less; a share ``held_out`` of the whole texts, and whatever
-    is like one of them, is not trained on, the same in every run."""
+    is like one of them, is not trained on, the same in every run. ``foreign`` is where texts of another language lie,
+    for noise to put in the place of some."""
 
     name: str
     characters: Annotated[int, Field(ge=2 * SHORTEST, le=10**7)]
     held_out: Annotated[float, Field(gt=0, lt=1)]
+    foreign: Root = None
 
     task: ClassVar[str] = "language"
     clean: ClassVar[bool] = False
+    column = "text"  # of Parquet and JSONL
+    remedy: ClassVar[str] = "call the one that has the texts so"
 
     def texts(self) -> list[Text]:
         """Return all texts. Raises UsageError for missing, incomplete or malformed files."""
@@ -249,8 +261,24 @@ class Texts(DataSet):
                 f"dataset={self.name} has {len(last)} texts of {SHORTEST} characters or more, {len(unseen)} of which "
                 f"dataset.held_out={self.held_out:g} holds out: give it more texts, or type another share"
             )
-        content = hashlib.sha256(json.dumps([train, test]).encode()).hexdigest()
-        return Documents(train, test, self.clean, content, skipped)
+        foreign = self._foreign(last)
+        content = json.dumps([train, test, foreign] if foreign else [train, test])
+        return Documents(train, test, self.clean, hashlib.sha256(content.encode()).hexdigest(), skipped, foreign)
+
+    def _foreign(self, own: Collection[str]) -> list[str]:
+        """Return the documents of another language, none of which may be one of its own texts."""
+        if self.foreign is None:
+            return []
+        found = Files("dataset.foreign", self.foreign, self.column, self.remedy).texts()
+        long = [(place, stripped) for place, text in found if len(stripped := text.strip()) >= SHORTEST]
+        if not long:
+            raise UsageError(f"dataset.foreign={self.foreign} has no text of {SHORTEST} characters: give longer ones")
+        if both := [place for place, text in long if text in own]:
+            raise UsageError(
+                f"{printable(both[0])} of dataset.foreign={self.foreign} is a text of dataset={self.name} too: "
+                "give texts of another language"
+            )
+        return [part for _, text in long for part in passages(text, self.characters)]
 
 
 def passages(text: str, most: int) -> list[str]:
@@ -318,20 +346,42 @@ class TextFiles(Texts):
     root: Root
     column: Annotated[str, Field(min_length=1)]
 
+    remedy: ClassVar[str] = "type dataset.column=NAME of the one that has the texts"
+
     def texts(self) -> list[Text]:
-        kinds = {".parquet": self._parquet, ".jsonl": self._jsonl, ".txt": self._txt}
-        holds = "*.parquet, *.jsonl or *.txt"
         if self.root is None:
-            raise UsageError(f"dataset={self.name} needs its files: type dataset.root=PATH, a folder of {holds}")
-        root = Path(self.root).expanduser()
+            raise UsageError(f"dataset={self.name} needs its files: type dataset.root=PATH, a folder of {Files.KINDS}")
+        return Files("dataset.root", self.root, self.column, self.remedy).texts()
+
+
+@dataclass(frozen=True)
+class Files:
+    """Texts in files: a ``column`` of Parquet or JSONL, or the whole of each ``.txt``, wherever below ``path``.
+
+    Attributes:
+        key: of the configuration, by which they were named.
+        remedy: what to do where there is no such column.
+    """
+
+    key: str
+    path: str
+    column: str
+    remedy: str
+
+    KINDS: ClassVar[str] = "*.parquet, *.jsonl or *.txt"
+
+    def texts(self) -> list[Text]:
+        """Return all texts. Raises UsageError for files that are missing, of several kinds, or malformed."""
+        kinds = {".parquet": self._parquet, ".jsonl": self._jsonl, ".txt": self._txt}
+        root = Path(self.path).expanduser()
         if not root.exists():
-            raise UsageError(f"dataset.root={root} is not there: type a folder of {holds}, or one such file")
+            raise UsageError(f"{self.key}={root} is not there: type a folder of {self.KINDS}, or one such file")
         there = [root] if root.is_file() else [path for path in below(root, "**/*") if path.is_file()]
         files = [file for file in there if file.suffix in kinds]
         if not files:
-            raise UsageError(f"dataset.root={root} has no {holds}: type the folder that has them")
+            raise UsageError(f"{self.key}={root} has no {self.KINDS}: type the folder that has them")
         if len(found := sorted({file.suffix for file in files})) > 1:
-            raise UsageError(f"dataset.root={root} has {' and '.join(found)}: type a folder, or a file, of one kind")
+            raise UsageError(f"{self.key}={root} has {' and '.join(found)}: type a folder, or a file, of one kind")
         base = root.parent if root.is_file() else root
         try:
             return [text for file in files for text in kinds[file.suffix](file, file.relative_to(base).as_posix())]
@@ -357,7 +407,7 @@ class TextFiles(Texts):
                 text = values.get(self.column, False) if isinstance(values, dict) else False
                 if not isinstance(text, str | None):
                     has = ", ".join(values) if isinstance(values, dict) else type(values).__name__
-                    raise UsageError(f"{file}, line {number}, has no text {self.column}, but {has}: {self._other}")
+                    raise UsageError(f"{file}, line {number}, has no text {self.column}, but {has}: {self.remedy}")
                 yield f"{name}#{number}", text or ""
 
     def _parquet(self, file: Path, name: str) -> Iterator[Text]:
@@ -367,21 +417,17 @@ class TextFiles(Texts):
         try:
             schema = pq.read_schema(file)
             if self.column not in schema.names:
-                raise UsageError(f"{file} has no column {self.column}, but {', '.join(schema.names)}: {self._other}")
+                raise UsageError(f"{file} has no column {self.column}, but {', '.join(schema.names)}: {self.remedy}")
             column = schema.field(self.column).type
             kind = column.value_type if pa.types.is_dictionary(column) else column
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise UsageError(f"the column {self.column} of {file} holds {kind}, no texts: {self._other}")
+                raise UsageError(f"the column {self.column} of {file} holds {kind}, no texts: {self.remedy}")
             texts = pq.read_table(file, columns=[self.column]).column(0)
             texts.validate(full=True)
         except pa.ArrowException as error:
             raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from None
         for row, text in enumerate(texts.to_pylist()):
             yield f"{name}#{row}", text or ""
-
-    @property
-    def _other(self) -> str:
-        return "type dataset.column=NAME of the one that has the texts"
 
 
 # --- a network
