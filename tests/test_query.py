@@ -131,7 +131,13 @@ def test_labels_that_were_not_asked_for_have_no_say(undisturbed, line):
     assert summary["asked"] == (noisy["times_selected"] > 0).sum() == summary["samples"] // 2
 
 
-@pytest.mark.parametrize("score", ["reducible", "irreducible", "readout", "cleaning"])
+@pytest.mark.parametrize("reference", ["pseudo", "pseudo_cleanlab"])
+def test_a_reference_set_by_the_labels_of_all_samples_is_refused(refused, reference):
+    said = refused("pruner=query", "score=das", f"reference={reference}")
+    assert "pruner=query knows no label before it asks, and reference=pseudo chooses by those of all samples" in said
+
+
+@pytest.mark.parametrize("score", ["reducible", "irreducible", "readout", "cleaning", "oracle", "supervised"])
 def test_a_score_by_the_labels_of_all_samples_is_refused(refused, score):
     sentence = f"pruner=query knows no label before it asks, and score={score} goes by those of all samples"
     assert sentence in refused("pruner=query", f"score={score}")

@@ -204,6 +204,11 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
             f"pruner={config.pruner.name} knows no label before it asks, and score={config.score.name} goes by those "
             "of all samples; use score=loss"
         )
+    if plan.asks and isinstance(config.reference, Pseudo):
+        raise UsageError(
+            f"pruner={config.pruner.name} knows no label before it asks, and reference=pseudo chooses by those of all "
+            "samples; use reference=trusted or reference=none"
+        )
     if classes:
         return
     name, lacks = config.task.name, "needs class labels, and task="
