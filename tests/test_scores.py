@@ -9,9 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import distance
+from sklearn.linear_model import LogisticRegression
 
 from alignprune_exp.pruning import SCORES, Trajectories, fast, within_class
 from alignprune_exp.pruning.bank import BLOCK
+from alignprune_exp.pruning.logistic import likeliest, sigmoid
 from alignprune_exp.pruning.scores import cosine, pearson, ranks, spearman
 
 
@@ -401,6 +403,18 @@ def test_what_supervision_makes_of_losses_is_what_they_tell_and_no_sample_tells_
     rows[5:15, rng.random(400) < 0.3] = np.nan
     assert abs(auroc("settled", rows) - 0.5) < 0.12
     assert auroc("supervised", rows) > 0.85  # a difference of 2 at a deviation of 0.7 can reach 0.92
+
+
+def test_a_logistic_regression_is_scikit_learns():
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(6, 300))
+    true = rng.random(300) < sigmoid(2 * features[0] - features[1])
+    theirs = LogisticRegression(C=1.0, tol=1e-10, max_iter=1000).fit(features.T, true)
+    precision = np.array([*np.ones(6), 0.0])
+    ours = likeliest(np.vstack([features, np.ones(300)]), true, 0 * precision, precision)
+    np.testing.assert_allclose(ours, [*theirs.coef_[0], *theirs.intercept_], atol=1e-6)
+    apart = likeliest(np.vstack([features, np.ones(300)]), features[0] > 0, 0 * precision, precision)  # separable
+    assert ((apart @ np.vstack([features, np.ones(300)]) > 0) == (features[0] > 0)).mean() > 0.95
 
 
 def test_supervised_is_settled_where_nothing_is_wrong_and_knows_nothing_of_what_was_never_seen():

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .logistic import likeliest, sigmoid
+
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
@@ -65,7 +67,7 @@ def wrong_probability(
     log_odds = np.clip(_log_odds_of_the_upper(away), -MOST_SURE, MOST_SURE)
     if known is not None and not np.isnan(known[seen]).all():
         log_odds = _calibrated(log_odds, known[seen])
-    found[seen] = _sigmoid(log_odds)
+    found[seen] = sigmoid(log_odds)
     return found
 
 
@@ -96,29 +98,11 @@ def _log_odds_of_the_upper(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _calibrated(log_odds: NDArray[np.float64], known: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return a * log_odds + b (n,), with a >= 0, where a ~ N(1, 1) and b ~ N(0, 1) are the likeliest by ``known`` (n,).
-
-    Damped Newton steps: the function is convex.
-    """
+    """Return a * log_odds + b (n,), a >= 0, where a ~ N(1, 1) and b ~ N(0, 1) are likeliest by ``known`` (n,)."""
     told = ~np.isnan(known)
-    x, y = np.stack([log_odds[told], np.ones(told.sum())]), known[told]
-    prior = np.array([1.0, 0.0])
-
-    def unlikely(line: NDArray[np.float64]) -> float:
-        return float((np.logaddexp(0, line @ x) - y * (line @ x)).sum() + ((line - prior) ** 2).sum() / 2)
-
-    line = prior
-    for _ in range(50):
-        p = _sigmoid(line @ x)
-        step = np.linalg.solve((x * p * (1 - p)) @ x.T + np.eye(2), x @ (p - y) + line - prior)
-        while unlikely(line - step) > unlikely(line) and np.abs(step).max() > 1e-9:
-            step = step / 2
-        line = line - step
-    return max(line[0], 0.0) * log_odds + line[1]
-
-
-def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (1 + np.tanh(x / 2)) / 2
+    x = np.stack([log_odds[told], np.ones(told.sum())])
+    slope, constant = likeliest(x, known[told], np.array([1.0, 0.0]), np.ones(2))
+    return max(slope, 0.0) * log_odds + constant
 
 
 def table(

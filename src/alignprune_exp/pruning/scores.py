@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import fast
 from .bank import History
-from .ceiling import told_by_others
 from .cleaning import within_class
+from .logistic import told_by_others
 from .seeding import generator
 from .selection import check_epochs, epochs_of
 
@@ -347,7 +347,7 @@ class Supervised(Oracle):
         means_N = -scores_N[seen_N]
         losses = [means_N, *(torch.where(row.isnan(), means_N, row) for row in (each[seen_N] for each in history.rows))]
         rng = generator(history.seed, "supervised score", history.epoch)
-        odds = told_by_others(torch.stack(losses, 1).cpu().numpy(), clean_N[seen_N].cpu().numpy(), rng)
+        odds = told_by_others(torch.stack(losses).cpu().numpy(), clean_N[seen_N].cpu().numpy(), rng)
         if odds is not None:
             scores_N[seen_N] = torch.from_numpy(odds).to(scores_N)
         return scores_N
