@@ -4,6 +4,7 @@ import math
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from alignprune_exp.pruning import PRUNERS, DynamicPruning, NonFiniteLossError, Pruner, Score, Selection, within_class
+from alignprune_exp.pruning import (
+    PRUNERS,
+    DynamicPruning,
+    Fixed,
+    NonFiniteLossError,
+    Pruner,
+    Score,
+    Selection,
+    within_class,
+)
 from harness import through_disk
 
 N, T, WINDOW, BATCH = 30, 8, 3, 8  # samples, epochs, window, batch size
@@ -596,6 +606,82 @@ def test_a_data_set_without_items_by_index_is_refused(dataset):
 def test_wrong_names_and_settings_are_refused_with_what_is_allowed(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         make(**arguments)
+
+
+@pytest.mark.parametrize("seed", [None, -1, 0.5, "0"])
+def test_a_seed_that_would_not_repeat_is_refused(seed):
+    with pytest.raises(ValueError, match=r"seed=.*whole number"):
+        make(seed=seed)
+
+
+def test_a_mask_of_clean_labels_is_no_list_of_classes():
+    with pytest.raises(ValueError, match="clean has values other than 0 and 1"):
+        make("topk", "oracle", warmup=0, clean=np.arange(N) % 3)
+    as_numbers = make("topk", "oracle", warmup=0, clean=np.arange(N) % 2)
+    assert as_numbers.clean.tolist() == [place % 2 == 1 for place in range(N)]
+
+
+@pytest.mark.parametrize(
+    ("indices", "weights", "sentence"),
+    [
+        (np.arange(N) % 2 == 0, np.ones(N), "indices"),
+        (np.r_[0:5, 0:3], np.ones(8), "indices"),
+        (np.arange(-1, 4), np.ones(5), "indices"),
+        (np.arange(N - 2, N + 2), np.ones(4), "indices"),
+        (np.arange(5.0), np.ones(5), "indices"),
+        (np.arange(0), np.ones(0), "indices"),
+        (np.arange(5), np.ones(1), "weights"),
+        (np.arange(5), -np.ones(5), "weights"),
+        (np.arange(5), np.array([1, 1, 0, 1, 1]), "weights"),
+        (np.arange(5), np.array([1, 1, np.inf, 1, 1]), "weights"),
+        (np.arange(5), np.full(5, np.nan), "weights"),
+    ],
+    ids=str,
+)
+def test_what_a_pruner_of_ones_own_selects_is_looked_at(indices, weights, sentence):
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Pruner):
+        def select(self, scores, epoch, epochs, rng):
+            return Selection(indices, weights)
+
+    with pytest.raises(ValueError, match=f"Own selects what cannot be trained on: {sentence} are not"):
+        make(Own(), "loss").order()
+
+
+def test_a_pruner_that_returns_no_selection_is_told_so():
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Pruner):
+        def select(self, scores, epoch, epochs, rng):
+            return np.arange(5)
+
+    with pytest.raises(ValueError, match="Own selects what cannot be trained on: it is ndarray, no Selection"):
+        make(Own(), "loss").order()
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"seed": 1}, "seed=0, and this is seed=1"),
+        ({"score": "loss"}, "score=das, and this is score=loss"),
+        ({"unseen": "mask"}, "unseen=carry, and this is unseen=mask"),
+        ({"ratio": 0.25}, r"ratio=0.5.*and this is pruner=InfoBatch\(ratio=0.25"),
+        ({"pruner": "seta"}, r"pruner=InfoBatch.*and this is pruner=SeTa"),
+        ({"epochs": 9}, "epochs=8, and this is epochs=9"),
+    ],
+    ids=str,
+)
+def test_the_state_of_another_run_is_not_taken_over(other, sentence):
+    with pytest.raises(ValueError, match=f"the state is of .*{sentence}"):
+        make(**({"seed": 0, "window": 3, "epochs": 8} | other)).load_state_dict(
+            make(seed=0, window=3, epochs=8).state_dict()
+        )
+
+
+def test_the_state_of_another_choice_is_not_taken_over():
+    mine, others = (make(Fixed(indices=np.arange(start, 20)), "loss") for start in (0, 1))
+    mine.load_state_dict(make(Fixed(indices=np.arange(20)), "loss").state_dict())
+    with pytest.raises(ValueError, match="the state is of pruner=Fixed"):
+        mine.load_state_dict(others.state_dict())
 
 
 def test_an_empty_data_set_is_refused():

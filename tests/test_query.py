@@ -131,6 +131,18 @@ def test_labels_that_were_not_asked_for_have_no_say(undisturbed, line):
     assert summary["asked"] == (noisy["times_selected"] > 0).sum() == summary["samples"] // 2
 
 
+def test_what_a_loader_leaves_out_has_been_asked_for_all_the_same():
+    pruning, asked = DynamicPruning(range(60), 12, "query", "loss", start=0.2, budget=0.5, every=1), set()
+    while pruning.epoch < pruning.epochs:
+        index = torch.from_numpy(pruning.order()[:-5])  # as drop_last does
+        asked |= set(pruning.selection.indices.tolist())
+        pruning.update(index, torch.rand(len(index)) + 1)
+        others = pruning.unseen()
+        pruning.record(others, torch.rand(len(others)) + 1)
+        pruning.end_epoch()
+    assert len(asked) == 30
+
+
 @pytest.mark.parametrize("reference", ["pseudo", "pseudo_cleanlab"])
 def test_a_reference_set_by_the_labels_of_all_samples_is_refused(refused, reference):
     said = refused("pruner=query", "score=das", f"reference={reference}")

@@ -238,7 +238,7 @@ class DynamicPruning(Selecting):
         """
         if self.due:
             raise ValueError(f"score={self.score.name!r} goes by what you tell of every sample; call tell() before")
-        selected = len(self.selection.indices)
+        selected = self.selection.indices
         self.exchange()
         reference, trusted = self._reference(reference_loss, self.epoch)
         if reference is None and self.score.aligned and self.pruner.uses_scores:
@@ -255,13 +255,13 @@ class DynamicPruning(Selecting):
             )
         self.trajectories.end_epoch(reference)
         self.times_selected[seen] += 1
-        self.sizes.append(selected)
+        self.sizes.append(len(selected))
         passes = sum(self.sizes) / self.n
         self._noise.observe(self.trajectories.last_N, self.running.trained, trusted, passes, self.selection.ranked)
         self._begin()
         if self.score.aligned and self.epoch == self.trajectories.window:
             self._memory.fill(np.nan)
-        self._scores = self.pruner.digest(self._rank(), seen, self._memory)
+        self._scores = self.pruner.digest(self._rank(), selected, seen, self._memory)
 
     def change_reference(self, reference_loss: ReferenceLoss) -> None:
         """Say, between two epochs, that the reference set is another one from now on.
@@ -302,9 +302,17 @@ class DynamicPruning(Selecting):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a run with the same arguments.
 
-        Raises ValueError if it is of another number of samples, window, or version of this package.
+        Within an epoch, `EpochSampler.leave_out_trained` has the sampler yield what is left of it.
+
+        Raises ValueError if it is of other arguments, number of samples, window, or version of this package.
         """
         check_version(self._state(), state)
+        for name, ours in self._arguments().items():
+            if (theirs := state["arguments"][name]) != ours:
+                raise ValueError(
+                    f"the state is of {name}={theirs}, and this is {name}={ours}; go on with the arguments that it "
+                    "began with"
+                )
         self.trajectories.load_state_dict(state["trajectories"])
         self.first, self.epochs = state["first"], self.epochs - self.first + state["first"]
         self._scores = state["scores"].numpy().copy()
@@ -316,8 +324,19 @@ class DynamicPruning(Selecting):
         self._begin()
         self.running.load_state_dict(state["running"])
 
+    def _arguments(self) -> dict[str, str | int]:
+        """Return what a run is of, in words and numbers; of another one no state is taken over."""
+        return {
+            "pruner": self.pruner.described(),
+            "score": self.score.name,
+            "unseen": self.trajectories.unseen,
+            "seed": int(self.seed),
+            "epochs": self.epochs - self.first,
+        }
+
     def _state(self) -> dict[str, Any]:
         return {
+            "arguments": self._arguments(),
             "first": self.first,
             "trajectories": self.trajectories.state_dict(),
             "scores": torch.from_numpy(self._scores),

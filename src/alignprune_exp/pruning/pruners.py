@@ -411,10 +411,10 @@ class Query(Pruner):
     def looks_around(self, epoch: int, epochs: int) -> bool:
         return (epoch + 1) % self.every == 0 and epoch + 1 < epochs
 
-    def digest(self, scores: Floats, seen: Ints, memory: NDArray[np.float32]) -> Floats:
-        """Rank what was asked, which is what was seen, above all others."""
+    def digest(self, scores: Floats, selected: Ints, seen: Ints, memory: NDArray[np.float32]) -> Floats:
+        """Rank what was asked, which is what was selected, above all others."""
         ranks = scores.copy()
-        ranks[seen] = 2 * np.fmax.reduce(scores, initial=NEVER_SEEN)
+        ranks[selected] = 2 * np.fmax.reduce(scores, initial=NEVER_SEEN)
         return ranks
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
@@ -451,7 +451,7 @@ class Averaging(TopK):
         """Return what to rank by (N,), from the averages (N,)."""
         return mean.copy()
 
-    def digest(self, scores: Floats, seen: Ints, memory: NDArray[np.float32]) -> Floats:
+    def digest(self, scores: Floats, selected: Ints, seen: Ints, memory: NDArray[np.float32]) -> Floats:
         mean, variance = memory
         first = np.isnan(mean)
         later = seen[~first[seen]]

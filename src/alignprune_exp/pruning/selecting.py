@@ -60,6 +60,8 @@ class Selecting(Indexed):
             raise ValueError("the data set is empty")
         if epochs < 1:
             raise ValueError(f"epochs={epochs} is out of range; use 1 or more")
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"seed={seed!r} is out of range; use a whole number, 0 or more")
         self.seed, self.divide = seed, divide
         self._processes = Exchange.given(rank, world_size)
         self.pruner = make_pruner(pruner, **pruner_settings)
@@ -75,9 +77,12 @@ class Selecting(Indexed):
         self._check_window()
         self.clean: Tensor | None = None
         if clean is not None:
-            self.clean = torch.as_tensor(clean, dtype=torch.bool, device=device)
-            if self.clean.shape != (self.n,):
-                raise ValueError(f"clean has shape {tuple(self.clean.shape)}; it must be ({self.n},), one a sample")
+            mask = torch.as_tensor(array(clean), device=device)
+            if mask.shape != (self.n,):
+                raise ValueError(f"clean has shape {tuple(mask.shape)}; it must be ({self.n},), one a sample")
+            self.clean = mask.bool()
+            if not (self.clean == mask).all():
+                raise ValueError("clean has values other than 0 and 1; it says of each label whether it is clean")
         self.told, self.told_in = torch.full((self.n,), torch.nan, device=device), -1
         self.labels = None if labels is None else array(labels)
         if self.labels is not None and self.labels.shape != (self.n,):
@@ -125,7 +130,13 @@ class Selecting(Indexed):
             epoch, epochs = self.epoch - self.first, self.epochs - self.first
             pruner = self.pruner.informed(self.noise_rate) if self.pruner.needs_noise_rate else self.pruner
             rng = generator(self.seed, "select", self.first + pruner.address(epoch, epochs, self.n))
-            self._selection = pruner.select(scores, epoch, epochs, rng)
+            selection = pruner.select(scores, epoch, epochs, rng)
+            try:
+                selection.check(self.n)
+            except (AttributeError, ValueError) as error:
+                why = error if isinstance(error, ValueError) else f"it is {type(selection).__name__}, no Selection"
+                raise ValueError(f"{type(pruner).__name__} selects what cannot be trained on: {why}") from None
+            self._selection = selection
         return self._selection
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,8 +26,8 @@ class Selection:
     """The samples of one epoch.
 
     Attributes:
-        indices: (M,) sample indices, ascending, each once.
-        weights: (M,) float32 gradient weights.
+        indices: (M,) sample indices, ascending, each once; one at least.
+        weights: (M,) float32 gradient weights, above 0.
         ranked: whether the scores had a say.
         low_fraction: share of all samples that was open to pruning for its score, where the rule has one.
     """
@@ -35,6 +36,15 @@ class Selection:
     weights: NDArray[np.float32]
     ranked: bool = False
     low_fraction: float = math.nan
+
+    def check(self, n: int) -> None:
+        """Raise ValueError unless it is that of n samples."""
+        indices, weights = np.asarray(self.indices), np.asarray(self.weights)
+        whole = indices.dtype.kind in "iu" and indices.ndim == 1 and len(indices) > 0
+        if not whole or indices[0] < 0 or indices[-1] >= n or not (indices[1:] > indices[:-1]).all():
+            raise ValueError(f"indices are not some of 0 to {n - 1} as whole numbers, ascending, each once")
+        if weights.shape != indices.shape or not (weights > 0).all() or not np.isfinite(weights.sum()):
+            raise ValueError(f"weights are not {len(indices)} finite numbers above 0, one for each of its indices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +78,12 @@ class Plan:
             raise ValueError(f"{name}: delta={self._delta} is out of range; use a number above 0, up to 1")
         if budget is not None and not 0 < budget <= 1:
             raise ValueError(f"{name}: budget={budget} is out of range; use a number above 0, up to 1")
+
+    def described(self) -> str:
+        """Return its name and its settings, of arrays a checksum."""
+        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        sums = {name: zlib.crc32(np.asarray(value).tobytes()) for name, value in told.items() if np.ndim(value)}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in (told | sums).items())})"
 
     @property
     def needs_noise_rate(self) -> bool:
@@ -163,12 +179,13 @@ class Pruner(Plan):
         """Return whether what an epoch leaves out is to be recorded too, at its end, for the choice that comes next."""
         return False
 
-    def digest(self, scores: Floats, seen: Ints, memory: NDArray[np.float32]) -> Floats:
+    def digest(self, scores: Floats, selected: Ints, seen: Ints, memory: NDArray[np.float32]) -> Floats:
         """Return what to rank the N samples by, after an epoch.
 
         Args:
             scores: (N,), NaN where a sample has none.
-            seen: the samples of the epoch, whose scores are new.
+            selected: the samples of the epoch.
+            seen: those of them that were trained on, whose scores are new; a loader may leave out a last batch.
             memory: (``memory``, N), to be updated in place; NaN at first, and once the score that ranks changes.
         """
         return scores
