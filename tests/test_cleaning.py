@@ -121,6 +121,10 @@ def test_labels_may_be_texts_and_a_sample_never_seen_comes_last():
         ({"top": 0}, "top=0"),
         ({"likely": [1]}, r"likely has shape \(1,\)"),
         ({"checked": {30: 1}}, "checked has sample 30; there are 30"),
+        ({"checked": {"3": 1}}, "checked has sample '3'; there are 30"),
+        ({"checked": {1.5: 1}}, r"checked has sample 1\.5; there are 30"),
+        ({"checked": {3: "0"}}, "sample 3 is '0', where its label is .*give both as texts or both as numbers"),
+        ({"labels": ["cat"] * 30, "checked": {3: 0}}, "sample 3 is 0, where its label is .*both as texts"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments, words):

@@ -684,6 +684,33 @@ def test_the_state_of_another_choice_is_not_taken_over():
         mine.load_state_dict(others.state_dict())
 
 
+@pytest.mark.parametrize("index", [torch.arange(5.0), torch.ones(5, dtype=torch.bool)], ids=["floats", "a mask"])
+def test_indices_that_are_no_whole_numbers_are_refused(index):
+    with pytest.raises(ValueError, match=r"index is torch.*whole numbers"):
+        make("full", "loss").update(index, torch.ones(5))
+
+
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, list], ids=["tensor", "array", "list"])
+def test_the_reference_losses_may_be_any_numbers(kind):
+    pruning = make("full", "das", labels=np.arange(N) % 3)
+    index = torch.from_numpy(pruning.order())
+    pruning.update(index, LOSSES[0][index])
+    with pytest.raises(ValueError, match="the reference set has no loss"):
+        pruning.end_epoch(kind([]))
+    pruning.end_epoch(kind([0.5, 1.5, 2.5]))
+    assert pruning.trajectories.reference_W[0] == 1.5
+
+
+def test_a_score_in_half_precision_ranks():
+    class Half(Score):
+        def __call__(self, history):
+            return history.last_N.bfloat16()
+
+    pruning = make("topk", Half(), warmup=0)
+    epoch_of(pruning)
+    assert pruning.ranking.dtype == np.float32
+
+
 def test_an_empty_data_set_is_refused():
     with pytest.raises(ValueError, match="empty"):
         DynamicPruning([], 200)

@@ -48,6 +48,19 @@ def test_class_shares_are_proportional_by_largest_remainder(labels, data):
     assert min(rounded_up, default=1) >= max(rounded_down, default=0)
 
 
+@pytest.mark.parametrize(
+    ("trust", "labels", "size", "sentence"),
+    [
+        (np.ones(4), [0, 0, 1, 1], 5, "size=5 is out of range; there are 4 samples"),
+        (np.ones(4), [0, 0, 1, 1], -1, "size=-1 is out of range"),
+        (np.ones(3), [0, 0, 1, 1], 2, r"trust has shape \(3,\), labels \(4,\)"),
+    ],
+)
+def test_more_than_there_are_cannot_be_trusted(trust, labels, size, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        most_trusted(trust, labels, size, np.random.default_rng(0))
+
+
 @given(labelled, st.data())
 def test_the_choice_is_the_most_trusted_of_each_class(labels, data):
     trusts = st.one_of(st.just(np.nan), st.sampled_from([0.25, 0.5]), st.floats(-10, 10, width=32))

@@ -80,14 +80,22 @@ def test_embeddings_that_are_all_the_same_foretell_the_shares_of_the_others():
 @pytest.mark.parametrize(
     ("x", "labels", "sentence"),
     [
-        (torch.ones(3, 2), torch.zeros(3, dtype=torch.long), "needs 3 labels, one a sample, of two classes or more"),
+        (torch.ones(3, 2), torch.zeros(3, dtype=torch.long), "needs 3 labels, one a sample, .* of two classes"),
         (torch.ones(3, 2), torch.tensor([0, 1]), "needs 3 labels, one a sample"),
+        (torch.ones(3, 2), torch.tensor([0.0, 1.0, 0.0]), "needs 3 labels, .*whole numbers"),
+        (torch.ones(3, 2), torch.tensor([0, -1, 1]), "needs 3 labels, .*whole numbers from 0"),
         (torch.tensor([[1.0], [torch.nan], [2.0]]), torch.tensor([0, 1, 1]), "the embeddings are not finite"),
     ],
 )
 def test_what_cannot_be_read_out_is_refused(x, labels, sentence):
     with pytest.raises(ValueError, match=sentence):
         readout(x, labels)
+
+
+def test_labels_may_be_an_array_of_any_whole_numbers():
+    x, labels = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), np.arange(40) % 3
+    for numbers in (labels.astype(np.int32), labels.astype(np.uint8), labels.tolist()):
+        assert torch.equal(readout(x, numbers), readout(x, torch.from_numpy(labels)))
 
 
 # ---- the score --------------------------------------------------------------------------------------------

@@ -530,6 +530,10 @@ def test_a_window_that_the_warm_up_has_filled_needs_no_epochs_of_its_own():
         ({"labels": np.zeros(N + 1, int)}, f"{N} of embeddings for {N + 1} labels"),
         ({"probabilities": np.ones((N - 1, C))}, f"{N - 1} of probabilities for {N} labels"),
         ({"probabilities": np.full((N, C), np.nan)}, "probabilities in the evidence hold NaN"),
+        ({"labels": np.full(N, -1)}, f"labels in the evidence are no classes: give whole numbers from 0, below {C}"),
+        ({"labels": np.full(N, C)}, f"give whole numbers from 0, below {C}"),
+        ({"labels": np.zeros(N)}, "labels in the evidence are no classes"),
+        ({"labels": np.full(N, "cat")}, "labels in the evidence are no classes"),
         ({"reference": Evidence(labels=[0])}, "the reference set's embeddings, which the evidence lacks"),
     ],
 )
@@ -544,6 +548,20 @@ def test_evidence_may_be_tensors():
         labels=torch.from_numpy(seen.labels), probabilities=torch.from_numpy(seen.probabilities).requires_grad_()
     )
     assert chosen("static_margin", as_tensors) == chosen("static_margin", seen)
+    halved = torch.from_numpy(seen.probabilities).bfloat16()
+    assert Evidence(labels=seen.labels, probabilities=halved).probabilities.dtype == np.float32
+
+
+def test_a_log_of_the_warm_up_takes_tensors_and_its_own_number_of_samples():
+    log, other = WarmUpLog(3), WarmUpLog(3)
+    log.observe(np.array([1.0, 2, 3]), np.array([True, False, True]))
+    other.observe(torch.tensor([1.0, 2, 3], dtype=torch.float64, requires_grad=True), torch.tensor([1, 0, 1]))
+    assert log.losses.tolist() == other.losses.tolist()
+    assert log.forgotten.tolist() == other.forgotten.tolist()
+    with pytest.raises(ValueError, match=r"losses have shape \(2,\), correct \(3,\); both must be \(3,\)"):
+        log.observe(np.ones(2), np.ones(3, bool))
+    with pytest.raises(ValueError, match="the state is of 3 samples, this log of 4"):
+        WarmUpLog(4).load_state_dict(log.state_dict())
 
 
 # A run

@@ -134,8 +134,13 @@ def table(
             raise ValueError(f"{name} has shape {values.shape}; it must be ({n},), one a sample")
     known = np.full(n, np.nan)
     for index, right in (checked or {}).items():
-        if not 0 <= index < n:
-            raise ValueError(f"checked has sample {index}; there are {n}, counted from 0")
+        if not isinstance(index, int | np.integer) or not 0 <= index < n:
+            raise ValueError(f"checked has sample {index!r}; there are {n}, counted from 0")
+        if isinstance(right, str) != isinstance(labels[index], str):
+            raise ValueError(
+                f"checked says that sample {index} is {right!r}, where its label is {labels[index]!r}: give both as "
+                "texts or both as numbers"
+            )
         known[index] = labels[index] != right
     sure = wrong_probability(-settled, labels, known)
     score = within_class(settled if by is None else by, labels)
@@ -157,5 +162,8 @@ def first(frame: pd.DataFrame, top: int, checked: Mapping[int, Any] | None = Non
 
 
 def array(values: Sequence[Any] | NDArray | Tensor) -> NDArray:
-    """Return what one passes for labels as a NumPy array."""
-    return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+    """Return what one passes for labels or other values, one a sample, as a NumPy array; of bfloat16 in float32."""
+    if not hasattr(values, "detach"):
+        return np.asarray(values)
+    plain = values.detach().cpu()
+    return np.asarray(plain.float() if str(plain.dtype) == "torch.bfloat16" else plain)

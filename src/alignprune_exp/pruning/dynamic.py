@@ -94,18 +94,21 @@ class DynamicPruning(Selecting):
         Args:
             index: (B,) sample indices, as they came with the batch.
             loss: (B,) training loss of each sample, unreduced.
-            observed: (B,) what to record, where that is not the training loss.
+            observed: (B,) what to record, where that is not the training loss; `noise_rate` takes it for cross-entropy.
             reduce, mask: for losses (B, …) of pixels, tokens or boxes; see `one_a_sample`.
 
         Returns:
             The weighted sum of ``loss`` divided by B, a scalar.
 
         Raises:
-            ValueError: a reduced loss, a sample observed twice, or not selected in this epoch, or another process's.
+            ValueError: a reduced loss, an index that is no whole number, or a sample observed twice, not selected in
+                this epoch, or another process's.
             IndexError: an index out of range.
             DisagreementError: the processes have chosen different samples.
         """
         index = torch.as_tensor(index)
+        if index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(f"index is {index.dtype}; pass the index that came with the batch, whole numbers")
         recorded = loss = one_a_sample("the loss", loss, index, reduce, mask)
         if observed is not None:
             several = observed.dim() > 1

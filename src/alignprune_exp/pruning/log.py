@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .bank import exact, outside
+from .bank import check_version, exact, outside
 from .cleaning import NEVER_SEEN, first, table
 
 if TYPE_CHECKING:
@@ -167,8 +167,7 @@ class TrajectoryLog:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state over. Raises ValueError if it is of another number of samples, or of another version."""
-        if missing := self.state_dict().keys() - state.keys():
-            raise ValueError(f"the state lacks {', '.join(sorted(missing))}; it is of another version of this package")
+        check_version(self.state_dict(), state)
         if (n := len(state["seen"])) != self.n:
             raise ValueError(f"the state is of {n} samples, this log of {self.n}")
         self.classes = state["classes"]

@@ -34,11 +34,12 @@ def readout(embeddings: Tensor, labels: Tensor) -> Tensor:
 
     Raises ValueError for labels of one class or of other samples, and for embeddings that are not finite.
     """
-    n, d = embeddings.shape
-    labels = labels.to(embeddings.device)
-    classes = int(labels.max()) + 1 if labels.numel() else 0
-    if labels.shape != (n,) or classes < 2:
-        raise ValueError(f"a readout needs {n} labels, one a sample, of two classes or more")
+    n = len(embeddings)
+    labels = torch.as_tensor(labels, device=embeddings.device)
+    whole = labels.shape == (n,) and not labels.is_floating_point() and n > 0
+    if not whole or labels.min() < 0 or labels.max() < 1:
+        raise ValueError(f"a readout needs {n} labels, one a sample, whole numbers from 0, of two classes or more")
+    labels, d, classes = labels.long(), embeddings.shape[1], int(labels.max()) + 1
     mean_D = embeddings.mean(0, dtype=exact(embeddings.device))
     shares_C = F.one_hot(labels, classes).to(mean_D.dtype).mean(0)
 

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cleaning import array
 from .noise_rate import probability
 from .processes import DisagreementError, Exchange
 from .selection import proportional
 
-ReferenceLoss = float | Tensor | tuple[float | Tensor, int] | None  # a mean, all losses (R,), or a sum and a count
+ReferenceLoss = float | Tensor | np.ndarray | list[float] | tuple[float | Tensor, int] | None
+"""A mean, all losses (R,), or a sum and a count."""
 NO_LOSS, MEAN, PART = range(3)
 AGREEMENT = 1e-4  # of the means that processes pass, which some kinds of hardware do not compute alike
 
@@ -30,10 +32,11 @@ def shared_loss(given: ReferenceLoss, processes: Exchange) -> tuple[float | None
     kind, value, count, fit = NO_LOSS, 0.0, 1.0, math.nan
     if isinstance(given, tuple):
         kind, (value, count) = PART, map(float, given)
-    elif isinstance(given, Tensor) and given.dim():
-        kind, value, fit = MEAN, given.double().mean().item(), probability(given)
     elif given is not None:
-        kind, value = MEAN, float(given)
+        losses = torch.as_tensor(given, dtype=torch.float64)
+        if losses.numel() == 0:
+            raise ValueError("the reference set has no loss; pass the losses (R,) of one sample or more")
+        kind, value, fit = MEAN, losses.mean().item(), probability(losses) if losses.dim() else math.nan
     said = torch.tensor([(kind, value, count, fit)], dtype=torch.float64)
     kinds, values, counts, fits = processes.gather(said).T
     if (kinds == PART).all():
@@ -79,9 +82,16 @@ def most_trusted(trust: np.ndarray, labels: np.ndarray, size: int, rng: np.rando
     Returns:
         Sample indices, int64 (R,), ascending.
 
+    Raises ValueError for another number of labels, and for more samples than there are.
+
     >>> most_trusted(np.array([0.9, 0.1, 0.2, 0.8]), np.array([0, 0, 1, 1]), 2, np.random.default_rng(0))
     array([0, 3])
     """
+    trust, labels = array(trust), array(labels)
+    if trust.shape != labels.shape or trust.ndim != 1:
+        raise ValueError(f"trust has shape {trust.shape}, labels {labels.shape}; both must be (N,), one a sample")
+    if not 0 <= size <= len(labels):
+        raise ValueError(f"size={size} is out of range; there are {len(labels)} samples to choose from")
     classes, quota = class_shares(labels, size, rng)
     distrust = np.where(np.isnan(trust), np.inf, -trust)
     ranked = np.lexsort((rng.random(len(labels)), distrust, labels))

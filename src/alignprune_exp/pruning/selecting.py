@@ -262,7 +262,7 @@ class Selecting(Indexed):
             if not isinstance(values, Tensor) or values.shape != (self.n,):
                 what = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(f"{type(score).__name__} returned {what}; a score returns a tensor ({self.n},)")
-            found.append(values)
+            found.append(values.float())
         return torch.stack(found).cpu().numpy()
 
     def report(self, labels: Sequence[Any] | np.ndarray | Tensor | None = None) -> pd.DataFrame:

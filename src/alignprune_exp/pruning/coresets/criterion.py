@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cleaning import array
 from ..selection import Floats, Ints, Plan, check_epochs, epochs_of, share
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROWS = 1 << 14  # samples in float64 at a time
 
@@ -43,8 +47,7 @@ class Evidence:
         for each in fields(self):
             values: Any = getattr(self, each.name)
             if values is not None and each.name != "reference":
-                plain = values.detach().cpu() if hasattr(values, "detach") else values
-                object.__setattr__(self, each.name, np.asarray(plain))
+                object.__setattr__(self, each.name, array(values))
 
 
 class WarmUpLog:
@@ -61,8 +64,16 @@ class WarmUpLog:
         self.learnt = np.zeros(n, bool)
         self.events = np.zeros(n, np.int64)
 
-    def observe(self, losses: Floats, correct: NDArray[np.bool_]) -> None:
-        """Take note of an epoch: every sample's loss (n,), and whether it was classified right (n,)."""
+    def observe(self, losses: Floats | Tensor, correct: NDArray[np.bool_] | Tensor) -> None:
+        """Take note of an epoch: every sample's loss (n,), and whether it was classified right (n,).
+
+        Raises ValueError for another number of samples.
+        """
+        losses, correct = array(losses), array(correct).astype(bool)
+        if losses.shape != self.sums.shape or correct.shape != self.sums.shape:
+            raise ValueError(
+                f"losses have shape {losses.shape}, correct {correct.shape}; both must be {self.sums.shape}"
+            )
         self.epochs += 1
         self.sums += losses
         self.events += self.right & ~correct
@@ -87,6 +98,9 @@ class WarmUpLog:
         return {"epochs": self.epochs, **arrays}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for a state of another number of samples."""
+        if state["sums"].shape != self.sums.shape:
+            raise ValueError(f"the state is of {len(state['sums'])} samples, this log of {len(self.sums)}")
         self.epochs = state["epochs"]
         for name in ("sums", "right", "learnt", "events"):
             setattr(self, name, state[name].numpy().copy())
@@ -144,7 +158,8 @@ class Criterion(Plan):
         return epochs_of(self.warmup, epochs)
 
     def choose(self, evidence: Evidence, rng: np.random.Generator) -> Choice:
-        """Return the choice; raise ValueError for evidence that is missing, of a wrong shape, or not a number."""
+        """Return the choice; raise ValueError for evidence that is missing, of a wrong shape, or not a number, and for
+        labels that are no classes, or none of its probabilities."""
         self._check(evidence)
         return self.pick(evidence, rng)
 
@@ -167,8 +182,13 @@ class Criterion(Plan):
                     raise ValueError(f"{name} chooses by {whose}{needed}, which the evidence lacks")
                 if len(values) != size:
                     raise ValueError(f"the evidence has {len(values)} of {whose}{needed} for {size} labels")
-                if np.isnan(values.sum()):
+                if values.dtype.kind == "f" and np.isnan(values.sum()):
                     raise ValueError(f"{whose}{needed} in the evidence hold NaN")
+            labels, known = part.labels, part.probabilities
+            classes = known.shape[1] if known is not None and "probabilities" in self.needs else None
+            if labels.dtype.kind not in "iu" or (size and labels.min() < 0) or (classes and labels.max() >= classes):
+                below = f", below {classes}" if classes else ""
+                raise ValueError(f"{whose}labels in the evidence are no classes: give whole numbers from 0{below}")
 
 
 @dataclass(frozen=True, kw_only=True)
