@@ -139,6 +139,16 @@ def test_what_a_log_keeps_is_exported_as_well(tmp_path):
     assert [choice.get("value") for choice in config.iter("Choice")] == ["cat", "dog", 'a "b" & c']
 
 
+def test_what_a_sample_is_taken_for_can_be_chosen_though_no_label_is_that(tmp_path):
+    log = TrajectoryLog(6)
+    log.update(torch.arange(6), torch.eye(4)[[3, 3, 2, 0, 1, 0]], torch.arange(6) % 2)
+    to_labelstudio(Samples("log", log.suspects(6)), tmp_path / "out", False)
+    tasks = json.loads((tmp_path / "out" / "tasks.json").read_text())
+    foretold = {task["predictions"][0]["result"][0]["value"]["choices"][0] for task in tasks}
+    config = xml.etree.ElementTree.parse(tmp_path / "out" / "labeling_config.xml")
+    assert foretold <= {choice.get("value") for choice in config.iter("Choice")} == {"0", "1", "2", "3"}
+
+
 @pytest.mark.parametrize("damage", ["rows", "names", "values", "column"])
 def test_damaged_probabilities_are_refused(bare, damage):
     samples = read_samples(bare)

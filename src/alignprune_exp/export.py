@@ -134,7 +134,11 @@ def _task(samples: Samples, place: int, row: dict[str, Any]) -> dict[str, Any]:
 
 def _labeling_config(samples: Samples) -> str:
     """Return the labelling interface that the tasks fit into."""
-    labels = sorted(set(samples.frame["label"])) if samples.names is None else range(len(samples.names))
+    if samples.names is None:
+        columns = [samples.frame[name] for name in ("label", "likely_label") if name in samples.frame]
+        labels = sorted({label for column in columns for label in column.dropna()})
+    else:
+        labels = list(range(len(samples.names)))
     choices = "".join(f"    <Choice value={quoteattr(samples.name(label))}/>\n" for label in labels)
     tag, value = ("Image", "$image") if "path" in samples.frame else ("Text", "$text")
     return (
