@@ -267,8 +267,8 @@ class Trajectories:
 
     def _twice(self, who: str) -> str:
         return (
-            f"{who} was observed twice in epoch {self.epoch}; call update() once a batch, end_epoch() once after each pass "
-            "over the loader, and after a resume within an epoch first sampler.leave_out_trained()"
+            f"{who} was observed twice in epoch {self.epoch}; call update() once a batch, end_epoch() once after each "
+            "pass over the loader, and after a resume within an epoch first sampler.leave_out_trained()"
         )
 
 
