@@ -456,6 +456,13 @@ def test_a_failed_run_says_why_and_force_tries_again(tmp_path, capsys, monkeypat
     assert summary_of(folder)["status"] == "failed"
 
 
+def test_a_batch_of_one_sample_that_batch_norm_cannot_take_is_said(tmp_path, capsys):
+    line = ("model=resnet18", "batch_size=1", "dataset.subset=30", "reference.size=8", "epochs=1", "pruner=full")
+    assert launch(tmp_path, *line, "score=loss") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "ended in epoch 0, step 0: a batch of one sample has nothing to be normalised by; set another" in said
+
+
 def test_a_loss_that_turns_bad_later_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     config = config_of(tmp_path)
     one = Run(config)

@@ -44,6 +44,8 @@ from .runs import RunFolder, Writing, owner_alive, write_json, write_text
 from .setup import Setup, make_pruning
 from .trackers import Mirror, Mirrored, Tracker
 
+ONE_VALUE = "more than 1 value per channel"  # that PyTorch's batch norm expects
+
 Result = TypeVar("Result")
 
 
@@ -178,7 +180,7 @@ class Run:
         mirror = Mirror(tracker, mirrored, say)
         say(self._beginning())
         try:
-            with _stop_signals() as stop, self._images_turn_bad(), self.writing:
+            with _stop_signals() as stop, self._batches_turn_bad(), self.writing:
                 error = self._walk(folder, stop, mirror)
                 self.writing.wait()
             summary = record.summary(setup, self.loop, self.choice, self.journal.rows, error)
@@ -293,16 +295,21 @@ class Run:
         raise stopped(self.setup.id, self.done, 0)
 
     @contextmanager
-    def _images_turn_bad(self) -> Iterator[None]:
-        """Turn a mistake in the data, which came after it was looked at, into Failed: there is a record already."""
+    def _batches_turn_bad(self) -> Iterator[None]:
+        """Turn what is wrong with a batch, which nobody could see before, into Failed: there is a record already."""
         try:
             yield
         except UsageError as error:
-            failed = Failed(
-                f"run {self.setup.id} ended in {self._where}: {error}; with the images as they were, {GOES_ON}"
-            )
-            failed.speaks = True  # of several processes this one alone has seen it
-            raise failed from None
+            why = f"{error}; with the images as they were, {GOES_ON}"
+        except ValueError as error:
+            if ONE_VALUE not in str(error):
+                raise
+            why = "a batch of one sample has nothing to be normalised by; set another batch_size, or model.norm=group"
+        else:
+            return
+        failed = Failed(f"run {self.setup.id} ended in {self._where}: {why}")
+        failed.speaks = True  # of several processes this one alone has seen it
+        raise failed
 
     def _choose(self, criterion: Criterion) -> None:
         """Choose by what the warm-up has left, and begin the phase that trains on it, from scratch."""
