@@ -41,6 +41,15 @@ def task(jsonl):
     return open_task(composed(*TINY, f"dataset.root={jsonl}", "noise=sym", "noise.rate=0.25"))
 
 
+def held_out(task):
+    documents = task.opened()
+    return [documents.test[row][1] for row in task.parts.test]
+
+
+def texts_of(task, targets):
+    return [task.tokenizer.decode(row[row != NOTHING].tolist()) for row in targets]
+
+
 class Uniform(nn.Module):
     """Takes every token for as likely as any other."""
 
@@ -61,7 +70,10 @@ def test_the_share_asked_for_is_corrupted_and_known(task):
     assert changed == task.corrupted.tolist()
     assert set(task.columns()["corrupted"]) == {True, False}
     assert not set(task.parts.train) & set(task.parts.reference)
-    assert task._trusted == [documents.train[row][1] for row in task.parts.reference]
+    trusted = [documents.train[row][1] for row in task.parts.reference]
+    assert [decoded for _, _, targets in task.reference.evaluation() for decoded in texts_of(task, targets)] == [
+        task.tokenizer.decode(encoded.ids[: task.length]) for encoded in task.tokenizer.encode_batch(trusted)
+    ]
     assert {place for place, _ in documents.train}.isdisjoint(place for place, _ in documents.test)
     assert task.reference_noise() == 0
 
@@ -122,6 +134,16 @@ def test_a_document_is_the_bytes_of_its_tokens(task):
         assert torch.equal(inputs[:, 1:][follows], targets[:, :-1][follows])
 
 
+def test_a_run_says_which_share_of_the_bytes_it_reads(task, jsonl):
+    assert task.notes == ()
+    short = open_task(composed(*TINY, f"dataset.root={jsonl}", "noise=clean", "task.length=4"))
+    for share, texts in (("bytes_read", short.texts), ("bytes_evaluated", held_out(short))):
+        read = [encoded.offsets[:4][-1][1] for encoded in short.tokenizer.encode_batch(texts)]
+        assert short.facts[share] == pytest.approx(sum(read) / sum(map(len, texts)))  # letters, a byte each
+    assert short.facts["bytes_read"] < 0.5
+    assert short.notes[0].startswith(f"{short.facts['bytes_read']:.0%} of the documents' bytes are in their first")
+
+
 def test_the_losses_of_a_batch_are_those_of_its_samples_one_by_one(task):
     torch.manual_seed(0)
     network = task.network()
@@ -151,7 +173,7 @@ def test_the_bits_per_byte_of_a_uniform_model_are_what_theory_says(task):
     tests = task.tests[""]
     vocabulary = task.tokenizer.get_vocab_size()
     found = task.evaluate(Uniform(vocabulary), tests.evaluation(), len(tests), Processes())
-    lengths = [encoded.ids[: task.length] for encoded in task.tokenizer.encode_batch(task._held)]
+    lengths = [encoded.ids[: task.length] for encoded in task.tokenizer.encode_batch(held_out(task))]
     tokens, size = sum(map(len, lengths)), sum(int(task.bytes_V[ids].sum()) for ids in lengths)
     assert math.isclose(found["bits_per_byte"], tokens * math.log2(vocabulary) / size, rel_tol=1e-6)
     assert math.isclose(found["loss"], math.log(vocabulary), rel_tol=1e-6)
@@ -277,7 +299,7 @@ def test_the_same_seed_draws_the_same_and_another_one_others(jsonl, task):
     other = open_task(composed(*TINY, f"dataset.root={jsonl}", "noise=sym", "noise.rate=0.25", "seed=1"))
     assert again.texts == task.texts
     assert other.texts != task.texts
-    assert other._held == task._held
+    assert held_out(other) == held_out(task)
 
 
 def test_two_processes_compute_what_one_computes(tmp_path, nurse, jsonl):

@@ -178,6 +178,8 @@ class Run:
         values = config.model_dump() | {"environment": environment}
         mirrored = Mirrored(setup.id, group, folder.path, values, self.done)
         mirror = Mirror(tracker, mirrored, say)
+        for note in setup.task.notes:
+            say(f"note: {note}")
         say(self._beginning())
         try:
             with _stop_signals() as stop, self._batches_turn_bad(), self.writing:

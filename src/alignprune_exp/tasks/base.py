@@ -83,6 +83,7 @@ class Task:
         classes: their names, where samples have class labels; then ``strata`` are the labels given.
         chance_loss: about the loss of who knows nothing, by which histograms of losses are scaled.
         facts: what a summary says of the data, by name.
+        notes: what is said of them before training, in sentences.
         skipped: what was left out of the data since it could not be read, one line each.
         train: batches of the training samples.
         reference: batches that a reference set is drawn from, held out or the training samples' own.
@@ -98,6 +99,7 @@ class Task:
     classes: Sequence[str] | None = None
     chance_loss: float = 1.0
     facts: Mapping[str, Any] = {}
+    notes: Sequence[str] = ()
     skipped: Sequence[str] = ()
     train: Batches
     reference: Batches

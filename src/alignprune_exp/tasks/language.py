@@ -13,7 +13,6 @@ import platform
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from ..network import Network
 
 SHORTEST = 32  # characters that a document has at least
+HALF = 0.5  # of the bytes, below which it is said how many are read
 NOTHING = -1  # the target behind the end of a document
 BOILERPLATE = (
     "All rights reserved. No part of this page may be reproduced without permission. ",
@@ -57,6 +57,8 @@ class Language(RowsTask):
 
     Attributes:
         texts: the training documents as given, wrong ones among them.
+        facts: ``bytes_read`` and ``bytes_evaluated``, the shares of the training and the held-out documents' bytes that
+            are within ``length`` tokens; noise, which the vocabulary is learnt from too, changes these.
         tokenizer: maps documents to tokens; every text has some, since there is one for every byte.
     """
 
@@ -80,8 +82,16 @@ class Language(RowsTask):
         self.tokenizer = learnt(self.texts, vocabulary)
         self.chance_loss = math.log(self.tokenizer.get_vocab_size())
         self.bytes_V = torch.tensor([0, *map(self._length, range(1, self.tokenizer.get_vocab_size()))])
-        self._trusted = self._given(parts.reference, parts.doubted)
-        self._held = [self.data.test[row][1] for row in parts.test]
+        self.train, read = self._batches(self.texts)
+        trusted = self._given(parts.reference, parts.doubted)
+        self.reference = self._batches(trusted)[0] if trusted else self.train
+        held_out, evaluated = self._batches([self.data.test[row][1] for row in parts.test])
+        self.tests, self.facts = {"": held_out}, {"bytes_read": read, "bytes_evaluated": evaluated}
+        if read < HALF:
+            self.notes = [
+                f"{read:.0%} of the documents' bytes are in their first task.length={length} tokens, and no more is "
+                "read; a smaller dataset.characters cuts texts into shorter documents"
+            ]
 
     def _given(self, rows: np.ndarray, wrong: np.ndarray) -> list[str]:
         """Return the documents of some rows, those that are ``wrong`` corrupted by (seed, row)."""
@@ -95,20 +105,9 @@ class Language(RowsTask):
         """Return the bytes of a token: byte-level BPE writes one character for each."""
         return len(self.tokenizer.id_to_token(token))
 
-    @cached_property
-    def train(self) -> Batches:  # type: ignore[override]
-        return self._batches(self.texts)
-
-    @cached_property
-    def reference(self) -> Batches:  # type: ignore[override]
-        return self._batches(self._trusted) if self._trusted else self.train
-
-    @cached_property
-    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
-        return {"": self._batches(self._held)}
-
-    def _batches(self, texts: list[str]) -> Batches:
-        """Return batches of inputs, int32 (B, T), the first token being 0, and targets, the next tokens, likewise."""
+    def _batches(self, texts: list[str]) -> tuple[Batches, float]:
+        """Return batches of inputs, int32 (B, T), the first token being 0, and targets, the next tokens, likewise; and
+        which share of the texts' bytes these are."""
         inputs = np.zeros((len(texts), self.length), np.int32)
         targets = np.full_like(inputs, NOTHING)
         for row, encoded in enumerate(self.tokenizer.encode_batch(texts)):
@@ -116,7 +115,8 @@ class Language(RowsTask):
             targets[row, : len(ids)] = ids
             inputs[row, 1 : len(ids)] = ids[:-1]
         arrays = torch.from_numpy(inputs), torch.from_numpy(targets)
-        return TensorBatches(*arrays, batch_size=self.config.batch_size, device=self.device)
+        share = self.bytes_V[arrays[1].clamp(min=0)].sum().item() / sum(len(text.encode()) for text in texts)
+        return TensorBatches(*arrays, batch_size=self.config.batch_size, device=self.device), share
 
     def network(self) -> nn.Module:
         """Return a freshly initialised network: from tokens (B, T) to logits of the next one (B, T, V)."""
