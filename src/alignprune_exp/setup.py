@@ -183,34 +183,42 @@ def open_task(config: Config, device: torch.device | str = "cpu", dtype: torch.d
 
 def check_labels(config: Config, classes: bool, clean: bool) -> None:
     """Raise UsageError for a config that asks for ``classes`` or known ``clean`` labels of data without."""
-    score: Score = SCORE.make(config.score)
+    plan, score = PRUNER.make(config.pruner), SCORE.make(config.score)
+    told = any(score.due(epoch, config.epochs) for epoch in range(config.epochs))
     if score.by_truth and not clean:
         raise UsageError(f"score={config.score.name} needs clean labels, and this data set has none; use another score")
-    plan: Plan = PRUNER.make(config.pruner)
-    if plan.asks and not clean:
-        raise UsageError(
-            f"pruner={config.pruner.name} asks for clean labels, and this data set has none; use another one"
-        )
-    if plan.asks and config.recorded in SIGNALS:
-        raise UsageError(f"pruner={config.pruner.name} compares losses; leave recorded={config.recorded} out")
-    asks = any(score.due(epoch, config.epochs) for epoch in range(config.epochs))
-    if asks and not isinstance(score, HeldOut | Readout):
+    if told and not isinstance(score, HeldOut | Readout):
         raise UsageError(
             f"score={config.score.name} is told what a run cannot tell; let it subclass HeldOut or Readout, of "
             "alignprune_exp.pruning.scores"
         )
-    if plan.asks and (score.by_class or score.by_truth or asks):
+    if plan.asks:
+        _check_asking(config, score.by_class or score.by_truth or told, clean)
+    if not classes:
+        _check_without_classes(config, plan, score)
+
+
+def _check_asking(config: Config, by_labels: bool, clean: bool) -> None:
+    """Raise UsageError where a pruner that asks for labels finds no ``clean`` ones, or others are gone by unasked."""
+    pruner = f"pruner={config.pruner.name}"
+    if not clean:
+        raise UsageError(f"{pruner} asks for clean labels, and this data set has none; use another one")
+    if config.recorded in SIGNALS:
+        raise UsageError(f"{pruner} compares losses; leave recorded={config.recorded} out")
+    if by_labels:
         raise UsageError(
-            f"pruner={config.pruner.name} knows no label before it asks, and score={config.score.name} goes by those "
-            "of all samples; use score=loss"
+            f"{pruner} knows no label before it asks, and score={config.score.name} goes by those of all samples; use "
+            "score=loss"
         )
-    if plan.asks and isinstance(config.reference, Pseudo):
+    if isinstance(config.reference, Pseudo):
         raise UsageError(
-            f"pruner={config.pruner.name} knows no label before it asks, and reference=pseudo chooses by those of all "
-            "samples; use reference=trusted or reference=none"
+            f"{pruner} knows no label before it asks, and reference=pseudo chooses by those of all samples; use "
+            "reference=trusted or reference=none"
         )
-    if classes:
-        return
+
+
+def _check_without_classes(config: Config, plan: Plan, score: Score) -> None:
+    """Raise UsageError for what needs class labels."""
     name, lacks = config.task.name, "needs class labels, and task="
     if config.recorded in SIGNALS:
         raise UsageError(f"recorded={config.recorded} {lacks}{name} has none; use recorded=plain")
