@@ -57,7 +57,8 @@ def documents(n=N, seed=0):
 def classifier(**settings):
     torch.manual_seed(0)
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    return BertForSequenceClassification(BertConfig(vocab_size=WORDS, num_labels=CLASSES, **size, **settings))
+    settings = {"num_labels": CLASSES, **settings}
+    return BertForSequenceClassification(BertConfig(vocab_size=WORDS, **size, **settings))
 
 
 def language_model():
@@ -246,25 +247,31 @@ def test_epochs_end_before_they_are_evaluated_or_saved(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "settings"),
     [
+        (lambda number: number % CLASSES, {}),
         (lambda number: float(number % 5), {"num_labels": 1}),
-        (lambda number: [float(number % 2), 1.0], {"problem_type": "multi_label_classification"}),
+        (lambda number: number % 5, {"num_labels": 1}),
+        (lambda number: [float(number % 2), 1.0, 0.0], {}),
+        (lambda number: [float(number % 2), 1.0], {"num_labels": 2, "problem_type": "multi_label_classification"}),
+        (lambda number: [number % 5, 7], {"num_labels": 2, "problem_type": "regression"}),
     ],
 )
-def test_regression_and_several_labels_have_the_models_own_loss(tmp_path, labels, settings):
+def test_a_classifier_has_the_loss_that_it_has_by_itself_all_through(tmp_path, labels, settings):
     data = [{**text, "labels": labels(number)} for number, text in enumerate(texts(12))]
-    model = classifier()
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(
-        BertConfig.from_dict({**model.config.to_dict(), "id2label": None, **settings})
-    )
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    pruning = make(data, "full", "loss")
+    model = classifier(**settings)
+    own = copy.deepcopy(model).eval()
+    pruning, found = make(data, "full", "loss"), []
     model.eval().train = lambda mode=True: model
-    trainer(tmp_path, model, pruning, None, learning_rate=0.0).train()
-    model.load_state_dict(weights)
-    for number, item in enumerate(data):
-        found = model(input_ids=torch.tensor([item["input_ids"]]), labels=torch.tensor([item["labels"]])).loss
-        assert pruning.trajectories.last_N[number].item() == pytest.approx(found.item(), rel=1e-4)
+
+    class Listen(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **rest):
+            found.append(pruning.trajectories.last_N.clone())
+
+    settings = {"learning_rate": 0.0, "eval_strategy": "epoch"}
+    trainer(tmp_path, model, pruning, None, [Listen()], data[:2], **settings).train()
+    expected = torch.stack([own(**Padding()([item])).loss for item in data])
+    torch.testing.assert_close(torch.stack(found), expected.expand(EPOCHS, -1), rtol=1e-4, atol=1e-6)
+    assert expected.mean().item() == pytest.approx(own(**Padding()(data)).loss.item(), rel=1e-5)
+    assert model.config.problem_type == own.config.problem_type
 
 
 def test_token_classes_are_not_shifted(tmp_path):

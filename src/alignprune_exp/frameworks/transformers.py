@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
+from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -69,16 +70,18 @@ class PruningMixin(Base):
 
         Cross-entropy, that of tokens (B, T) averaged over those that are labelled, each predicted from those before it
         in a causal language model; squared error where labels are numbers, as many as outputs; and the mean binary
-        cross-entropy where they are several yes or no.
+        cross-entropy where they are several yes or no. Which one a classifier's labels are is its ``problem_type``,
+        and without one what the model would take them for: numbers where ``num_labels=1``, else a class where they are
+        whole and several yes or no where they are not.
         """
         logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float()
-        problem = getattr(self._bare_model().config, "problem_type", None)
+        problem = self._problem(labels)
         smoothing = self.args.label_smoothing_factor
         index = torch.arange(len(labels))
         if problem == "multi_label_classification":
             losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
             return one_a_sample("the loss", losses, index, "mean")
-        if labels.is_floating_point():
+        if problem == "regression" or labels.is_floating_point():
             return one_a_sample("the loss", (logits.reshape(labels.shape) - labels) ** 2, index, "mean")
         if labels.dim() == 1:
             return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
@@ -193,6 +196,16 @@ class PruningMixin(Base):
     def _bare_model(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    def _problem(self, labels: Tensor) -> str | None:
+        """Return the ``problem_type``, set where it is not as the model does where it is given the labels."""
+        model = self._bare_model()
+        classifies = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForSequenceClassificationLoss
+        if classifies and model.config.problem_type is None:
+            whole = labels.dtype in (torch.long, torch.int)
+            several = "single_label_classification" if whole else "multi_label_classification"
+            model.config.problem_type = "regression" if model.config.num_labels == 1 else several
+        return getattr(model.config, "problem_type", None)
 
     def _predicts_the_next(self) -> bool:
         return type(self._bare_model()).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
