@@ -255,6 +255,55 @@ def test_a_pickled_pruning_as_spawned_processes_get_it_is_refused():
         trainer(pruning, callback).fit(Module(pruning), loader_of(pruning))
 
 
+class Stop(lightning.Callback):
+    def on_train_epoch_end(self, trainer, module):
+        trainer.should_stop = trainer.current_epoch == 2
+
+
+def test_a_pruning_that_was_trained_with_goes_on_in_its_trainer_or_from_a_checkpoint_alone(tmp_path):
+    done, used, begun = make(), make(), make()
+    trainer(done).fit(Module(done), loader_of(done))
+    first, module = trainer(used, Stop(), ModelCheckpoint(tmp_path)), Module(used)
+    first.fit(module, loader_of(used))
+    assert used.epoch == 3
+    begun.update(torch.tensor([begun.order()[0]]), torch.ones(1))
+    for pruning in (done, used, begun):
+        before = pruning.report()
+        with pytest.raises(
+            ValueError, match=r"^the pruning has been trained with; make a new one, or pass fit\(\.\.\., c"
+        ):
+            trainer(pruning).fit(Module(pruning), loader_of(pruning))
+        assert pruning.report().equals(before)
+    saved = next(tmp_path.iterdir())
+    again = Module(used)
+    trainer(used).fit(again, loader_of(used), ckpt_path=saved, weights_only=True)
+    assert used.epoch == EPOCHS
+    whole = make()
+    expected = by_hand(whole)
+    assert used.sizes == whole.sizes
+    torch.testing.assert_close(again.net.state_dict(), expected.net.state_dict())
+
+
+def test_a_fit_goes_on_in_the_trainer_that_it_was_stopped_in():
+    pruning, whole = make(), make()
+    fit, module = trainer(pruning, Stop()), Module(pruning)
+    fit.fit(module, loader_of(pruning))
+    assert pruning.epoch == 3
+    fit.fit(module, loader_of(pruning))
+    by_hand(whole)
+    assert pruning.sizes == whole.sizes
+
+
+def test_a_checkpoint_without_pruning_is_refused(tmp_path):
+    plain, pruning, saved = make(), make(), ModelCheckpoint(tmp_path)
+    lightning.Trainer(max_epochs=1, callbacks=[saved], accelerator="cpu", logger=False).fit(
+        Module(plain), loader_of(plain)
+    )
+    with pytest.raises(ValueError, match=r"^the checkpoint was saved without PruningCallback; "):
+        trainer(pruning).fit(Module(pruning), loader_of(pruning), ckpt_path=saved.best_model_path, weights_only=True)
+    trainer(pruning).validate(Module(pruning), DataLoader(make()), ckpt_path=saved.best_model_path, weights_only=True)
+
+
 def test_a_checkpoint_within_an_epoch_of_other_processes_is_refused():
     pruning = make()
     pruning.update(torch.tensor([3]), torch.ones(1))

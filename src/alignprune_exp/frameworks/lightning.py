@@ -77,6 +77,10 @@ class PruningCallback(Callback):
             raise ValueError(
                 f"max_epochs={epochs} is not the pruning's; pass Trainer(max_epochs={pruning.epochs - pruning.first})"
             )
+        if not trainer.ckpt_path and (pruning.epoch - pruning.first != trainer.current_epoch or pruning.running.step):
+            raise ValueError(
+                "the pruning has been trained with; make a new one, or pass fit(..., ckpt_path=checkpoint)"
+            )
         if needs_reference(pruning) and self.reference is None and not overridden:
             raise ValueError(
                 f"score={pruning.score.name!r} compares with a reference set; pass PruningCallback(pruning, "
@@ -117,6 +121,11 @@ class PruningCallback(Callback):
         if self.pruning.running.step:
             self.pruning.exchange()
         return {"pruning": self.pruning.state_dict(), "processes": self.pruning.processes.size}
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError where the fit would go on from a checkpoint that holds no pruning."""
+        if trainer.training and self.state_key not in checkpoint["callbacks"]:
+            raise ValueError("the checkpoint was saved without PruningCallback; pass fit(ckpt_path=) one saved with it")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state within an epoch of another number of processes."""
