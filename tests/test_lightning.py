@@ -113,7 +113,7 @@ def by_hand(pruning, batch=BATCH):
         with torch.no_grad():
             losses = torch.cat([module.losses(batch) for batch in reference()])
         module.train()
-        pruning.end_epoch(losses.mean())
+        pruning.end_epoch(losses)
     return module
 
 
@@ -131,6 +131,14 @@ def test_lightning_trains_what_the_loop_of_ones_own_does():
     assert module.modes == [False] * 3 * EPOCHS
     assert_frame_equal(pruning.report(), own.report(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(module.net.state_dict(), expected.net.state_dict())
+
+
+def test_the_noise_rate_is_learned_from_the_reference_losses():
+    pruning, own = (make("sieve", "cleaning", exclude="auto", labels=data(N)[:][1], epochs=12) for _ in range(2))
+    module = Module(pruning)
+    trainer(pruning).fit(module, loader_of(pruning))
+    assert module.seen == by_hand(own).seen
+    assert pruning.noise_rate == own.noise_rate > 0
 
 
 class Bar(TQDMProgressBar):
@@ -199,19 +207,20 @@ def test_the_readme_runs(in_the_readme, tmp_path, monkeypatch):
 
 def in_two(rank, pruner, score):
     warnings.simplefilter("ignore")
-    pruning = make(pruner, score)
+    pruning = make(pruner, score, labels=data(N)[:][1])
     module = Module(pruning)
     fit = trainer(pruning, strategy="ddp", devices=2)
     fit.fit(module, DataLoader(pruning, BATCH // 2, sampler=pruning.sampler))
     assert fit.world_size == dist.get_world_size() == 2
     weights = {key: value.tolist() for key, value in module.net.state_dict().items()}
-    return module.seen, pruning.report().to_numpy(), weights
+    return module.seen, pruning.report().to_numpy(), weights, pruning.noise_rate
 
 
 def test_two_processes_train_as_one_does(together):
     one, two = together(2, in_two, "full", "loss")
-    own = make("full", "loss")
+    own = make("full", "loss", labels=data(N)[:][1])
     expected = by_hand(own)
+    assert one[3] == two[3] == pytest.approx(own.noise_rate, rel=1e-4)
     for epoch, order in enumerate(expected.seen):
         assert [sample for step in zip(one[0][epoch], two[0][epoch], strict=True) for sample in step] == order
     np.testing.assert_array_equal(one[1], two[1])
@@ -235,13 +244,19 @@ class Silent(lightning.LightningModule):
         ({"reload_dataloaders_every_n_epochs": 0}, r"pass Trainer\(reload_dataloaders_every_n_epochs=1\)$"),
         ({"max_epochs": 3}, r"max_epochs=3 is not the pruning's; pass Trainer\(max_epochs=6\)$"),
         ({"reference": None}, r"score='das' compares with a reference set; pass PruningCallback\(pruning, reference="),
+        (
+            {"reference": None, "pruner": "sieve"},
+            r"^the pruner learns the noise rate from a reference set; pass Pruning",
+        ),
+        ({"reference": []}, "the reference set has no samples; pass one that has some"),
         ({"module": Silent()}, r"^Silent does not say.*reference_losses\(batch\) that returns one a sample, or pass"),
         ({"loader": DataLoader(data(N))}, r"; make it DataLoader\(pruning, batch_size, sampler=pruning.sampler\)$"),
         ({"losses": lambda module, batch: module.losses(batch).mean()}, r"losses have shape \(\); return one a sample"),
     ],
 )
 def test_a_wrong_configuration_is_one_sentence(settings, words):
-    pruning = make()
+    auto = {"score": "loss", "exclude": "auto", "labels": data(N)[:][1]} if "pruner" in settings else {}
+    pruning = make(settings.pop("pruner", "infobatch"), **auto)
     callback = PruningCallback(pruning, settings.pop("reference", reference()), settings.pop("losses", None))
     module, loader = settings.pop("module", Module(pruning)), settings.pop("loader", loader_of(pruning))
     with pytest.raises(ValueError, match=words):

@@ -128,13 +128,16 @@ def test_a_classifier_trains_on_what_is_selected_and_its_schedule_ends_where_it_
     assert report["loss"].notna().all()
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_without_dropout_it_is_the_loop_of_ones_own(tmp_path, causal):
+SIEVE = {"pruner": "sieve", "score": "cleaning", "exclude": "auto"}
+
+
+@pytest.mark.parametrize(("causal", "selected"), [(False, {}), (True, {}), (False, SIEVE)])
+def test_without_dropout_it_is_the_loop_of_ones_own(tmp_path, causal, selected):
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = language_model() if causal else classifier(**still)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     data, accumulate = (documents, 2) if causal else (texts, 1)
-    pruning, own = make(data()), make(data())
+    pruning, own = (make(data(), **selected, labels=np.arange(N) % CLASSES) for _ in range(2))
     hf = trainer(
         *(tmp_path, copy.deepcopy(model), pruning, data(9, 1)),
         optim="sgd",
@@ -162,8 +165,9 @@ def test_without_dropout_it_is_the_loop_of_ones_own(tmp_path, causal):
             optimizer.zero_grad()
         model.eval()
         with torch.no_grad():
-            own.end_epoch(losses(data(9, 1)).mean())
+            own.end_epoch(losses(data(9, 1)))
     assert pruning.sizes == own.sizes
+    assert pruning.noise_rate == pytest.approx(own.noise_rate, rel=1e-3, nan_ok=not selected)
     np.testing.assert_allclose(pruning.report(), own.report(), rtol=1e-3, atol=1e-4)
 
 
@@ -298,21 +302,22 @@ def test_the_readme_runs(in_the_readme, tmp_path):
 
 def in_two(rank, folder):
     warnings.simplefilter("ignore")
-    pruning = make(documents(), "full", "loss")
+    pruning = make(documents(), "full", "loss", labels=range(N))
     settings = {"per_device_train_batch_size": BATCH // 2, "ddp_backend": "gloo", "optim": "sgd", "max_grad_norm": 0}
     hf = trainer(folder, language_model(), pruning, documents(9, 1), save_strategy="epoch", **settings)
     hf.data_collator = Padding()
     hf.train()
     assert hf.args.world_size == dist.get_world_size() == 2
-    return pruning.report().to_numpy(), hf.state.global_step
+    return pruning.report().to_numpy(), hf.state.global_step, pruning.noise_rate
 
 
 def test_two_processes_train_as_one_does(together, tmp_path):
-    (report, steps), (other, _) = together(2, in_two, tmp_path / "two")
-    pruning = make(documents(), "full", "loss")
+    (report, steps, rate), (other, _, same) = together(2, in_two, tmp_path / "two")
+    pruning = make(documents(), "full", "loss", labels=range(N))
     hf = trainer(tmp_path / "one", language_model(), pruning, documents(9, 1), optim="sgd", max_grad_norm=0)
     hf.data_collator = Padding()
     hf.train()
+    assert rate == same == pytest.approx(pruning.noise_rate, rel=1e-4)
     np.testing.assert_array_equal(report, other)
     np.testing.assert_allclose(report, pruning.report(), rtol=1e-4, atol=1e-5)
     assert steps == hf.state.global_step

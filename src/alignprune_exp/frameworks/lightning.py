@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from ..pruning import DynamicPruning
-from .reference import evaluating, needs_reference, total
+from .reference import evaluating, gathered, needs_reference
 
 
 class PruningCallback(Callback):
@@ -50,11 +50,11 @@ class PruningCallback(Callback):
         if self.reference is None:
             return None
         losses = self.losses or type(module).reference_losses
-        parts = []
+        parts, processes = [], self.pruning.processes
         with evaluating(module), trainer.precision_plugin.forward_context():
-            for batch in islice(self.reference, trainer.global_rank, None, trainer.world_size):
+            for batch in islice(self.reference, processes.rank, None, processes.size):
                 parts.append(losses(module, trainer.strategy.batch_to_device(batch)))
-        return total(parts)
+        return gathered(self.pruning, parts)
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Raise ValueError where the pruning has been pickled."""
@@ -81,11 +81,8 @@ class PruningCallback(Callback):
             raise ValueError(
                 "the pruning has been trained with; make a new one, or pass fit(..., ckpt_path=checkpoint)"
             )
-        if needs_reference(pruning) and self.reference is None and not overridden:
-            raise ValueError(
-                f"score={pruning.score.name!r} compares with a reference set; pass PruningCallback(pruning, "
-                "reference=loader)"
-            )
+        if (why := needs_reference(pruning)) and self.reference is None and not overridden:
+            raise ValueError(f"{why} a reference set; pass PruningCallback(pruning, reference=loader)")
         if self.reference is not None and self.losses is None and not hasattr(module, "reference_losses"):
             raise ValueError(
                 f"{type(module).__name__} does not say what its losses are; give it a method reference_losses(batch) "

@@ -24,17 +24,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def needs_reference(pruning: DynamicPruning) -> bool:
-    """Return whether epochs cannot end without a reference loss."""
-    return pruning.score.aligned and pruning.pruner.uses_scores
+def needs_reference(pruning: DynamicPruning) -> str:
+    """Return why epochs cannot end without a reference set, as the beginning of a sentence; empty where they can."""
+    if pruning.score.aligned and pruning.pruner.uses_scores:
+        return f"score={pruning.score.name!r} compares with"
+    return "the pruner learns the noise rate from" if pruning.pruner.needs_noise_rate else ""
 
 
-def total(parts: list[Tensor]) -> tuple[float, int]:
-    """Return the sum and the number of losses (b,), a part a batch, as `DynamicPruning.end_epoch` takes them."""
+def gathered(pruning: DynamicPruning, parts: list[Tensor]) -> Tensor:
+    """Return the losses (R,) of the whole set, of the losses (b,) of each batch that a process has evaluated.
+
+    All processes call it. Raises ValueError for losses of another shape, and for a set without samples.
+    """
     for part in parts:
         if part.dim() != 1:
             raise ValueError(
                 f"the reference losses have shape {tuple(part.shape)}; return one a sample, (B,), as reduction='none' "
                 "gives them"
             )
-    return sum(part.double().sum().item() for part in parts), sum(len(part) for part in parts)
+    with pruning.processes.connected():
+        losses = pruning.processes.gather(torch.cat([torch.zeros(0), *(part.cpu() for part in parts)]).double())
+    if not len(losses):
+        raise ValueError("the reference set has no samples; pass one that has some")
+    return losses

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..files import write_atomically
 from ..pruning import DynamicPruning
 from ..pruning.losses import one_a_sample
-from .reference import evaluating, needs_reference, total
+from .reference import evaluating, gathered, needs_reference
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
@@ -96,8 +96,8 @@ class PruningMixin(Base):
         """Return what `DynamicPruning.end_epoch` takes; override it where there is no trusted set."""
         if self.reference_dataset is None:
             return None
-        rank, processes = self.args.process_index, self.args.world_size
-        share = Subset(self.reference_dataset, range(rank, len(self.reference_dataset), processes))
+        processes = self.pruning.processes
+        share = Subset(self.reference_dataset, range(processes.rank, len(self.reference_dataset), processes.size))
         loader = DataLoader(share, self.args.per_device_eval_batch_size, collate_fn=self._collator("Reference"))
         parts = []
         with evaluating(self.model):
@@ -105,7 +105,7 @@ class PruningMixin(Base):
                 batch = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     parts.append(self._losses(self.model, batch)[0])
-        return total(parts)
+        return gathered(self.pruning, parts)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Raises ValueError where the pruning is not at the start, or the checkpoint is of none."""
@@ -257,7 +257,7 @@ class PruningMixin(Base):
             "compute_loss_func gives one loss a batch; override sample_losses, which gives one a sample": (
                 self.compute_loss_func is not None
             ),
-            f"score={pruning.score.name!r} compares with a reference set; pass reference_dataset": (
+            f"{needs_reference(pruning)} a reference set; pass reference_dataset": (
                 needs_reference(pruning) and self.reference_dataset is None and not own_reference
             ),
             f"the Trainer has {samples} samples and the pruning {pruning.n}; give both the same data set, and let "
