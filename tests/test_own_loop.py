@@ -196,7 +196,9 @@ def test_planned_steps_count_finished_epochs_as_they_were_even_after_a_resumptio
     assert min(sizes) < N
     assert resumed.planned_steps(4) == pruning.planned_steps(4) == sum(math.ceil(size / 4) for size in sizes)
     accumulated = sum(math.ceil(math.ceil(size / 4) / 2) for size in sizes)
-    assert pruning.planned_steps(4 * 2) == accumulated
+    assert pruning.planned_steps(4 * 2) == pruning.planned_steps(4, accumulate=2) == accumulated
+    full = sum(math.ceil((size // 4) / 3) for size in sizes)
+    assert pruning.planned_steps(4, drop_last=True, accumulate=3) == full
 
 
 def test_planned_steps_are_those_of_one_process_of_several():
@@ -208,6 +210,8 @@ def test_planned_steps_are_those_of_one_process_of_several():
 def test_a_batch_of_no_sample_is_refused():
     with pytest.raises(ValueError, match="batch_size=0 is out of range; use 1 or more"):
         make().planned_steps(0)
+    with pytest.raises(ValueError, match="accumulate=0 is out of range; use 1 or more"):
+        make().planned_steps(8, accumulate=0)
 
 
 def test_what_is_left_of_a_resumed_epoch_can_be_drawn_alone_and_the_next_one_is_whole():

@@ -128,6 +128,17 @@ def test_a_classifier_trains_on_what_is_selected_and_its_schedule_ends_where_it_
     assert report["loss"].notna().all()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_the_steps_planned_are_those_made_where_batches_are_dropped_and_accumulated(tmp_path, accumulate):
+    pruning, watch = make(texts(), "random", ratio=0.35), Watch()
+    settings = {"dataloader_drop_last": True, "gradient_accumulation_steps": accumulate}
+    hf = trainer(tmp_path, classifier(), pruning, texts(9, 1), [watch], **settings)
+    hf.train()
+    steps = sum(-(-(size // BATCH) // accumulate) for size in pruning.sizes)
+    assert hf.state.global_step == hf.state.max_steps == steps
+    assert set(watch.planned) == {steps}
+
+
 SIEVE = {"pruner": "sieve", "score": "cleaning", "exclude": "auto"}
 
 

@@ -159,9 +159,8 @@ class PruningMixin(Base):
 
     def planned_steps(self) -> int:
         """Return the number of optimizer steps of the whole run, as far as it can be told by now."""
-        accumulated = self.args.gradient_accumulation_steps
         return self.pruning.planned_steps(
-            self._train_batch_size * accumulated, self.args.dataloader_drop_last and accumulated == 1
+            self._train_batch_size, self.args.dataloader_drop_last, self.args.gradient_accumulation_steps
         )
 
     def end_epoch(self) -> None:

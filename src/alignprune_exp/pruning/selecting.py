@@ -180,7 +180,7 @@ class Selecting(Indexed):
         """
         return lambda step: factor(self.progress)
 
-    def planned_steps(self, batch_size: int, drop_last: bool = False) -> int:
+    def planned_steps(self, batch_size: int, drop_last: bool = False, accumulate: int = 1) -> int:
         """Return the number of optimizer steps of the whole run, as far as it can be told by now.
 
         Finished epochs and the running one count as they are. The coming ones do so too where the pruner's sizes are
@@ -188,15 +188,19 @@ class Selecting(Indexed):
         infobatch, seta, and a pruner of your own without `Pruner.at_most`, it is an upper bound.
 
         Args:
-            batch_size: samples of an optimizer step in this process, those of all batches where it accumulates some.
+            batch_size: samples of a batch in this process.
             drop_last: whether the loader leaves out a last batch that is not full.
+            accumulate: batches of an optimizer step; the last one of an epoch may be of fewer.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is out of range; use 1 or more")
+        for name, value in {"batch_size": batch_size, "accumulate": accumulate}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} is out of range; use 1 or more")
         epochs, ranks = self.epochs - self.first, self.processes.size if self.divide else 1
         sizes = self.sizes + ([len(self.selection.indices)] if self.epoch < self.epochs else [])
         sizes += [self.pruner.at_most(self.n, epoch, epochs) for epoch in range(len(sizes), epochs)]
-        return sum(size // ranks // batch_size if drop_last else -(-(size // ranks) // batch_size) for size in sizes)
+        spare = 0 if drop_last else batch_size - 1
+        batches = [(size // ranks + spare) // batch_size for size in sizes]
+        return sum(-(-count // accumulate) for count in batches)
 
     def prepare(self, accelerator: Any, batch_size: int, **options: Any) -> DataLoader:
         """Return a loader for a loop under Hugging Face's accelerate, in place of ``accelerator.prepare(loader)``.
