@@ -156,15 +156,15 @@ def test_the_progress_bar_has_the_true_number_of_steps():
     assert list(bar.totals) == [(steps, steps) for steps in module.steps]
 
 
-def test_an_epoch_ends_before_its_validation_and_partial_runs_end_clean():
+def test_an_epoch_ends_before_its_validation_and_a_trial_run_ends_clean():
     pruning = make()
     module, epochs = Module(pruning), []
     module.on_validation_start = lambda: epochs.append(pruning.epoch)
-    fit = trainer(pruning, num_sanity_val_steps=1, limit_train_batches=3, accumulate_grad_batches=2)
+    fit = trainer(pruning, num_sanity_val_steps=1, limit_train_batches=1.0, accumulate_grad_batches=2)
     fit.fit(module, loader_of(pruning, num_workers=1, persistent_workers=True), DataLoader(make()))
     assert epochs == list(range(EPOCHS + 1))
-    assert fit.global_step == 2 * EPOCHS
-    assert pruning.times_selected.sum() == 3 * BATCH * EPOCHS
+    assert fit.global_step == sum(-(-steps // 2) for steps in module.steps)
+    assert pruning.times_selected.sum() == sum(pruning.sizes)
     quick = make()
     trainer(quick, fast_dev_run=True).fit(Module(quick), loader_of(quick))
     assert quick.epoch == 1
@@ -243,6 +243,10 @@ class Silent(lightning.LightningModule):
     [
         ({"reload_dataloaders_every_n_epochs": 0}, r"pass Trainer\(reload_dataloaders_every_n_epochs=1\)$"),
         ({"max_epochs": 3}, r"max_epochs=3 is not the pruning's; pass Trainer\(max_epochs=6\)$"),
+        ({"limit_train_batches": 1}, "^limit_train_batches=1 would train on less than what is selected; leave it out$"),
+        ({"limit_train_batches": 0.5}, "^limit_train_batches=0.5 would train on less"),
+        ({"overfit_batches": 0.3}, "^overfit_batches=0.3 would train on less"),
+        ({"max_steps": 9}, "^max_steps=9 would train on less"),
         ({"reference": None}, r"score='das' compares with a reference set; pass PruningCallback\(pruning, reference="),
         (
             {"reference": None, "pruner": "sieve"},

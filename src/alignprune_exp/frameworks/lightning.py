@@ -77,6 +77,15 @@ class PruningCallback(Callback):
             raise ValueError(
                 f"max_epochs={epochs} is not the pruning's; pass Trainer(max_epochs={pruning.epochs - pruning.first})"
             )
+        limit = trainer.limit_train_batches
+        cuts = {
+            f"overfit_batches={trainer.overfit_batches}": trainer.overfit_batches > 0,
+            f"limit_train_batches={limit}": isinstance(limit, int) or limit < 1,
+            f"max_steps={trainer.max_steps}": trainer.max_steps != -1,
+        }
+        for setting, cut in cuts.items():
+            if cut and not trainer.fast_dev_run:
+                raise ValueError(f"{setting} would train on less than what is selected; leave it out")
         if not trainer.ckpt_path and (pruning.epoch - pruning.first != trainer.current_epoch or pruning.running.step):
             raise ValueError(
                 "the pruning has been trained with; make a new one, or pass fit(..., ckpt_path=checkpoint)"
