@@ -230,6 +230,17 @@ def test_two_processes_train_as_one_does(together):
         np.testing.assert_allclose(one[2][key], value, rtol=1e-4, atol=1e-5)
 
 
+def tried(rank):
+    warnings.simplefilter("ignore")
+    pruning = make()
+    trainer(pruning, strategy="ddp", devices=2, fast_dev_run=True).fit(Module(pruning), loader_of(pruning))
+    return pruning.epoch, int(pruning.times_selected.sum())
+
+
+def test_a_trial_run_of_two_processes_ends_clean(together):
+    assert together(2, tried) == [(1, 2 * BATCH)] * 2
+
+
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 

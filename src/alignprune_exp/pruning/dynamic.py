@@ -379,11 +379,12 @@ class DynamicPruning(Selecting):
         """Raise ValueError, in all processes, where each has trained on a share of its share, but for a last batch."""
         processes = self.processes.size
         share, batch = len(self.sampler), processes * self.running.largest
-        if self.divide and processes * share - seen > batch and seen - share <= batch and processes > 1:
+        if self.divide and processes * share - seen > batch and -batch < seen - share <= batch and processes > 1:
             raise ValueError(
-                f"{seen} of {processes * share} samples of epoch {self.epoch} were trained on, since something divides "
-                f"the sampler's share among the {processes} processes once more; with accelerate build the loader by "
-                "pruning.prepare(accelerator, batch_size=…), and elsewhere leave it as it is"
+                f"{seen} of {processes * share} samples of epoch {self.epoch} were trained on: the epoch was cut "
+                f"short, or something divides the sampler's share among the {processes} processes once more; with "
+                "accelerate build the loader by pruning.prepare(accelerator, batch_size=…), and elsewhere leave it as "
+                "it is"
             )
 
     def _stray(self, sample: int) -> ValueError:
