@@ -289,6 +289,26 @@ def test_a_classifier_has_the_loss_that_it_has_by_itself_all_through(tmp_path, l
     assert model.config.problem_type == own.config.problem_type
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_smoothed_labels_are_trained_on_as_the_trainer_does_and_plain_losses_recorded(tmp_path, causal):
+    model, data = (language_model(), documents()) if causal else (classifier(), texts())
+    pruning = make(data, "full", "loss")
+    hf = trainer(tmp_path, model.eval(), pruning, data[:9], label_smoothing_factor=0.3)
+    hf.data_collator = Padding()
+    plain, trained, theirs = [], [], []
+    for number, item in enumerate(data):
+        batch = Padding()([item])
+        plain.append(model(**batch).loss.item())
+        trained.append(hf.compute_loss(model, {**batch, "sample_index": torch.tensor([number])}).item())
+        theirs.append(hf.compute_loss(model, batch).item())  # an evaluation's, the Trainer's own
+    hf.end_epoch()
+    history = pruning.trajectories.history()
+    np.testing.assert_allclose(trained, theirs, rtol=1e-4)
+    np.testing.assert_allclose(history.last_N, plain, rtol=1e-4)
+    assert history.reference_W[-1].item() == pytest.approx(np.mean(plain[:9]), rel=1e-4)
+    assert (np.abs(np.subtract(trained, plain)) > 1e-4).mean() > 0.9
+
+
 def test_token_classes_are_not_shifted(tmp_path):
     torch.manual_seed(0)
     model = BertForTokenClassification(classifier().config)
@@ -353,6 +373,18 @@ def test_a_wrong_configuration_is_one_sentence(tmp_path, settings, words):
     reference = settings.pop("reference", texts(9, 1))
     with pytest.raises(ValueError, match=f"^{words}$"):
         trainer(tmp_path, classifier(), make(texts()), reference, **settings)
+
+
+def test_smoothing_that_a_loss_of_ones_own_does_not_take_is_refused(tmp_path):
+    class Own(PruningTrainer):
+        def sample_losses(self, outputs, labels):
+            return super().sample_losses(outputs, labels)
+
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=EPOCHS, use_cpu=True, report_to="none", label_smoothing_factor=0.1
+    )
+    with pytest.raises(ValueError, match=r"^label_smoothing_factor smooths no loss of your own; leave it out, or let"):
+        Own(classifier(), arguments, pruning=make(texts()), reference_dataset=texts(9, 1))
 
 
 def test_another_data_set_a_used_pruning_and_a_foreign_checkpoint_are_refused(tmp_path):

@@ -5,6 +5,7 @@ Shape legend: B samples of a batch, T tokens, C classes or words.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,8 +66,11 @@ class PruningMixin(Base):
         self.model_accepts_loss_kwargs = False  # losses are means of a batch's samples, not of an update's tokens
         self.add_callback(_EndOfEpoch(self))
 
-    def sample_losses(self, outputs: Any, labels: Tensor) -> Tensor:
+    def sample_losses(self, outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """Return the losses (B,) of a batch; override it for a loss of your own.
+
+        Under ``label_smoothing_factor`` the Trainer trains on those of that ``smoothing``; what is recorded, and what
+        the trusted set has, is plain.
 
         Cross-entropy, that of tokens (B, T) averaged over those that are labelled, each predicted from those before it
         in a causal language model; squared error where labels are numbers, as many as outputs; and the mean binary
@@ -76,7 +80,6 @@ class PruningMixin(Base):
         """
         logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float()
         problem = self._problem(labels)
-        smoothing = self.args.label_smoothing_factor
         index = torch.arange(len(labels))
         if problem == "multi_label_classification":
             losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
@@ -140,8 +143,10 @@ class PruningMixin(Base):
         index = inputs.pop(INDEX, None)
         if index is None:  # an evaluation's
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        losses, outputs = self._losses(model, inputs)
-        loss = self.pruning.update(index, losses)
+        plain, outputs = self._losses(model, inputs)
+        smoothing = self.args.label_smoothing_factor
+        losses = self.sample_losses(outputs, inputs["labels"], smoothing=smoothing) if smoothing else plain
+        loss = self.pruning.update(index, losses, plain)
         return (loss, outputs) if return_outputs else loss
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
@@ -255,6 +260,9 @@ class PruningMixin(Base):
             "ignore_data_skip would train samples twice; leave it out": args.ignore_data_skip,
             "compute_loss_func gives one loss a batch; override sample_losses, which gives one a sample": (
                 self.compute_loss_func is not None
+            ),
+            "label_smoothing_factor smooths no loss of your own; leave it out, or let sample_losses take smoothing": (
+                args.label_smoothing_factor > 0 and "smoothing" not in inspect.signature(self.sample_losses).parameters
             ),
             f"{needs_reference(pruning)} a reference set; pass reference_dataset": (
                 needs_reference(pruning) and self.reference_dataset is None and not own_reference
