@@ -375,7 +375,7 @@ def test_a_wrong_configuration_is_one_sentence(tmp_path, settings, words):
         trainer(tmp_path, classifier(), make(texts()), reference, **settings)
 
 
-def test_smoothing_that_a_loss_of_ones_own_does_not_take_is_refused(tmp_path):
+def test_smoothing_that_a_loss_of_ones_own_does_not_take_and_a_search_are_refused(tmp_path):
     class Own(PruningTrainer):
         def sample_losses(self, outputs, labels):
             return super().sample_losses(outputs, labels)
@@ -385,6 +385,9 @@ def test_smoothing_that_a_loss_of_ones_own_does_not_take_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"^label_smoothing_factor smooths no loss of your own; leave it out, or let"):
         Own(classifier(), arguments, pruning=make(texts()), reference_dataset=texts(9, 1))
+    hf = trainer(tmp_path, classifier(), make(texts()), texts(9, 1))
+    with pytest.raises(ValueError, match=r"^hyperparameter_search would train many times with one pruning; make a Tr"):
+        hf.hyperparameter_search()
 
 
 def test_another_data_set_a_used_pruning_and_a_foreign_checkpoint_are_refused(tmp_path):

@@ -122,6 +122,12 @@ class PruningMixin(Base):
             raise ValueError("the pruning has been trained with; make a new one, or pass resume_from_checkpoint")
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise ValueError: a search trains many times, and a pruning once."""
+        raise ValueError(
+            "hyperparameter_search would train many times with one pruning; make a Trainer and a pruning for each trial"
+        )
+
     def get_train_dataloader(self) -> DataLoader:
         options: dict[str, Any] = {}
         if self.args.dataloader_num_workers:
