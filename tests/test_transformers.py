@@ -309,6 +309,12 @@ def test_smoothed_labels_are_trained_on_as_the_trainer_does_and_plain_losses_rec
     assert (np.abs(np.subtract(trained, plain)) > 1e-4).mean() > 0.9
 
 
+def test_a_sample_without_a_label_is_refused(tmp_path):
+    data = [{**text, "labels": -100 if number == 5 else text["labels"]} for number, text in enumerate(texts())]
+    with pytest.raises(ValueError, match="its mask is empty; leave such samples out of the data set"):
+        trainer(tmp_path, classifier(), make(data), texts(9, 1)).train()
+
+
 def test_token_classes_are_not_shifted(tmp_path):
     torch.manual_seed(0)
     model = BertForTokenClassification(classifier().config)

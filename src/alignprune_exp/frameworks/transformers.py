@@ -86,12 +86,10 @@ class PruningMixin(Base):
             return one_a_sample("the loss", losses, index, "mean")
         if problem == "regression" or labels.is_floating_point():
             return one_a_sample("the loss", (logits.reshape(labels.shape) - labels) ** 2, index, "mean")
-        if labels.dim() == 1:
-            return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         if self._predicts_the_next():
             logits, labels = logits[:, :-1], labels[:, 1:]
         losses = F.cross_entropy(
-            logits.transpose(1, 2), labels, reduction="none", ignore_index=NO_LABEL, label_smoothing=smoothing
+            logits.transpose(1, -1), labels, reduction="none", ignore_index=NO_LABEL, label_smoothing=smoothing
         )
         return one_a_sample("the loss", losses, index, "mean", labels != NO_LABEL)
 
