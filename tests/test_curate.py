@@ -184,7 +184,8 @@ def marked(part):
 
 def found(out="keep", what="scores"):
     """The output by id, and the summary."""
-    table = duckdb.sql(f"SELECT * FROM '{out}/{what}/**/*.parquet' ORDER BY id").fetchnumpy()
+    written = f"read_parquet('{out}/{what}/**/*.parquet', hive_partitioning = false)"
+    table = duckdb.sql(f"FROM {written} ORDER BY id").fetchnumpy()
     return table, json.loads((Path(out) / "summary.json").read_text())
 
 
@@ -354,6 +355,71 @@ def test_the_bits_do_not_depend_on_threads(place):
         assert curate(*asked, "--threads", threads, "--force") == 0
         bits.append({path.name: path.read_bytes() for path in Path("keep/scores").iterdir()})
     assert bits[0] == bits[1] == bits[2]
+
+
+# ---- folders whose names say something -------------------------------------------------------------------------------
+
+CLASHES = Path("loss=2/id=3/checkpoint=500/keep=1/score=das/size=7/filename=x/__bucket=1")
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_what_a_file_has_counts_and_not_what_its_folders_are_called(place, how):
+    ids, losses_NW, reference = drawn()
+    losses, out = CLASHES / "losses" / CLASHES, CLASHES / "keep" / CLASHES
+    out.parent.mkdir(parents=True)
+    asked = ("--reference", write_reference(reference, path=CLASHES / "reference.parquet"))
+    lay_out(how, ids, losses_NW, folder=losses)
+    for typed in (losses, losses.absolute()):
+        assert curate(typed, *asked, "--force", out=out) == 0
+        assert check_found("das", ids, losses_NW, reference, 0.6, out=out)["layout"] == how
+
+
+@pytest.mark.parametrize("where", ["relative", "absolute", "here", "pattern"])
+def test_a_checkpoint_in_a_folders_name_counts_below_what_was_typed_where_the_file_has_none(place, monkeypatch, where):
+    ids, losses_NW, reference = drawn()
+    folder = Path("step=9") / "step=8"
+    for k in range(6):
+        path = folder / f"loss=1/step={AT[k]}/id=7/0.parquet"
+        if k == 3:  # this one has it itself, and is called otherwise
+            path = folder / "step=1/0.parquet"
+            write(path, id=ids, step=[AT[k]] * len(ids), loss=losses_NW[:, k])
+        else:
+            write(path, id=ids, loss=losses_NW[:, k])
+    write(Path("reference.parquet"), step=AT, loss=reference)
+    typed = {"absolute": folder.absolute(), "here": ".", "pattern": f"{folder}/*/**/*.parquet"}.get(where, folder)
+    if where == "here":
+        monkeypatch.chdir(folder)
+    asked = ("--reference", place / "reference.parquet", "--columns", "id,step,loss")
+    assert curate(typed, *asked, out=place / "keep") == 0
+    assert check_found("das", ids, losses_NW, reference, 0.6, out=place / "keep")["layout"] == "checkpoints"
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_checkpoint_above_what_was_typed_is_none(place, monkeypatch, capsys, absolute):
+    ids, losses_NW, _ = drawn()
+    write(Path("step=500/losses/0.parquet"), id=ids, loss=losses_NW[:, 0])
+    monkeypatch.chdir("step=500")
+    asked = ("--score", "settled", "--columns", "id,step,loss")
+    assert curate(Path("losses").absolute() if absolute else "losses", *asked, out=place / "keep") == 2
+    assert not missing("losses/0.parquet has no column step", sentence_of(capsys.readouterr().err))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [["0", "5", "10"], ["2024-01-31", "2024-02-01", "2024-02-02"], ["a%2Fb c", "it's", "100 %+"], ["1.5", "x", "1e5"]],
+)
+def test_a_checkpoint_in_a_folders_name_is_a_number_or_a_date_or_a_text(place, values):
+    ids, losses_NW, reference = drawn(width=3)
+    for k, value in enumerate(values):
+        order = np.random.default_rng(k).permutation(len(ids))
+        for half in np.array_split(order, 2):
+            write(Path(f"losses/step={value}/{half[0]}.parquet"), id=ids[half], loss=losses_NW[half, k])
+    names = ["a/b c", *values[1:]] if "%2F" in values[0] else values
+    Path("reference.csv").write_text(
+        "step,loss\n" + "".join(f"{a},{b}\n" for a, b in zip(names, reference, strict=True))
+    )
+    assert curate("losses", "--reference", "reference.csv", "--columns", "id,step,loss") == 0
+    assert check_found("das", ids, losses_NW, reference, 0.6)["layout"] == "buckets"
 
 
 # ---- the threshold ---------------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ def joined(place, nodes):
     ids, losses_NW, _ = drawn()
     losses = Path(lay_out("rows", ids, losses_NW, files=1)).absolute()
     engine = Engine(place / "spill", threads=1)
-    ((file,), _, _) = read_files(engine, list_files(engine, str(losses)), None, False)
+    ((file,), _, _) = read_files(engine, str(losses), list_files(engine, str(losses)), None, False)
     with cluster.joined(nodes.address, place / "keep/.work", None, 1) as lent:
         yield lent, layout.Part("0.parquet", (file,), "SELECT 1")
 

@@ -165,7 +165,7 @@ def test_an_object_that_is_another_once_it_was_listed_stops_it_and_is_never_skip
     engine = Engine(place / "spill", threads=1)
     stamps = list_files(engine, losses)
     ((path, stamp),) = stamps.items()
-    file = read_file(engine, path, stamp, None)
+    file = read_file(engine, losses, path, stamp, None)
     if now == "gone":
         bucket.delete("losses/0.parquet")
     else:
@@ -175,7 +175,7 @@ def test_an_object_that_is_another_once_it_was_listed_stops_it_and_is_never_skip
     with pytest.raises(Failed, match=said):
         engine.write(f"FROM '{path}'", place / "written.parquet", [file])
     with pytest.raises(Failed, match=said):
-        read_files(engine, stamps, None, skip=True)
+        read_files(engine, losses, stamps, None, skip=True)
 
 
 # ---- what can be wrong -----------------------------------------------------------------------------------------------

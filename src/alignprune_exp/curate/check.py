@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UsageError
 from . import formulas
 from .engine import Engine
-from .inspect import GOES_ON, File, Skipped, name, parquet
+from .inspect import GOES_ON, File, Skipped, name, parquet, rows_of
 from .layout import Question, literal
 from .scoring import Scored
 
@@ -53,8 +53,8 @@ def _checkpoints_of(engine: Engine, files: Sequence[File], column: str) -> dict[
     bounds = [file.checkpoints for file in files]
     if all(each is not None and each[0] == each[1] for each in bounds):
         return {each[0]: file for each, file in zip(bounds, files, strict=True) if each is not None}
-    table, by_path = parquet(file.path for file in files), {file.path: file for file in files}
-    found = engine.all(f"SELECT {column}, min(filename) FROM {table} WHERE {column} IS NOT NULL GROUP BY 1")
+    by_path = {file.path: file for file in files}
+    found = engine.all(f"SELECT {column}, min(filename) FROM {rows_of(files)} WHERE {column} IS NOT NULL GROUP BY 1")
     return {at: by_path[path] for at, path in found}
 
 
@@ -116,12 +116,10 @@ def _of_rows(kind: str, engine: Engine, scored: Scored, question: Question) -> t
         file, group, (of, at, value) = _first(engine, files, where, id_, checkpoint, loss)
         what = f"the loss of id {of} at checkpoint {at} is {value}" if kind == "bad" else "a row has no id"
         return file, group, what
-    table = parquet([str(scored.path)])
-    of = engine.one(f"SELECT id FROM {table} WHERE {kind} > 0 AND id IS NOT NULL ORDER BY id LIMIT 1")[0]
+    scores = parquet([str(scored.path)])
+    of = engine.one(f"SELECT id FROM {scores} WHERE {kind} > 0 AND id IS NOT NULL ORDER BY id LIMIT 1")[0]
     mine = f"{id_} = {literal(of)}"
-    rows = engine.all(
-        f"SELECT {checkpoint} FROM {parquet(file.path for file in files)} WHERE {mine} AND {loss} IS NOT NULL"
-    )
+    rows = engine.all(f"SELECT {checkpoint} FROM {rows_of(files)} WHERE {mine} AND {loss} IS NOT NULL")
     here = [at for (at,) in rows]
     if kind == "again":
         at = next(at for at in question.checkpoints if here.count(at) > 1)
@@ -157,10 +155,9 @@ def _first(
     Rows of which ``last`` is true come after the others.
     """
     values = "".join(f", {column}" for column in columns)
-    table = parquet(file.path for file in files)
     order = f"{last}, 1, 2" if last else "1, 2"
     path, row, *found = engine.one(
-        f"SELECT filename, file_row_number{values} FROM {table} WHERE {where} ORDER BY {order} LIMIT 1"
+        f"SELECT filename, file_row_number{values} FROM {rows_of(files)} WHERE {where} ORDER BY {order} LIMIT 1"
     )
     file = next(file for file in files if file.path == path)
     return file, file.group_of(row), found

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import duckdb
 
 from ..errors import UsageError
-from .inspect import File, ShortError, first_line, parquet, text
+from .inspect import File, ShortError, first_line, rows_of, text
 from .layout import Part
 from .store import Store, protocol_of
 
@@ -153,7 +153,7 @@ class Engine:
         for group, rows in enumerate(file.rows):
             here = f"file_row_number BETWEEN {start} AND {start + rows - 1}"
             try:
-                self.all(f"SELECT count(COLUMNS(*)) FROM {parquet([file.path])} WHERE {here}")
+                self.all(f"SELECT count(COLUMNS(*)) FROM {rows_of([file])} WHERE {here}")
             except duckdb.Error as error:
                 raise BrokenError(file, group, first_line(error)) from None
             start += rows

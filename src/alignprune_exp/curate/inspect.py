@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
-from itertools import accumulate
-from pathlib import Path
+from itertools import accumulate, takewhile
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -25,6 +26,7 @@ LISTS, LONG = ("id", "losses"), ("id", "checkpoint", "loss")  # the columns, unl
 GOES_ON = "--on-error skip"
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
 NUMBERS = (*INTEGERS, "FLOAT", "DOUBLE")
+IN_FOLDERS = ("BIGINT", "DATE", "TIMESTAMP", "VARCHAR")  # a checkpoint is of the first type that writes it the same
 
 
 def text(value: str) -> str:
@@ -38,8 +40,21 @@ def name(column: str) -> str:
 
 
 def parquet(paths: Iterable[str]) -> str:
-    """Return SQL that reads files as one table, columns by name."""
-    return f"read_parquet([{', '.join(text(escape(path)) for path in paths)}], union_by_name = true)"
+    """Return SQL that reads files as one table, columns by name, whatever their folders are called."""
+    listed = ", ".join(text(escape(path)) for path in paths)
+    return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
+
+
+def rows_of(files: Iterable[File]) -> str:
+    """Return SQL that reads files of losses as one table, with the checkpoints in their folders' names."""
+    by_column: dict[str, list[str]] = {}
+    for file in files:
+        by_column.setdefault(file.in_folder, []).append(file.path)
+    tables = [
+        f"SELECT *, filename, file_row_number{column and f', {column}'} FROM {parquet(paths)}"
+        for column, paths in by_column.items()
+    ]
+    return f"({' UNION ALL BY NAME '.join(tables)})"
 
 
 class ShortError(UsageError):
@@ -58,6 +73,7 @@ class File:
         rows: how many it has, by row group.
         ids: the least and the largest, or bounds of them, where the footer says.
         checkpoints: the same.
+        in_folder: SQL of the column of checkpoints, where the folder's name has it in place of the file.
     """
 
     path: str
@@ -67,6 +83,7 @@ class File:
     rows: tuple[int, ...]
     ids: tuple[Any, Any] | None
     checkpoints: tuple[Any, Any] | None
+    in_folder: str
 
     @property
     def total(self) -> int:
@@ -92,15 +109,28 @@ def list_files(engine: Engine, losses: str) -> dict[str, str]:
 
     Raises UsageError where there is none.
     """
-    itself = losses.endswith(".parquet") or "*" in losses
-    if protocol_of(losses) in WEB and ("*" in losses or not itself):
+    alone, exact = _meant(losses)
+    if protocol_of(losses) in WEB and not (alone and exact):
         raise UsageError(f"{losses} is on a web server, which lists no files; give one that ends in .parquet")
-    meant = "*" not in losses if protocol_of(losses) else os.path.exists(losses)
-    place = escape(losses) if meant else losses
-    pattern = place if itself else f"{place.rstrip('/')}/**/*.parquet"
+    place = escape(losses) if exact else losses
+    pattern = place if alone else f"{place.rstrip('/')}/**/*.parquet"
     if not (found := stamps(engine, pattern)):
         raise UsageError(f"there is no Parquet file in {losses}; give a folder, a pattern or a path that has some")
     return found
+
+
+def _meant(losses: str) -> tuple[bool, bool]:
+    """Return whether files are meant, and not folders of them; and whether by their very names, and no pattern."""
+    files = losses.endswith(".parquet") or "*" in losses
+    return files, "*" not in losses if protocol_of(losses) else os.path.exists(losses)
+
+
+def _folders(losses: str, path: str) -> tuple[str, ...]:
+    """Return the names of a file's folders below those that LOSSES names, which are the same however it is typed."""
+    files, exact = _meant(losses)
+    typed = PurePosixPath(os.path.normpath(losses)).parts
+    named = typed[: len(typed) - files] if exact else tuple(takewhile(lambda part: not set(part) & set("*?["), typed))
+    return PurePosixPath(path).parts[len(named) : -1]
 
 
 def stamps(engine: Engine, pattern: str) -> dict[str, str]:
@@ -110,21 +140,16 @@ def stamps(engine: Engine, pattern: str) -> dict[str, str]:
     """
     if (store := engine.store(pattern)) is not None:
         return store.stamps(pattern)
-    try:
-        found = engine.all(
-            f"SELECT filename, size, epoch_us(last_modified) FROM read_blob({text(pattern)}) ORDER BY filename"
-        )
-    except duckdb.Error:
-        return {}
-    return {path: f"{size} {modified}" for path, size, modified in found}
+    found = {path: os.stat(path) for (path,) in engine.all(f"FROM glob({text(pattern)}) ORDER BY ALL")}
+    return {path: f"{stat.st_size} {stat.st_mtime_ns // 1000}" for path, stat in found.items()}
 
 
 def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0].rstrip(".: ")
 
 
-def read_file(engine: Engine, path: str, stamp: str, columns: Sequence[str] | None) -> File:
-    """Return what a file's footer says of the columns. Raises UsageError where it cannot be read, or lacks one."""
+def read_file(engine: Engine, losses: str, path: str, stamp: str, columns: Sequence[str] | None) -> File:
+    """Return what a file of LOSSES says of the columns. Raises UsageError where it cannot be read, or lacks one."""
     try:
         there = {column: kind for column, kind, *_ in engine.all(f"DESCRIBE FROM {parquet([path])}")}
         chunks = engine.all(
@@ -136,6 +161,10 @@ def read_file(engine: Engine, path: str, stamp: str, columns: Sequence[str] | No
             f"{path} cannot be read ({first_line(error)}); write it again, or {GOES_ON} leaves it out"
         ) from None
     columns = columns or (LISTS if LISTS[1] in there else LONG)
+    in_folder, at = "", None
+    if len(columns) == len(LONG) and columns[1].lower() not in map(str.lower, there):
+        in_folder, kind, at = _in_folder(engine, _folders(losses, path), columns[1])
+        there |= {columns[1]: kind} if in_folder else {}
     if lacking := [column for column in columns if column not in there]:
         raise UsageError(
             f"{path} has no column {lacking[0]}, it has {', '.join(there)}; name yours with --columns "
@@ -149,11 +178,26 @@ def read_file(engine: Engine, path: str, stamp: str, columns: Sequence[str] | No
         for column in (columns[0], columns[1])
     }
     bounds = [_bounds(by_column[column], kind, len(rows)) for column, kind in zip(columns[:2], types[:2], strict=True)]
-    if len(columns) == len(LONG) and bounds[1] is None and rows:  # such as the checkpoint in the folder's name
-        at = name(columns[1])
-        found = engine.one(f"SELECT min({at}), max({at}), count(*) - count({at}) FROM {parquet([path])}")
+    if in_folder:
+        bounds[1] = at, at
+    elif len(columns) == len(LONG) and bounds[1] is None and rows:
+        column = name(columns[1])
+        found = engine.one(f"SELECT min({column}), max({column}), count(*) - count({column}) FROM {parquet([path])}")
         bounds[1] = None if found[2] else (found[0], found[1])
-    return File(path, int(stamp.split()[0]), stamp, types, tuple(rows.values()), bounds[0], bounds[1])
+    return File(path, int(stamp.split()[0]), stamp, types, tuple(rows.values()), bounds[0], bounds[1], in_folder)
+
+
+def _in_folder(engine: Engine, folders: Sequence[str], column: str) -> tuple[str, str, Any]:
+    """Return SQL of the column that the last of the folders called column=value has, its type, and the value."""
+    values = [folder.partition("=")[2] for folder in folders if folder.startswith(f"{column}=")]
+    if not values:
+        return "", "", None
+    value = f"url_decode({text(values[-1])})"
+    casts = [f"try_cast({value} AS {kind})" for kind in IN_FOLDERS]
+    found = engine.one(f"SELECT {', '.join(f'CASE WHEN {cast}::VARCHAR = {value} THEN {cast} END' for cast in casts)}")
+    kind, at = next((kind, at) for kind, at in zip(IN_FOLDERS, found, strict=True) if at is not None)
+    pattern = f"^(?s:.*/)?{re.escape(column)}=([^/]*)/"
+    return f"url_decode(regexp_extract(filename, {text(pattern)}, 1))::{kind} AS {name(column)}", kind, at
 
 
 def _check_types(path: str, columns: Sequence[str], types: Sequence[str]) -> None:
@@ -179,15 +223,17 @@ def _bounds(found: Sequence[tuple[Any, Any]], kind: str, groups: int) -> tuple[A
 
 
 def read_files(
-    engine: Engine, stamps: dict[str, str], columns: Sequence[str] | None, skip: bool
+    engine: Engine, losses: str, stamps: dict[str, str], columns: Sequence[str] | None, skip: bool
 ) -> tuple[list[File], tuple[str, ...], list[Skipped]]:
-    """Return the files, the columns that are read, and what was skipped.
+    """Return the files that LOSSES are, the columns that are read, and what was skipped.
 
     Raises UsageError for a file that cannot be read or differs from the first in a column's type, unless ``skip``.
     """
     files: list[File] = []
     skipped = []
-    for path, found in zip(stamps, engine.each(partial(_file_or_flaw, columns), list(stamps.items())), strict=True):
+    for path, found in zip(
+        stamps, engine.each(partial(_file_or_flaw, losses, columns), list(stamps.items())), strict=True
+    ):
         if isinstance(found, File) and files and found.types != files[0].types:
             found = UsageError(
                 f"{path} has {', '.join(found.types)} where {files[0].path} has {', '.join(files[0].types)}; "
@@ -205,10 +251,12 @@ def read_files(
     return [file for file in files if file.total], tuple(columns), skipped
 
 
-def _file_or_flaw(columns: Sequence[str] | None, engine: Engine, given: tuple[str, str]) -> File | UsageError:
+def _file_or_flaw(
+    losses: str, columns: Sequence[str] | None, engine: Engine, given: tuple[str, str]
+) -> File | UsageError:
     """Return a file of a path and its stamp, or why it cannot be read."""
     try:
-        return read_file(engine, *given, columns)
+        return read_file(engine, losses, *given, columns)
     except ShortError:
         raise
     except UsageError as flaw:
@@ -223,14 +271,13 @@ def read_reference(
     Raises UsageError for a file without those columns, a checkpoint twice, and, unless ``skip``, a loss not finite.
     """
     reader = "read_csv" if path.suffix == ".csv" else "read_parquet"
+    source = f"{reader}({text(escape(str(path)))}, hive_partitioning = false)"
     if not path.is_file():
         what = "a folder" if path.is_dir() else "not there"
         raise UsageError(f"--reference {path} is {what}; give a table (.parquet, .csv) of checkpoint and loss")
     checkpoint, loss = columns
     try:
-        rows = engine.all(
-            f"SELECT {name(checkpoint)}, {name(loss)}::DOUBLE FROM {reader}({text(escape(str(path)))}) ORDER BY 1"
-        )
+        rows = engine.all(f"SELECT {name(checkpoint)}, {name(loss)}::DOUBLE FROM {source} ORDER BY 1")
     except duckdb.Error as error:
         raise UsageError(
             f"--reference {path} holds no table with columns {checkpoint} and {loss} ({first_line(error)}); write one"

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
-from .inspect import INTEGERS, LISTS, File, name, parquet, text
+from .inspect import INTEGERS, LISTS, File, name, rows_of, text
 
 RANGE = 1 << 20  # rows of a part, where a file is read in ranges
 SLACK = 3  # times the size of what is grouped that memory must hold
@@ -79,7 +79,7 @@ def by_rows(files: Sequence[File], question: Question) -> list[Part]:
     again = f"greatest(coalesce(len({losses}), 0) - {width}, 0) AS again"
     columns = ", ".join([f"{id_} AS id", *places, again, "FALSE AS apart"])
     names = relative([file.path for file in files])
-    return [Part(names[file.path], (file,), f"SELECT {columns} FROM {parquet([file.path])}") for file in files]
+    return [Part(names[file.path], (file,), f"SELECT {columns} FROM {rows_of([file])}") for file in files]
 
 
 def by_checkpoints(files: Sequence[File], question: Question) -> list[Part] | None:
@@ -121,7 +121,7 @@ def _beside(row: Sequence[File], start: int, end: int, question: Question) -> st
     cut = "" if (start, end) == (0, row[0].total) else f" WHERE file_row_number BETWEEN {start} AND {end - 1}"
     tables = [
         f"(SELECT {id_} AS i{k}, {loss}::DOUBLE AS l{k}, {checkpoint} IS DISTINCT FROM {literal(at)} AS other{k} FROM "
-        f" {parquet([file.path])}{cut})"
+        f" {rows_of([file])}{cut})"
         for k, (file, at) in enumerate(zip(row, question.checkpoints, strict=True))
     ]
     differ = [f"i{k} IS DISTINCT FROM i0" for k in range(1, len(row))] + [
@@ -153,7 +153,7 @@ def _in_blocks(file: File, question: Question) -> str:
     return (
         f"SELECT * EXCLUDE (step, before, place), 0 AS again\n"
         f"FROM (SELECT *, {apart} AS apart\n"
-        f"FROM (SELECT {rows}, (row_number() OVER () - 1) % {width} AS place FROM {parquet([file.path])}))\n"
+        f"FROM (SELECT {rows}, (row_number() OVER () - 1) % {width} AS place FROM {rows_of([file])}))\n"
         f"WHERE place = 0 OR apart"
     )
 
@@ -165,15 +165,15 @@ def by_files(files: Sequence[File], question: Question) -> list[Part] | None:
     if len(files) > 1 and (len(known) < len(files) or not _disjoint(known)):
         return None
     names = relative([file.path for file in files])
-    return [Part(names[file.path], (file,), grouped(parquet([file.path]), question), True) for file in files]
+    return [Part(names[file.path], (file,), grouped(rows_of([file]), question), True) for file in files]
 
 
 def _disjoint(bounds: Sequence[tuple[Any, Any]]) -> bool:
     return all(most < least for (_, most), (least, _) in pairwise(sorted(bounds)))
 
 
-def grouped(table: str, question: Question) -> str:
-    """Return the source of a table of id, checkpoint, loss, in any order."""
+def grouped(rows: str, question: Question) -> str:
+    """Return the source of a table's rows of id, checkpoint, loss, in any order."""
     id_, checkpoint, loss = map(name, question.columns)
     at = [literal(each) for each in question.checkpoints]
     losses = [f"max(CASE WHEN {checkpoint} = {each} THEN {loss} END)::DOUBLE AS l{k}" for k, each in enumerate(at)]
@@ -182,7 +182,7 @@ def grouped(table: str, question: Question) -> str:
     there = " + ".join(f"(l{k} IS NOT NULL)::INTEGER" for k in range(len(at)))
     return (
         f"SELECT * EXCLUDE (losses), (losses - ({there}))::INTEGER AS again, FALSE AS apart\n"
-        f"FROM (SELECT {columns}\nFROM {table} GROUP BY ALL)"
+        f"FROM (SELECT {columns}\nFROM {rows} GROUP BY ALL)"
     )
 
 
@@ -206,7 +206,7 @@ def by_batches(files: Sequence[File], question: Question, buckets: int) -> list[
         Part(
             f"batch-{number:05}",
             tuple(batch),
-            f"SELECT {columns}, {bucket} FROM {parquet(each.path for each in batch)}",
+            f"SELECT {columns}, {bucket} FROM {rows_of(batch)}",
         )
         for number, batch in enumerate(batches)
     ]

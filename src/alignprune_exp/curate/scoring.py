@@ -19,7 +19,7 @@ import duckdb
 from ..runs import run_id
 from . import formulas
 from .engine import Engine, Workers
-from .inspect import File, parquet, text
+from .inspect import File, parquet, rows_of, text
 from .layout import Part, Question, by_batches, by_bucket
 
 PIECES = 1 << 12  # that the range of scores is cut into at each look for the threshold
@@ -113,7 +113,7 @@ def begins(engine: Engine, part: Part) -> bool:
 def divide(workers: Workers, work: Path, question: Question, files: Sequence[File], buckets: int) -> list[Part]:
     """Divide rows by a hash of their ids, or take those that lie divided; return the parts. Raises as `score`."""
     if buckets == 1:
-        return [by_bucket(files, question, 0, parquet([file.path for file in files]))]
+        return [by_bucket(files, question, 0, rows_of(files))]
     folders = sorted(workers.each(partial(_divided, work), by_batches(files, question, buckets), alone=True))
     parts = []
     for number in range(buckets):

@@ -20,7 +20,7 @@ from ..pruning.selection import floor
 from ..runs import write_json
 from . import check, layout, scoring
 from .engine import BrokenError, Engine, Workers
-from .inspect import GOES_ON, LONG, File, Skipped, list_files, name, parquet, read_files, read_reference
+from .inspect import GOES_ON, LONG, File, Skipped, list_files, name, read_files, read_reference, rows_of
 from .layout import Part, Question
 from .scoring import ApartError, Scored
 
@@ -54,7 +54,7 @@ def curate(order: Order, show: Callable[[str], None]) -> dict[str, Any]:
     work = order.out / WORK
     engine = Engine(work / "spill", order.memory, order.threads)
     stamps = list_files(engine, order.losses)
-    files, columns, skipped = read_files(engine, stamps, order.columns, order.skip)
+    files, columns, skipped = read_files(engine, order.losses, stamps, order.columns, order.skip)
     with workers_for(order, engine, work) as workers:
         while True:
             question, left_out = ask(engine, order, files, columns)
@@ -116,7 +116,7 @@ def ask(
         reference, skipped = read_reference(engine, order.reference, LONG[1:] if lists else columns[1:], order.skip)
     checkpoints: list[Any] = list(range(len(reference)))
     if lists and not reference:
-        (longest,) = engine.one(f"SELECT max(len({name(columns[1])})) FROM {parquet([files[0].path])}")
+        (longest,) = engine.one(f"SELECT max(len({name(columns[1])})) FROM {rows_of([files[0]])}")
         checkpoints = list(range(longest or 1))
     elif not lists:
         checkpoints, more = check.checkpoints(engine, files, columns, list(reference), order.skip)
