@@ -325,6 +325,34 @@ def test_names_with_what_is_a_pattern_elsewhere_are_names(place):
     assert found("one")[0]["id"].tolist() == ids[: len(ids) // len(names) + 1].tolist()
 
 
+TIMES = {
+    "integers": np.arange(12) * 5,
+    "fractions": np.arange(12) / 4,
+    "dates": np.arange("2024-01-25", "2024-02-06", dtype="datetime64[D]"),
+    "texts of integers": [str(k) for k in range(12)],
+    "texts": [f"epoch{k}" for k in range(12)],
+}
+
+
+@pytest.mark.parametrize("kind", TIMES)
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_places_in_lists_are_of_checkpoints_with_an_order_that_is_no_alphabets(place, capsys, kind, suffix):
+    ids, losses_NW, reference = drawn(width=12)
+    lay_out("rows", ids, losses_NW)
+    table = pa.table({"checkpoint": TIMES[kind], "loss": reference}).take(np.random.default_rng(0).permutation(12))
+    if suffix == "csv":
+        table.to_pandas().to_csv("reference.csv", index=False)
+    else:
+        pq.write_table(table, "reference.parquet")
+    refused = kind == "texts" or (kind == "texts of integers" and suffix == "parquet")  # a CSV has no texts of integers
+    assert curate("losses", "--reference", f"reference.{suffix}") == (2 if refused else 0)
+    if refused:
+        words = [f"--reference reference.{suffix}", f"checkpoint {min(TIMES[kind])},", "number"]
+        assert not missing(words, sentence_of(capsys.readouterr().err))
+    else:
+        check_found("das", ids, losses_NW, reference, 0.6)
+
+
 @pytest.mark.parametrize("how", LAYOUTS)
 def test_settled_needs_no_reference(place, how):
     ids, losses_NW, _ = drawn()

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import date
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,11 @@ def ask(
     skipped: list[Skipped] = []
     if order.reference is not None:
         reference, skipped = read_reference(engine, order.reference, LONG[1:] if lists else columns[1:], order.skip)
+    if lists and (texts := [at for at in reference if not isinstance(at, int | float | Decimal | date)]):
+        raise UsageError(
+            f"--reference {order.reference} has the checkpoint {texts[0]}, a text, which does not say its place in lists; "
+            "number the checkpoints in their order"
+        )
     checkpoints: list[Any] = list(range(len(reference)))
     if lists and not reference:
         (longest,) = engine.one(f"SELECT max(len({name(columns[1])})) FROM {rows_of([files[0]])}")
