@@ -682,6 +682,39 @@ def test_a_damaged_row_group_is_named_and_its_file_left_out_when_asked(place, ca
     assert [(each["file"], each["row_group"]) for each in summary["skipped"]] == [("losses/1.parquet", 2)]
 
 
+@pytest.mark.parametrize("how", ["checkpoints", "blocks", "files", "buckets"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize("column", ["id", "checkpoint", "loss"])
+def test_damage_that_a_footer_does_not_know_of_is_named_and_left_out_when_asked(
+    place, capsys, how, compression, column
+):
+    ids, losses_NW, reference = drawn()
+    losses_NW = np.random.default_rng(0).gamma(2, 1, losses_NW.shape).astype(np.float32)
+    lay_out(how, ids, losses_NW)
+    file = Path("losses/at1/1.parquet" if how == "checkpoints" else "losses/1.parquet")
+    for path in Path("losses").rglob("*.parquet"):
+        rows = pq.read_table(path)
+        rows = rows.set_column(2, "loss", rows["loss"].cast(pa.float64()))
+        pq.write_table(rows, path, row_group_size=100, use_dictionary=False, compression=compression)
+    chunk = pq.ParquetFile(file).metadata.row_group(1).column(("id", "checkpoint", "loss").index(column))
+    damaged = bytearray(file.read_bytes())
+    half = chunk.total_compressed_size // 2
+    start = chunk.data_page_offset + half
+    damaged[start : start + half] = b"\x7e" * half  # where that can be decoded, numbers like 1e301
+    file.write_bytes(damaged)
+    asked = ("losses", "--reference", write_reference(reference))
+    if (how, column) == ("checkpoints", "checkpoint"):  # which is not read
+        assert curate(*asked) == 0
+        check_found("das", ids, losses_NW, reference, 0.6)
+        return
+    assert curate(*asked) == 2
+    assert not missing([f"{file}, row group 1", "--on-error skip"], sentence_of(capsys.readouterr().err))
+    assert curate(*asked, "--on-error", "skip") == 0
+    table, summary = found()
+    assert (summary["skipped"][0]["file"], summary["skipped"][0]["row_group"]) == (str(file), 1)
+    assert set(table["id"]) <= set(ids)
+
+
 def test_files_of_different_schemas_are_named(place, capsys):
     ids, losses_NW, reference = drawn()
     lay_out("rows", ids, losses_NW)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UsageError
 from . import formulas
-from .engine import Engine
+from .engine import BrokenError, Engine
 from .inspect import GOES_ON, File, Skipped, name, parquet, rows_of
 from .layout import Question, literal
 from .scoring import Scored
@@ -54,16 +54,21 @@ def _checkpoints_of(engine: Engine, files: Sequence[File], column: str) -> dict[
     if all(each is not None and each[0] == each[1] for each in bounds):
         return {each[0]: file for each, file in zip(bounds, files, strict=True) if each is not None}
     by_path = {file.path: file for file in files}
-    found = engine.all(f"SELECT {column}, min(filename) FROM {rows_of(files)} WHERE {column} IS NOT NULL GROUP BY 1")
+    found = engine.all(
+        f"SELECT {column}, min(filename) FROM {rows_of(files)} WHERE {column} IS NOT NULL GROUP BY 1", files
+    )
     return {at: by_path[path] for at, path in found}
 
 
 def flaws(engine: Engine, scored: Sequence[Scored], question: Question, skip: bool, gaps: bool) -> list[Skipped]:
     """Return what parts have that was left out or taken for missing, by kind, with the place of the first.
 
-    Missing losses are no flaw where there may be ``gaps``. Raises UsageError for the first flaw, unless ``skip``.
+    Missing losses are no flaw where there may be ``gaps``. Raises UsageError for the first flaw, unless ``skip``, and
+    BrokenError for a file whose footer does not know its ids.
     """
     found = []
+    for part in scored:
+        _expect_ids(engine, part, question)
     for kind, to_mend in TO_MEND.items():
         having = [part for part in scored if getattr(part, kind)]
         if not having or (kind == "gaps" and gaps):
@@ -75,6 +80,19 @@ def flaws(engine: Engine, scored: Sequence[Scored], question: Question, skip: bo
             raise UsageError(f"{file.path}, row group {group}: {what}{_more(count)}; {to_mend}")
         found.append(Skipped(what, file.path, group, count))
     return found
+
+
+def _expect_ids(engine: Engine, scored: Scored, question: Question) -> None:
+    """Raise BrokenError if a part has ids that are outside of the bounds in its files' footers: they are damaged."""
+    bounds = [file.ids for file in scored.part.files]
+    known = [each for each in bounds if each is not None and isinstance(each[0], int)]  # of texts, these may be short
+    if len(known) < len(bounds) or scored.rows == scored.unnamed:
+        return
+    least, most = min(least for least, _ in known), max(most for _, most in known)
+    if scored.ids[0] < least or scored.ids[1] > most:
+        id_ = name(question.columns[0])
+        file, group, (of,) = _first(engine, scored.part.files, f"{id_} NOT BETWEEN {least} AND {most}", id_)
+        raise BrokenError(file, group, f"by its footer there is no id {of}")
 
 
 def _more(count: int) -> str:
@@ -119,7 +137,8 @@ def _of_rows(kind: str, engine: Engine, scored: Scored, question: Question) -> t
     scores = parquet([str(scored.path)])
     of = engine.one(f"SELECT id FROM {scores} WHERE {kind} > 0 AND id IS NOT NULL ORDER BY id LIMIT 1")[0]
     mine = f"{id_} = {literal(of)}"
-    rows = engine.all(f"SELECT {checkpoint} FROM {rows_of(files)} WHERE {mine} AND {loss} IS NOT NULL")
+    where = _sure(f"{mine} AND {loss} IS NOT NULL")
+    rows = engine.all(f"SELECT {checkpoint} FROM {rows_of(files)} WHERE {where}", files)
     here = [at for (at,) in rows]
     if kind == "again":
         at = next(at for at in question.checkpoints if here.count(at) > 1)
@@ -147,6 +166,11 @@ def _infinite(loss: str) -> str:
     return f"({loss} IS NOT NULL AND NOT {formulas.finite(f'{loss}::DOUBLE')})"
 
 
+def _sure(where: str) -> str:
+    """Return a condition that is looked at in every row: a plain one leaves out row groups by what footers say."""
+    return f"coalesce({where}, FALSE)"
+
+
 def _first(
     engine: Engine, files: Sequence[File], where: str, *columns: str, last: str = ""
 ) -> tuple[File, int, Sequence[Any]]:
@@ -157,7 +181,8 @@ def _first(
     values = "".join(f", {column}" for column in columns)
     order = f"{last}, 1, 2" if last else "1, 2"
     path, row, *found = engine.one(
-        f"SELECT filename, file_row_number{values} FROM {rows_of(files)} WHERE {where} ORDER BY {order} LIMIT 1"
+        f"SELECT filename, file_row_number{values} FROM {rows_of(files)} WHERE {_sure(where)} ORDER BY {order} LIMIT 1",
+        files,
     )
     file = next(file for file in files if file.path == path)
     return file, file.group_of(row), found

@@ -61,6 +61,7 @@ class Engine:
         self._cursors: list[duckdb.DuckDBPyConnection] = []
         self._stores: dict[str, Store] = {}
         self._lock = Lock()
+        self.connection.execute("SET disabled_optimizers = 'statistics_propagation'")  # a footer is no proof of values
         for setting, value in (("temp_directory", spill), ("memory_limit", memory), ("threads", threads)):
             try:
                 if value is not None:
@@ -87,27 +88,37 @@ class Engine:
             return self._stores[protocol]
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Raise, in place of an error of DuckDB's, Failed where a store has failed, ShortError where memory lacks."""
+    def _reading(self, files: Sequence[File] = ()) -> Iterator[None]:
+        """Raise, in place of an error of DuckDB's, what it comes from.
+
+        Raises Failed where a store has failed, ShortError where memory lacks, OSError where the disk is full, and
+        BrokenError for the one of ``files`` that cannot be read.
+        """
         try:
             yield
+        except duckdb.InterruptException:
+            raise
         except duckdb.OutOfMemoryException as error:
             raise ShortError(f"{self._limit} of memory do not suffice ({first_line(error)}); raise --memory") from None
-        except duckdb.Error:
+        except duckdb.Error as error:
             for store in self._stores.values():
                 store.check()
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, f"No space left on device ({first_line(error)})") from None
+            for file in files:
+                self._check(file)
             raise
 
-    def one(self, sql: str) -> tuple[Any, ...]:
-        """Return the first row that a query has. Raises Failed where a store fails, as all that reads here does."""
-        with self._reading():
+    def one(self, sql: str, files: Sequence[File] = ()) -> tuple[Any, ...]:
+        """Return the first row that a query of ``files`` has. Raises what `_reading` does, as all that reads here."""
+        with self._reading(files):
             row = self.cursor().execute(sql).fetchone()
         assert row is not None
         return row
 
-    def all(self, sql: str) -> list[tuple[Any, ...]]:
-        """Return the rows that a query has."""
-        with self._reading():
+    def all(self, sql: str, files: Sequence[File] = ()) -> list[tuple[Any, ...]]:
+        """Return the rows that a query of ``files`` has."""
+        with self._reading(files):
             return self.cursor().execute(sql).fetchall()
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
@@ -129,31 +140,23 @@ class Engine:
                 raise
 
     def write(self, sql: str, target: Path, files: Sequence[File], options: str = "") -> None:
-        """Write what a query has to a Parquet file, or with ``options`` to a folder of them.
-
-        Raises BrokenError for the one of ``files`` that cannot be read, ShortError where the memory does not suffice,
-        and OSError where the disk is full.
-        """
+        """Write what a query of ``files`` has to a Parquet file, or with ``options`` to a folder of them."""
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._reading():
+            with self._reading(files):
                 self.cursor().execute(f"COPY ({sql}) TO {text(str(target))} (FORMAT parquet{options})")
         except duckdb.InterruptException:
             raise
         except duckdb.Error as error:
-            if "No space left" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device", str(target)) from None
-            for file in files:
-                self._check(file)
             raise UsageError(f"DuckDB cannot write {target}: {first_line(error)}") from None
 
     def _check(self, file: File) -> None:
-        """Raise BrokenError for the first row group that cannot be read."""
+        """Raise BrokenError for the first row group that cannot be decoded."""
         start = 0
         for group, rows in enumerate(file.rows):
             here = f"file_row_number BETWEEN {start} AND {start + rows - 1}"
             try:
-                self.all(f"SELECT count(COLUMNS(*)) FROM {rows_of([file])} WHERE {here}")
+                self.all(f"SELECT max(hash(COLUMNS(*))) FROM {rows_of([file])} WHERE {here}")
             except duckdb.Error as error:
                 raise BrokenError(file, group, first_line(error)) from None
             start += rows

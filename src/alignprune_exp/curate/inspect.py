@@ -7,6 +7,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
+from ..console import one_line
 from ..errors import UsageError
 from .store import WEB, protocol_of
 
@@ -145,7 +147,7 @@ def stamps(engine: Engine, pattern: str) -> dict[str, str]:
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].rstrip(".: ")
+    return one_line(str(error).partition("\n")[0]).rstrip(".: ")
 
 
 def read_file(engine: Engine, losses: str, path: str, stamp: str, columns: Sequence[str] | None) -> File:
@@ -182,8 +184,10 @@ def read_file(engine: Engine, losses: str, path: str, stamp: str, columns: Seque
         bounds[1] = at, at
     elif len(columns) == len(LONG) and bounds[1] is None and rows:
         column = name(columns[1])
-        found = engine.one(f"SELECT min({column}), max({column}), count(*) - count({column}) FROM {parquet([path])}")
-        bounds[1] = None if found[2] else (found[0], found[1])
+        values = f"min({column}), max({column}), count(*) - count({column})"
+        with suppress(duckdb.Error):  # scoring it will say what is wrong with it
+            least, most, unknown = engine.one(f"SELECT {values} FROM {parquet([path])}")
+            bounds[1] = None if unknown else (least, most)
     return File(path, int(stamp.split()[0]), stamp, types, tuple(rows.values()), bounds[0], bounds[1], in_folder)
 
 

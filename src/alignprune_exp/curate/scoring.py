@@ -148,9 +148,10 @@ def find_twice(engine: Engine, scored: Sequence[Scored]) -> int:
     known = ordered or all(each.part.apart for each in scored)
     files = parquet([str(each.path) for each in scored])
     if known:
-        engine.all(f"CREATE TABLE twice AS SELECT id FROM {files} LIMIT 0")
+        engine.all(f"CREATE OR REPLACE TABLE twice AS SELECT id FROM {files} LIMIT 0")
     else:
-        engine.all(f"CREATE TABLE twice AS SELECT id FROM {files} WHERE id IS NOT NULL GROUP BY id HAVING count(*) > 1")
+        several = f"SELECT id FROM {files} WHERE id IS NOT NULL GROUP BY id HAVING count(*) > 1"
+        engine.all(f"CREATE OR REPLACE TABLE twice AS {several}")
     return int(engine.one("SELECT count(*) FROM twice")[0])
 
 

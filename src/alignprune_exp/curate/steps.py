@@ -59,21 +59,15 @@ def curate(order: Order, show: Callable[[str], None]) -> dict[str, Any]:
     files, columns, skipped = read_files(engine, order.losses, stamps, order.columns, order.skip)
     with workers_for(order, engine, work) as workers:
         while True:
-            question, left_out = ask(engine, order, files, columns)
             try:
-                laid, scored = score_all(engine, workers, work, question, files, order, show)
+                answer = look(engine, workers, work, files, columns, order, show)
                 break
             except BrokenError as error:
                 if not order.skip:
                     raise UsageError(f"{error}; write the file again, or {GOES_ON} leaves it out") from None
                 skipped.append(Skipped(str(error), error.file.path, error.group))
                 files = [file for file in files if file != error.file]
-    skipped += left_out
-    for group in [scored] if laid == "buckets" else [[each] for each in scored]:
-        skipped += check.flaws(engine, group, question, order.skip, order.gaps)
-    twice = scoring.find_twice(engine, scored)
-    skipped += check.twice(engine, files, question, twice, order.skip)
-    kept = keep(engine, order, work, scored, twice)
+    kept = keep(engine, order, work, answer.scored, answer.twice)
     summary = {
         "losses": order.losses,
         "reference": None if order.reference is None else str(order.reference),
@@ -81,19 +75,57 @@ def curate(order: Order, show: Callable[[str], None]) -> dict[str, Any]:
         "keep": order.keep,
         **kept,
         "approximate": order.approximate,
-        "layout": laid,
-        "checkpoints": len(question.checkpoints),
-        "missing_losses": sum(each.gaps for each in scored),
+        "layout": answer.layout,
+        "checkpoints": answer.checkpoints,
+        "missing_losses": sum(each.gaps for each in answer.scored),
         "files": len(files),
         "losses_rows": sum(file.total for file in files),
         "bytes": sum(file.size for file in files),
         "engine": order.engine,
         "seconds": round(time.perf_counter() - began, 3),
-        "skipped": [asdict(each) for each in skipped],
+        "skipped": [asdict(each) for each in skipped + answer.skipped],
         "versions": {"alignprune_exp": __version__, "duckdb": duckdb.__version__},
     }
     put_in_place(order, work, summary)
     return summary
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What files have been found to hold.
+
+    Attributes:
+        layout: how they are laid out.
+        checkpoints: how many a trajectory has.
+        scored: the parts, in order.
+        twice: how many ids are there more than once, which the table ``twice`` has.
+        skipped: what of them, or of the reference, was left out or taken for missing.
+    """
+
+    layout: str
+    checkpoints: int
+    scored: list[Scored]
+    twice: int
+    skipped: list[Skipped]
+
+
+def look(
+    engine: Engine,
+    workers: Workers,
+    work: Path,
+    files: Sequence[File],
+    columns: tuple[str, ...],
+    order: Order,
+    show: Callable[[str], None],
+) -> Answer:
+    """Score all files and find what is wrong with them. Raises BrokenError for one that is damaged, and UsageError."""
+    question, skipped = ask(engine, order, files, columns)
+    laid, scored = score_all(engine, workers, work, question, files, order, show)
+    for group in [scored] if laid == "buckets" else [[each] for each in scored]:
+        skipped += check.flaws(engine, group, question, order.skip, order.gaps)
+    twice = scoring.find_twice(engine, scored)
+    skipped += check.twice(engine, files, question, twice, order.skip)
+    return Answer(laid, len(question.checkpoints), scored, twice, skipped)
 
 
 def workers_for(order: Order, engine: Engine, work: Path) -> AbstractContextManager[Workers]:
@@ -118,8 +150,8 @@ def ask(
         reference, skipped = read_reference(engine, order.reference, LONG[1:] if lists else columns[1:], order.skip)
     if lists and (texts := [at for at in reference if not isinstance(at, int | float | Decimal | date)]):
         raise UsageError(
-            f"--reference {order.reference} has the checkpoint {texts[0]}, a text, which does not say its place in lists; "
-            "number the checkpoints in their order"
+            f"--reference {order.reference} has the checkpoint {texts[0]}, a text, which does not say its place "
+            "in lists; number the checkpoints in their order"
         )
     checkpoints: list[Any] = list(range(len(reference)))
     if lists and not reference:
