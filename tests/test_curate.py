@@ -746,6 +746,34 @@ def test_checkpoints_that_one_side_lacks_are_named(place, capsys, how):
     assert not missing(["9000", str(AT[5])], said)
 
 
+@pytest.mark.parametrize("how", ["checkpoints", "blocks", "files", "buckets"])
+@pytest.mark.parametrize("score", ["das", "settled"])
+def test_rows_without_a_checkpoint_are_named_counted_and_left_out_when_asked(place, capsys, how, score):
+    ids, losses_NW, reference = drawn()
+    lay_out(how, ids, losses_NW)
+    table = pq.read_table("losses/at3/1.parquet" if how == "checkpoints" else "losses/1.parquet")
+    rows = {column: table[column].to_pylist() for column in table.column_names}
+    for column, values in (("id", [rows["id"][7]] * 2), ("checkpoint", [None] * 2), ("loss", [99.0, 98.0])):
+        rows[column] = [*rows[column][:150], *values, *rows[column][150:]]
+    file = "losses/at3/1.parquet" if how == "checkpoints" else "losses/1.parquet"
+    pq.write_table(pa.table(rows, schema=table.schema), file, row_group_size=64)
+    asked = ("losses", "--score", score, "--reference", write_reference(reference))
+    assert curate(*asked) == 2
+    words = [f"{file}, row group {150 // 64}", f"id {rows['id'][7]} has no checkpoint", "(1 more", "--on-error skip"]
+    assert not missing(words, sentence_of(capsys.readouterr().err))
+    assert curate(*asked, "--on-error", "skip") == 0
+    (skipped,) = check_found(score, ids, losses_NW, reference, 0.6)["skipped"]
+    assert (skipped["file"], skipped["row_group"], skipped["count"]) == (file, 150 // 64, 2)
+
+
+def test_losses_that_have_no_checkpoint_at_all_are_refused_whatever_may_be_skipped(place, capsys):
+    ids, losses_NW, _ = drawn()
+    unknown = pa.nulls(len(ids), pa.int64())
+    write(Path("losses/0.parquet"), id=ids, checkpoint=unknown, loss=losses_NW[:, 0])
+    assert curate("losses", "--score", "settled", "--on-error", "skip") == 2
+    assert not missing("no row checkpoint --columns", sentence_of(capsys.readouterr().err))
+
+
 MISTAKES = [
     (("losses", "--keep", "0"), "--keep 0 share"),
     (("losses", "--keep", "nan"), "--keep nan share"),

@@ -25,12 +25,20 @@ def checkpoints(
 ) -> tuple[list[Any], list[Skipped]]:
     """Return the checkpoints, in order, that files of id, checkpoint and loss share with the reference, if any.
 
-    Raises UsageError, unless ``skip``, for a checkpoint that one of them lacks.
+    Raises UsageError, unless ``skip``, for rows without a checkpoint and for a checkpoint that one of them lacks.
     """
-    there = _checkpoints_of(engine, files, name(columns[1]))
-    if not reference:
-        return sorted(there), []
+    there, unknown = _checkpoints_of(engine, files, name(columns[1]))
     skipped = []
+    if unknown:
+        file, group, (of,) = _first(engine, files, f"{name(columns[1])} IS NULL", name(columns[0]))
+        what = f"a row of id {of} has no checkpoint"
+        if not skip:
+            raise UsageError(f"{file.path}, row group {group}: {what}{_more(unknown)}; {TO_MEND['unnamed']}")
+        skipped.append(Skipped(what, file.path, group, unknown))
+    if not there:
+        raise UsageError(f"no row of {len(files)} files has a checkpoint; name the column that has with --columns")
+    if not reference:
+        return sorted(there), skipped
     for at in [at for at in reference if at not in there]:
         what = f"checkpoint {at} of the reference is in none of {len(files)} files"
         if not skip:
@@ -48,16 +56,17 @@ def checkpoints(
     return shared, skipped
 
 
-def _checkpoints_of(engine: Engine, files: Sequence[File], column: str) -> dict[Any, File]:
-    """Return a file that has it for each checkpoint: by the footers where every file has one, else by reading them."""
+def _checkpoints_of(engine: Engine, files: Sequence[File], column: str) -> tuple[dict[Any, File], int]:
+    """Return a file that has it for each checkpoint, and how many rows have none.
+
+    By the footers, where every file has one checkpoint, else by reading them.
+    """
     bounds = [file.checkpoints for file in files]
     if all(each is not None and each[0] == each[1] for each in bounds):
-        return {each[0]: file for each, file in zip(bounds, files, strict=True) if each is not None}
+        return {each[0]: file for each, file in zip(bounds, files, strict=True) if each is not None}, 0
     by_path = {file.path: file for file in files}
-    found = engine.all(
-        f"SELECT {column}, min(filename) FROM {rows_of(files)} WHERE {column} IS NOT NULL GROUP BY 1", files
-    )
-    return {at: by_path[path] for at, path in found}
+    found = engine.all(f"SELECT {column}, min(filename), count(*) FROM {rows_of(files)} GROUP BY 1", files)
+    return {at: by_path[path] for at, path, _ in found if at is not None}, sum(n for at, _, n in found if at is None)
 
 
 def flaws(engine: Engine, scored: Sequence[Scored], question: Question, skip: bool, gaps: bool) -> list[Skipped]:
