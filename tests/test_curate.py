@@ -361,6 +361,20 @@ def test_settled_needs_no_reference(place, how):
     check_found("settled", ids, losses_NW, [None] * len(AT), 0.6)
 
 
+def test_without_a_reference_the_longest_of_all_lists_says_how_many_losses_are_due(place, capsys):
+    ids, losses_NW, _ = drawn()
+    for number, (share, width) in enumerate(zip(np.array_split(np.arange(len(ids)), 4), (0, 4, 6, 5), strict=True)):
+        write(Path(f"losses/{number}.parquet"), id=ids[share], losses=list(losses_NW[share, :width]))
+        losses_NW[share, width:] = np.nan
+    asked = ("losses", "--score", "settled")
+    assert curate(*asked) == 2
+    said = sentence_of(capsys.readouterr().err)
+    assert not missing(["losses/0.parquet", f"id {ids[0]} has no loss number 1 of 6", "--gaps"], said)
+    assert curate(*asked, "--gaps") == 0
+    summary = check_found("settled", ids, losses_NW, None, 0.6)
+    assert (summary["checkpoints"], summary["missing_losses"]) == (6, np.isnan(losses_NW).sum())
+
+
 def test_with_little_memory_ids_are_divided_into_buckets_that_fit(place):
     ids, losses_NW, reference = drawn(n=60_000)
     write_rows(Path("losses/a.parquet"), ids, losses_NW, np.random.default_rng(0).permutation(losses_NW.size))

@@ -19,7 +19,7 @@ import duckdb
 from ..runs import run_id
 from . import formulas
 from .engine import Engine, Workers
-from .inspect import File, parquet, rows_of, text
+from .inspect import File, name, parquet, rows_of, text
 from .layout import Part, Question, by_batches, by_bucket
 
 PIECES = 1 << 12  # that the range of scores is cut into at each look for the threshold
@@ -100,6 +100,16 @@ def _scored(engine: Engine, part: Part, path: Path, gappy: bool) -> Scored | Non
     if bad and not gappy:
         return None
     return Scored(part, path, gappy, rows, gaps, bad, again, unnamed, (least, most), rising)
+
+
+def longest(workers: Workers, files: Sequence[File], losses: str) -> int:
+    """Return how many losses the longest list of all files has: no footer says it, so that all lists are read."""
+    parts = [Part(file.path, (file,), f"SELECT max(len({name(losses)})) FROM {rows_of([file])}") for file in files]
+    return max(1, *workers.each(_longest, parts, alone=False))
+
+
+def _longest(engine: Engine, part: Part) -> int:
+    return engine.one(part.source, part.files)[0] or 0
 
 
 def begins(engine: Engine, part: Part) -> bool:

@@ -22,7 +22,7 @@ from ..pruning.selection import floor
 from ..runs import write_json
 from . import check, layout, scoring
 from .engine import BrokenError, Engine, Workers
-from .inspect import GOES_ON, LONG, File, Skipped, list_files, name, read_files, read_reference, rows_of
+from .inspect import GOES_ON, LONG, File, Skipped, list_files, read_files, read_reference
 from .layout import Part, Question
 from .scoring import ApartError, Scored
 
@@ -119,7 +119,7 @@ def look(
     show: Callable[[str], None],
 ) -> Answer:
     """Score all files and find what is wrong with them. Raises BrokenError for one that is damaged, and UsageError."""
-    question, skipped = ask(engine, order, files, columns)
+    question, skipped = ask(engine, workers, order, files, columns)
     laid, scored = score_all(engine, workers, work, question, files, order, show)
     for group in [scored] if laid == "buckets" else [[each] for each in scored]:
         skipped += check.flaws(engine, group, question, order.skip, order.gaps)
@@ -138,7 +138,7 @@ def workers_for(order: Order, engine: Engine, work: Path) -> AbstractContextMana
 
 
 def ask(
-    engine: Engine, order: Order, files: Sequence[File], columns: tuple[str, ...]
+    engine: Engine, workers: Workers, order: Order, files: Sequence[File], columns: tuple[str, ...]
 ) -> tuple[Question, list[Skipped]]:
     """Return what is asked of the files, and what of the reference or of them was skipped. Raises UsageError."""
     if not files:
@@ -155,8 +155,7 @@ def ask(
         )
     checkpoints: list[Any] = list(range(len(reference)))
     if lists and not reference:
-        (longest,) = engine.one(f"SELECT max(len({name(columns[1])})) FROM {rows_of([files[0]])}")
-        checkpoints = list(range(longest or 1))
+        checkpoints = list(range(scoring.longest(workers, files, columns[1])))
     elif not lists:
         checkpoints, more = check.checkpoints(engine, files, columns, list(reference), order.skip)
         skipped += more
