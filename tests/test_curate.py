@@ -788,6 +788,23 @@ def test_losses_that_have_no_checkpoint_at_all_are_refused_whatever_may_be_skipp
     assert not missing("no row checkpoint --columns", sentence_of(capsys.readouterr().err))
 
 
+@pytest.mark.parametrize(
+    ("at", "typed", "words"),
+    [
+        (np.array(["2024-01-01", "2024-01-02"], "datetime64[us]"), "2024-01-01 2024-01-02", "date times"),
+        (["0", "500"], "0 500", "number texts"),
+        ([0, 500], "step0 step500", "text numbers"),
+    ],
+)
+def test_checkpoints_of_another_kind_are_refused_as_such(place, capsys, at, typed, words):
+    for number in range(2):
+        write(Path(f"losses/{number}.parquet"), id=[number] * 2, checkpoint=at, loss=[1.0, 2.0])
+    Path("reference.csv").write_text("checkpoint,loss\n" + "".join(f"{each},1\n" for each in typed.split()))
+    assert curate("losses", "--reference", "reference.csv") == 2
+    said = sentence_of(capsys.readouterr().err)
+    assert not missing([f"checkpoint {typed.split()[0]} of the reference is in none of 2 files", *words.split()], said)
+
+
 MISTAKES = [
     (("losses", "--keep", "0"), "--keep 0 share"),
     (("losses", "--keep", "nan"), "--keep nan share"),

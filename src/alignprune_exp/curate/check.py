@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date, datetime
 from typing import Any
 
 from ..errors import UsageError
@@ -40,9 +41,11 @@ def checkpoints(
     if not reference:
         return sorted(there), skipped
     for at in [at for at in reference if at not in there]:
-        what = f"checkpoint {at} of the reference is in none of {len(files)} files"
+        what, to_mend = f"checkpoint {at} of the reference is in none of {len(files)} files", "add its losses"
+        if _kind(at) not in (kinds := {_kind(other) for other in there}):
+            what, to_mend = f"{what}: it is a {_kind(at)}, and theirs are {min(kinds)}s", "write them alike"
         if not skip:
-            raise UsageError(f"{what}; add its losses, or {GOES_ON} does without it")
+            raise UsageError(f"{what}; {to_mend}, or {GOES_ON} does without it")
         skipped.append(Skipped(what, ""))
     for at in [at for at in there if at not in reference]:
         file, group, _ = _first(engine, [there[at]], f"{name(columns[1])} = {literal(at)}")
@@ -54,6 +57,12 @@ def checkpoints(
     if not shared:
         raise UsageError("the losses and the reference have no checkpoint in common; write both with the same names")
     return shared, skipped
+
+
+def _kind(checkpoint: Any) -> str:
+    """Return what a checkpoint is; one of another kind is another, though it may read the same."""
+    kinds = {str: "text", datetime: "time", date: "date"}
+    return next((kind for type_, kind in kinds.items() if isinstance(checkpoint, type_)), "number")
 
 
 def _checkpoints_of(engine: Engine, files: Sequence[File], column: str) -> tuple[dict[Any, File], int]:
