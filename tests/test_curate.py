@@ -353,6 +353,27 @@ def test_places_in_lists_are_of_checkpoints_with_an_order_that_is_no_alphabets(p
         check_found("das", ids, losses_NW, reference, 0.6)
 
 
+@pytest.mark.parametrize("typed", ["it's [1] *", "it's [1] *.parquet", "it's [1] */0.pq"])
+def test_what_is_there_is_no_pattern(place, typed):
+    ids, losses_NW, reference = drawn()
+    asked = ("--reference", write_reference(reference))
+    write(Path("it's 1 x.parquet/a/0.parquet"), id=[0], losses=[[1.0]])
+    path = Path(typed) if typed.endswith(".pq") else Path(typed) / "a/0.parquet"
+    write(path, id=ids, losses=list(losses_NW))
+    assert curate(typed, *asked) == 0
+    check_found("das", ids, losses_NW, reference, 0.6)
+
+
+def test_what_is_written_ends_in_parquet_and_no_two_files_become_one(place):
+    ids, losses_NW, reference = drawn()
+    names = ["a/0.pq", "a/0", "0.parquet", "0"]
+    for name, share in zip(names, np.array_split(np.arange(len(ids)), len(names)), strict=True):
+        write(Path("losses") / name, id=ids[share], losses=list(losses_NW[share]))
+    assert curate("losses/**", "--reference", write_reference(reference)) == 0
+    check_found("das", ids, losses_NW, reference, 0.6)
+    assert len(outcome("keep")[0]) == len(names)
+
+
 @pytest.mark.parametrize("how", LAYOUTS)
 def test_settled_needs_no_reference(place, how):
     ids, losses_NW, _ = drawn()

@@ -123,7 +123,8 @@ def list_files(engine: Engine, losses: str) -> dict[str, str]:
 
 def _meant(losses: str) -> tuple[bool, bool]:
     """Return whether files are meant, and not folders of them; and whether by their very names, and no pattern."""
-    files = losses.endswith(".parquet") or "*" in losses
+    called_so = losses.endswith(".parquet") or "*" in losses
+    files = os.path.isfile(losses) or (called_so and not os.path.isdir(losses))
     return files, "*" not in losses if protocol_of(losses) else os.path.exists(losses)
 
 

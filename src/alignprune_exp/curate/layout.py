@@ -218,7 +218,7 @@ def by_bucket(files: Sequence[File], question: Question, number: int, tables: st
 
 
 def relative(paths: Sequence[str]) -> dict[str, str]:
-    """Return names for what is written for each file: its path below the folder that all share."""
+    """Return names for what is written for each file: its path below the folder that all share, as one of .parquet."""
     split = {path: PurePosixPath(path).parts for path in paths}
     shared = 0
     while (
@@ -226,4 +226,5 @@ def relative(paths: Sequence[str]) -> dict[str, str]:
         and len({parts[shared] for parts in split.values()}) == 1
     ):
         shared += 1
-    return {path: "/".join(parts[shared:]) for path, parts in split.items()}
+    ending = "" if all(path.endswith(".parquet") for path in paths) else ".parquet"  # of all: no two become the same
+    return {path: "/".join(parts[shared:]) + ending for path, parts in split.items()}
