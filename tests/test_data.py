@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -333,6 +334,10 @@ def test_parquet_mistakes_name_columns_and_rows(tmp_path):
     _parquet(tmp_path / "train.parquet", _noise_images(3), label=[0, 9, 10])
     with pytest.raises(UsageError, match=r"row 2 of .*train.parquet has label 10 where 0 to 9 are wanted"):
         _load("cifar10", tmp_path)
+    train = pq.read_table(tmp_path / "train.parquet")
+    pq.write_table(train.append_column("label", train["label"]), tmp_path / "train.parquet")
+    with pytest.raises(UsageError, match=r"train.parquet has 2 columns label: write it with other names"):
+        _load("cifar10", tmp_path)
     (tmp_path / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(UsageError, match=r"train.parquet cannot be read as Parquet"):
         _load("cifar10", tmp_path)
@@ -342,9 +347,38 @@ def test_parquet_mistakes_name_columns_and_rows(tmp_path):
     assert source.train.pixels(np.arange(3)).shape == (3, 3, 32, 32)
     with pytest.raises(UsageError, match=r"row 3 of .*train.parquet cannot be read as an image"):
         source.train.pixels(np.arange(4))
-    _parquet(tmp_path / "train.parquet", _noise_images(3), fine_label=[4, 4, 4], coarse_label=[1, 1, 2])
+    for split in ("test", "train"):
+        _parquet(tmp_path / f"{split}.parquet", _noise_images(3), fine_label=[4, 4, 4], coarse_label=[1, 1, 2])
     with pytest.raises(UsageError, match=r"rows? .* of .*train.parquet has superclass"):
         _load("cifar100", tmp_path)
+
+
+def _named(names):
+    return {"huggingface": json.dumps({"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}})}
+
+
+@pytest.mark.parametrize("other", ["train-00001-of-00002", "test-00000-of-00001"])
+def test_a_label_means_the_same_class_in_every_parquet_file_or_both_files_are_named(tmp_path, other):
+    names, numbers = list("abcdefghij"), list(range(10))
+    shards = ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")
+    files = [tmp_path / f"{shard}.parquet" for shard in shards]
+    for file in files:
+        _parquet(file, _noise_images(10), _named(names), label=numbers)
+    assert _load("cifar10", tmp_path).classes == tuple(names)
+    wrong = tmp_path / f"{other}.parquet"
+    _parquet(wrong, _noise_images(10), label=numbers)  # without names its numbers count as theirs
+    assert _load("cifar10", tmp_path).classes == tuple(names)
+    for changed, said in (
+        ([*names[:8], "j", "i"], f"class 8 of the column label is i in {files[0]} and j in {wrong}: write"),
+        (names[:9], f"class 9 of the column label is j in {files[0]} and nothing in {wrong}: write all files"),
+    ):
+        _parquet(wrong, _noise_images(10), _named(changed), label=numbers)
+        with pytest.raises(UsageError, match=f"^{re.escape(said)}"):
+            _load("cifar10", tmp_path)
+    _parquet(wrong, _noise_images(10), label=names)
+    said = f"the column label holds numbers in {files[0]} and texts in {wrong}: write the labels of all files"
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}"):
+        _load("cifar10", tmp_path)
 
 
 def test_image_folder_mistakes_name_file_and_folder(tmp_path):

@@ -14,6 +14,7 @@ from codecs import BOM_UTF8
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -369,6 +370,25 @@ def test_a_label_beyond_the_names_that_the_hub_gives(tmp_path):
     source = _load("parquet", root, "skip")
     assert source.classes == ("a", "b", "c", "d")
     assert len(source.train) == 31
+
+
+def _labelled(file, labels):
+    """Let a Parquet file have other labels."""
+    pq.write_table(pq.read_table(file).set_column(1, "label", pa.array(labels)), file)
+
+
+def test_labels_that_are_texts_are_those_of_training(tmp_path):
+    root = _miniature("parquet", tmp_path / "set")
+    for file in root.glob("data/*.parquet"):
+        _labelled(file, [f"n{label}" for label in pq.read_table(file)["label"].to_pylist()])
+    assert _load("parquet", root).classes == ("n0", "n1", "n2", "n3")
+    test = root / "data/test-00000-of-00001.parquet"
+    _labelled(test, ["bird", *pq.read_table(test)["label"].to_pylist()[1:]])
+    with pytest.raises(UsageError, match=rf"row 0 of {test} has label bird where one of the classes is wanted: mend"):
+        _load("parquet", root)
+    _labelled(test, [0] * len(pq.read_table(test)))
+    with pytest.raises(UsageError, match=rf"label holds texts in .*train-00000-of-00002.parquet and numbers in {test}"):
+        _load("parquet", root)
 
 
 @pytest.mark.parametrize("name", NAMES)

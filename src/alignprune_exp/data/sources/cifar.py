@@ -15,7 +15,7 @@ import numpy as np
 from alignprune_exp.data.images import Array, Fit, Shards
 from alignprune_exp.data.index import Survey, gathered
 from alignprune_exp.data.source import Crop, DataSet, Images, Root, Source, brief, existing
-from alignprune_exp.data.sources.parquet import Tables, shards_fit, shards_of
+from alignprune_exp.data.sources.parquet import Tables, in_memory, shards_of
 from alignprune_exp.errors import UsageError
 from alignprune_exp.schema import Aside
 
@@ -106,30 +106,29 @@ class Cifar10(DataSet):
         )
 
     def _from_parquet(self, root: Path, shards: dict[str, list[str]]) -> Source:
-        files = [*shards["train"], *shards["test"]]
-        shards_fit(root, files)
-        train, classes, superclass = self._split(root, shards["train"])
+        fetch = f"fetch the files of {self.name} from the Hugging Face hub, or type dataset.download=true with another"
+        numbers = [self.label, *([self.coarse] if self.coarse else [])]
+        tables = in_memory(root, shards, ["img", "image"], numbers, f"{fetch} dataset.root")
+        classes = tuple(tables["train"].hub_names(self.label) or self.classes.split())
+        train, superclass = self._split(tables["train"], classes)
         return Source(
             name=self.name,
             classes=classes,
             train=train,
-            test=self._split(root, shards["test"])[0],
-            fingerprint=_sha256(root / file for file in files),
+            test=self._split(tables["test"], classes)[0],
+            fingerprint=_sha256(root / file for file in (*shards["train"], *shards["test"])),
             labels_clean=True,
             superclass=superclass,
             asymmetric=self.asymmetric,
         )
 
-    def _split(self, root: Path, shards: list[str]) -> tuple[Images, tuple[str, ...], np.ndarray | None]:
-        numbers = [self.label, *([self.coarse] if self.coarse else [])]
-        fetch = f"fetch the files of {self.name} from the Hugging Face hub, or type dataset.download=true with another"
-        tables, survey = Tables(root, shards, ["img", "image"], numbers, f"{fetch} dataset.root"), Survey(root, None)
-        classes = tuple(tables.hub_names(self.label) or self.classes.split())
+    def _split(self, tables: Tables, classes: tuple[str, ...]) -> tuple[Images, np.ndarray | None]:
+        survey = Survey(tables.root, None)
         fine = survey.listed(tables.found(survey, self.label, classes), tables.where, ())
         coarse = gathered(tables.found(survey, self.coarse, _COARSE))["label"] if self.coarse else None
-        superclass = _superclass(fine["label"], coarse, len(classes), tables.where)
-        store = Shards(root, fine["path"].copy(), Fit(), tables.images)
-        return Images(fine["label"].copy(), store, remedy="fetch that file again"), classes, superclass
+        store = Shards(tables.root, fine["path"].copy(), Fit(), tables.images)
+        images = Images(fine["label"].copy(), store, remedy="fetch that file again")
+        return images, _superclass(fine["label"], coarse, len(classes), tables.where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,8 @@ class Parquet(Photographs):
     @cached_property
     def tables(self) -> dict[str, Tables]:
         """In memory before there are other processes, which then share them."""
-        shards_fit(self.folder, [*self.shards["train"], *self.shards["test"]])
         columns = [self.image_column], [self.label_column], "type another dataset.image_column or dataset.label_column"
-        return {split: Tables(self.folder, files, *columns) for split, files in self.shards.items()}
+        return in_memory(self.folder, self.shards, *columns)
 
     def read(self, survey: Survey) -> tuple[list[str], Splits]:
         for name in ("", "data", self.train_split, self.test_split, *self.shards["train"], *self.shards["test"]):
@@ -80,11 +80,20 @@ def shards_of(root: Path, split: str, *folders: str) -> list[str]:
     return []
 
 
-def shards_fit(root: Path, files: list[str]) -> None:
-    """Raise UsageError where the Parquet files, relative to ``root``, are more than memory can hold."""
-    remedy = "write their images out as train/<class>/ and val/<class>/ and use dataset=imagenet"
-    needed = sum((root / file).stat().st_size for file in files)
-    fits_into_memory(needed, f"the Parquet files under {root} take", remedy)
+def in_memory(
+    root: Path, shards: Mapping[str, list[str]], image: Sequence[str], labels: list[str], remedy: str
+) -> dict[str, Tables]:
+    """Return the Parquet files of each split; see `Tables`.
+
+    Raises UsageError also where memory cannot hold them, or a label means one class in a file and another elsewhere.
+    """
+    needed = sum((root / file).stat().st_size for file in chain(*shards.values()))
+    instead = "write their images out as train/<class>/ and val/<class>/ and use dataset=imagenet"
+    fits_into_memory(needed, f"the Parquet files under {root} take", instead)
+    splits = {split: Tables(root, files, image, labels, remedy) for split, files in shards.items()}
+    for column in labels:
+        _agree(column, {root / file: table for split in splits.values() for file, table in split.tables.items()})
+    return splits
 
 
 class Tables:
@@ -112,18 +121,13 @@ class Tables:
         self.tables = {file: _table(root / file, image, labels, remedy) for file in files}
         self.images = {file: pc.struct_field(table.column(0), "bytes") for file, table in self.tables.items()}
 
-    def hub_names(self, column: str) -> list[str] | None:
+    def hub_names(self, column: str) -> list[str]:
         """Return the class names that the hub's ``datasets`` library writes into the schema, if any."""
-        table, *_ = self.tables.values()
-        try:
-            features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
-            return [str(name) for name in features[column]["names"]]
-        except (KeyError, TypeError, ValueError):
-            return None
+        return next(filter(None, (_hub_names(table, column) for table in self.tables.values())), [])
 
     def classes(self, column: str) -> list[str]:
         """Return these names; else those that occur."""
-        if (names := self.hub_names(column)) is not None:
+        if names := self.hub_names(column):
             return names
         values = {value for table in self.tables.values() for value in table.column(column).unique().to_pylist()}
         values -= {None}
@@ -141,10 +145,42 @@ class Tables:
             for row, value in enumerate(table.column(column).to_pylist()):
                 label = number_of.get(value) if isinstance(value, str) else value
                 if label is None or not 0 <= label < len(classes):
-                    what = f"has {column} {value} where 0 to {len(classes) - 1} are wanted"
-                    survey.refuse(f"row {row} of {self.root / file} {what}", "mend or replace that file")
+                    wanted = "one of the classes is" if isinstance(value, str) else f"0 to {len(classes) - 1} are"
+                    what = f"row {row} of {self.root / file} has {column} {value} where {wanted} wanted"
+                    survey.refuse(what, "mend or replace that file")
                 else:
                     yield os.fsencode(f"{file}#{row}"), sizes[row], label
+
+
+def _hub_names(table: Any, column: str) -> list[str]:
+    try:
+        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[column]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _agree(column: str, tables: Mapping[Path, Any]) -> None:
+    """Raise UsageError where labels are texts in a file and numbers in another, or numbers have other names there."""
+    import pyarrow as pa
+
+    kinds: dict[str, Path] = {}
+    named: dict[tuple[str, ...], Path] = {}
+    for file, table in tables.items():
+        kinds.setdefault("numbers" if pa.types.is_integer(table.schema.field(column).type) else "texts", file)
+        if names := _hub_names(table, column):
+            named.setdefault(tuple(names), file)
+    if len(kinds) > 1:
+        holds = " and ".join(f"{kind} in {file}" for kind, file in kinds.items())
+        raise UsageError(f"the column {column} holds {holds}: write the labels of all files in one way")
+    if len(named) > 1:
+        (ours, file), (theirs, other), *_ = named.items()
+        pairs = enumerate(zip_longest(ours, theirs, fillvalue="nothing"))
+        number, (one, another) = next((number, pair) for number, pair in pairs if len({*pair}) > 1)
+        raise UsageError(
+            f"class {number} of the column {column} is {one} in {file} and {another} in {other}: write all files with "
+            "one list of names"
+        )
 
 
 def _table(file: Path, images: Sequence[str], labels: list[str], remedy: str) -> Any:
@@ -159,6 +195,8 @@ def _table(file: Path, images: Sequence[str], labels: list[str], remedy: str) ->
             if column not in schema.names:
                 wanted = " and ".join(name for name in (image, *labels) if name not in schema.names)
                 raise UsageError(f"{file} has no column {wanted}, but {', '.join(schema.names)}: {remedy}")
+            if (times := schema.names.count(column)) > 1:
+                raise UsageError(f"{file} has {times} columns {column}: write it with other names")
             kind = schema.field(column).type
             if column == image:
                 fits, wanted = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0, "a struct with bytes"
