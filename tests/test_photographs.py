@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,6 +371,27 @@ def test_a_label_beyond_the_names_that_the_hub_gives(tmp_path):
     source = _load("parquet", root, "skip")
     assert source.classes == ("a", "b", "c", "d")
     assert len(source.train) == 31
+
+
+def test_all_shards_of_a_split_are_wanted_and_none_of_another(tmp_path, miniatures):
+    root, whole = _miniature("parquet", tmp_path / "set") / "data", _load("parquet", miniatures / "parquet")
+    first, second = (root / f"train-0000{shard}-of-00002.parquet" for shard in range(2))
+    everything = pa.concat_tables([pq.read_table(first), pq.read_table(second)])
+    pq.write_table(everything, root / "train-extra-00000-of-00001.parquet")
+    assert _load("parquet", root.parent).fingerprint == whole.fingerprint
+    assert len(_load("parquet", root.parent, train_split="train-extra").train) == len(everything)
+    for name in ("train-more", "train-00001-of-00002-0123abcd", "train-00000-of-00001"):
+        shutil.copy(first, root / f"{name}.parquet")
+        with pytest.raises(UsageError, match=rf"data has .*{name}.parquet.*: move the others elsewhere$"):
+            _load("parquet", root.parent)
+        (root / f"{name}.parquet").unlink()
+    second.unlink()
+    said = f"{root} has {first.name} and lacks {second.name}: fetch that, or move the others elsewhere"
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
+        _load("parquet", root.parent)
+    first.unlink()
+    with pytest.raises(UsageError, match=r"train_split=train has no train.parquet .* has test, train-extra$"):
+        _load("parquet", root.parent)
 
 
 def _labelled(file, labels):

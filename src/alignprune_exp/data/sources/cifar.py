@@ -61,10 +61,11 @@ class Cifar10(DataSet):
         root = existing(self.name, self.root, holds)
         if root.name == official.base_folder:
             root = root.parent
+        if any((root / part).exists() for part in (official.base_folder, official.filename)):
+            return self._from_torchvision(root, official)
         shards = {split: shards_of(root, split, self.folder, "data") for split in ("train", "test")}
         missing = [f"{split}.parquet" for split, found in shards.items() if not found]
-        pickled = any((root / part).exists() for part in (official.base_folder, official.filename))
-        if pickled or (missing and self.download):
+        if missing and self.download:
             return self._from_torchvision(root, official)
         if not missing:
             return self._from_parquet(root, shards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,9 @@ from alignprune_exp.data.layout import Photographs
 from alignprune_exp.data.source import brief, fits_into_memory
 from alignprune_exp.errors import UsageError
 from alignprune_exp.files import below
+
+# What follows a split's name in those of its shards on the hub; of ``<split>-<more>`` they are another split's.
+NUMBERED = re.compile(r"(?:-(?P<more>.+))?-(?P<number>\d+)-of-(?P<of>\d+)(?:-[0-9a-f]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class Parquet(Photographs):
             found[split] = shards_of(self.folder, called, "data", called)
             if not found[split]:
                 files = below(self.folder, "**/*.parquet")
-                there = sorted({file.name.partition("-")[0].removesuffix(".parquet") for file in files})
+                there = sorted({re.sub(r"-\d.*", "", file.stem) for file in files})
                 raise UsageError(
                     f"dataset.{split}_split={called} has no {called}.parquet or {called}-*.parquet under {self.root}: "
                     f"the folder has {', '.join(there) or 'no Parquet file'}"
@@ -72,12 +76,33 @@ class Parquet(Photographs):
 
 
 def shards_of(root: Path, split: str, *folders: str) -> list[str]:
-    """Return the Parquet files of a split, relative to ``root``, which has them itself or in one of ``folders``."""
+    """Return the Parquet files of a split, relative to ``root``, which has them itself or in one of ``folders``.
+
+    Raises UsageError where they are numbered, as on the hub, and not all there once.
+    """
     for place in (root, *(root / folder for folder in folders)):
-        for pattern in (f"{split}.parquet", f"{split}-*.parquet"):
-            if files := sorted(place.glob(pattern)):
-                return [file.relative_to(root).as_posix() for file in files]
+        whole = sorted(place.glob(f"{split}.parquet"))
+        if files := whole or _shards(split, sorted(place.glob(f"{split}-*.parquet"))):
+            return [file.relative_to(root).as_posix() for file in files]
     return []
+
+
+def _shards(split: str, files: list[Path]) -> list[Path]:
+    """Return those of the files ``<split>-*.parquet`` that are not of ``<split>-<more>``, another split."""
+    numbered = {file: NUMBERED.fullmatch(file.stem, len(split)) for file in files}
+    own = [file for file, found in numbered.items() if not (found and found["more"])]
+    places = {(int(found["number"]), int(found["of"])) for file in own if (found := numbered[file])}
+    if not places:
+        return own
+    folder, (_, of) = own[0].parent, min(places)
+    lacking = next((number for number in range(of) if (number, of) not in places), None)
+    if lacking is not None:
+        lacks = f"{split}-{lacking:05d}-of-{of:05d}.parquet"
+        raise UsageError(f"{folder} has {own[0].name} and lacks {lacks}: fetch that, or move the others elsewhere")
+    if len(own) > of:
+        names = ", ".join(file.name for file in own)
+        raise UsageError(f"{folder} has {names}, where {of} shards are the split {split}: move the others elsewhere")
+    return own
 
 
 def in_memory(
