@@ -331,6 +331,9 @@ def test_parquet_mistakes_name_columns_and_rows(tmp_path):
     missing = r"train.parquet has no column fine_label and coarse_label, but img, label: fetch the files of cifar100"
     with pytest.raises(UsageError, match=missing):
         _load("cifar100", tmp_path)
+    _parquet(tmp_path / "train.parquet", _noise_images(3), label=[9, 9, 9])
+    with pytest.raises(UsageError, match=r"dataset=cifar10 has training images of truck alone, where 2"):
+        _load("cifar10", tmp_path)
     _parquet(tmp_path / "train.parquet", _noise_images(3), label=[0, 9, 10])
     with pytest.raises(UsageError, match=r"row 2 of .*train.parquet has label 10 where 0 to 9 are wanted"):
         _load("cifar10", tmp_path)
@@ -394,6 +397,14 @@ def test_image_folder_mistakes_name_file_and_folder(tmp_path):
     (tmp_path / "train/emu").rmdir()
     (tmp_path / "test/owl").mkdir()
     with pytest.raises(UsageError, match=r"test/owl is a class that .*train does not have"):
+        _load("image_folder", tmp_path)
+    (tmp_path / "test/owl").rmdir()
+    for images in tmp_path.glob("*/dog"):
+        shutil.rmtree(images)
+    with pytest.raises(UsageError, match=r"dataset=image_folder has training images of cat alone, where 2 classes"):
+        _load("image_folder", tmp_path)
+    (tmp_path / "train/cat").rename(tmp_path / "train/.cat")
+    with pytest.raises(UsageError, match=r"train has no class folders: put the images of each class into a folder"):
         _load("image_folder", tmp_path)
     shutil.rmtree(tmp_path / "test")
     with pytest.raises(UsageError, match=r"lacks the folder test \(or val\)"):

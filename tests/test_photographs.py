@@ -413,6 +413,19 @@ def test_labels_that_are_texts_are_those_of_training(tmp_path):
         _load("parquet", root)
 
 
+def test_images_of_one_class_alone_are_refused_whatever_is_skipped(tmp_path):
+    root = _miniature("parquet", tmp_path / "set")
+    for file in root.glob("data/*.parquet"):
+        _labelled(file, [0] * len(pq.read_table(file)))
+    with pytest.raises(UsageError, match=r"dataset=parquet has training images of 0 alone, where 2 classes or more"):
+        _load("parquet", root)
+    root = _miniature("imagenet", tmp_path / "other")
+    for image in root.glob("train/*/*"):
+        image.write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"dataset=imagenet has training images of no class alone, where 2 classes"):
+        _load("imagenet", root, "skip")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_truncated_image_is_named_or_skipped_for_good(tmp_path, name):
     root = _miniature(name, tmp_path / "set", "--broken", "truncated")

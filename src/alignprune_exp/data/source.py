@@ -148,6 +148,8 @@ class Source:
         statistics: mean and standard deviation by channel, (C,) each, that pixels are normalised by; computed from
             the training images where None.
         skipped: what was left out of the data set since it could not be read, one line each.
+
+    Raises UsageError where training images are of fewer than two classes.
     """
 
     name: str
@@ -164,6 +166,14 @@ class Source:
     evaluations: Mapping[str, Images] = field(default_factory=dict)
     statistics: tuple[np.ndarray, np.ndarray] | None = None
     skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        there = [self.classes[c] for c in np.unique(self.train.labels)]
+        if len(there) < 2:
+            raise UsageError(
+                f"dataset={self.name} has training images of {''.join(there) or 'no class'} alone, where 2 classes or "
+                "more are needed: add images of others"
+            )
 
 
 def stratified(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

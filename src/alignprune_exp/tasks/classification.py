@@ -58,7 +58,7 @@ class Classification(Task):
         if data.train.clean_labels is not None:
             self.corrupted = data.train.labels != data.train.clean_labels
         self.strata, self.classes = data.train.labels, data.classes
-        self.chance_loss = math.log(max(len(data.classes), 2))
+        self.chance_loss = math.log(len(data.classes))
         self.facts, self.skipped = {"pairing": data.pairing or None}, data.skipped
         self.held_out = 0 if data.reference is None else len(data.reference)
 

@@ -46,10 +46,9 @@ class ImageFolder(Layout):
             folders = f"folder {lacking[0]}" if len(lacking) == 1 else f"folders {' and '.join(lacking)}"
             raise UsageError(f"dataset.root={self.root} lacks the {folders}: put one folder per class there")
         train, classes = self.folder / "train", survey.folders("train")
-        if len(classes) < 2:
+        if not classes:
             raise UsageError(
-                f"{train} has {len(classes)} class folders where training needs 2 or more: put the images of each "
-                "class into a folder of its own there"
+                f"{train} has no class folders: put the images of each class into a folder of its own there"
             )
         if unknown := sorted(set(survey.folders(held_out)) - set(classes)):
             raise UsageError(
