@@ -277,7 +277,7 @@ MISTAKES = [
     ("clothing1m", "empty", r"T-Shirt in .*key_list\.txt has no image"),
     ("imagenet", "empty", r"train/n00000001 has no image"),
     ("tiny_imagenet", "empty", r"train/n00000001/images has no image"),
-    ("parquet", "empty", r"0 in .*parquet and its like has no image"),
+    ("parquet", "empty", r"0 \(classes count from 0\) in .*parquet and its like has no image"),
 ]
 
 
@@ -411,6 +411,34 @@ def test_labels_that_are_texts_are_those_of_training(tmp_path):
     _labelled(test, [0] * len(pq.read_table(test)))
     with pytest.raises(UsageError, match=rf"label holds texts in .*train-00000-of-00002.parquet and numbers in {test}"):
         _load("parquet", root)
+
+
+def test_a_column_of_labels_or_images_that_is_another_is_named(tmp_path):
+    root = _miniature("parquet", tmp_path / "set")
+    train = sorted(root.glob("data/train-*.parquet"))
+    whole, choose = [pq.read_table(file) for file in train], "type another dataset.image_column or dataset.label_column"
+    for most in (32, 10**15):
+        _labelled(train[0], [*range(15), most])
+        said = f"the column label of {train[0]} and its like has numbers up to {most} in 32 rows, which are no classes"
+        with pytest.raises(UsageError, match=f"^{said}: {choose}$"):
+            _load("parquet", root, "skip")
+    _labelled(train[0], [None, *range(15)])
+    with pytest.raises(UsageError, match=rf"row 0 of {train[0]} has no label: mend or replace that file"):
+        _load("parquet", root)
+    for file, table in zip(train, whole, strict=True):
+        pq.write_table(table, file)
+        _labelled(file, [label + 1 for label in table["label"].to_pylist()])
+    with pytest.raises(UsageError, match=rf"^0 \(classes count from 0\) in {train[0]} and its like has no image"):
+        _load("parquet", root)
+    for kind in (pa.int64(), pa.string(), pa.list_(pa.int64())):
+        images = pa.array([{"bytes": None}] * 16, pa.struct({"bytes": kind}))
+        pq.write_table(whole[0].set_column(0, "image", images), train[0])
+        with pytest.raises(UsageError, match=rf"image of {train[0]} holds struct.* binary bytes are wanted: {choose}$"):
+            _load("parquet", root)
+    paths = pa.array([{"bytes": None, "path": "0.png"}] * 16, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(whole[0].set_column(0, "image", paths), train[0])
+    with pytest.raises(UsageError, match=rf"image of {train[0]} has no bytes of an image: write it with these"):
+        _load("parquet", root, "skip")
 
 
 def test_images_of_one_class_alone_are_refused_whatever_is_skipped(tmp_path):

@@ -66,9 +66,11 @@ class Parquet(Photographs):
             if (self.folder / name).exists():
                 survey.stamp(self.folder / name)
         classes, splits = self.tables["train"].classes(self.label_column), {}
+        counted = " (classes count from 0)" if classes == [str(c) for c in range(len(classes))] else ""
         for split, tables in self.tables.items():
             found = tables.found(survey, self.label_column, classes)
-            splits[split] = survey.listed(found, tables.where, [f"{label} in {tables.where}" for label in classes])
+            named = [f"{label}{counted} in {tables.where}" for label in classes]
+            splits[split] = survey.listed(found, tables.where, named)
         return classes, splits
 
     def store(self, split: str, paths: np.ndarray) -> Shards:
@@ -141,7 +143,7 @@ class Tables:
     def __init__(self, root: Path, files: list[str], image: Sequence[str], labels: list[str], remedy: str) -> None:
         import pyarrow.compute as pc
 
-        self.root = root
+        self.root, self.remedy = root, remedy
         self.where = f"{root / files[0]}{' and its like' if len(files) > 1 else ''}"
         self.tables = {file: _table(root / file, image, labels, remedy) for file in files}
         self.images = {file: pc.struct_field(table.column(0), "bytes") for file, table in self.tables.items()}
@@ -151,14 +153,18 @@ class Tables:
         return next(filter(None, (_hub_names(table, column) for table in self.tables.values())), [])
 
     def classes(self, column: str) -> list[str]:
-        """Return these names; else those that occur."""
+        """Return these names; else those that occur. Raises UsageError for numbers that are too large for classes."""
         if names := self.hub_names(column):
             return names
         values = {value for table in self.tables.values() for value in table.column(column).unique().to_pylist()}
         values -= {None}
         if all(isinstance(value, str) for value in values):
             return sorted(values)
-        return [str(c) for c in range(max(values, default=-1) + 1)]
+        most, rows = max(values), sum(map(len, self.tables.values()))
+        if most >= rows:
+            what = f"the column {column} of {self.where} has numbers up to {most} in {rows} rows, which are no classes"
+            raise UsageError(f"{what}: {self.remedy}")
+        return [str(c) for c in range(most + 1)]
 
     def found(self, survey: Survey, column: str, classes: Sequence[str]) -> Iterator[Found]:
         """Yield the images with their labels out of a ``column``."""
@@ -171,8 +177,8 @@ class Tables:
                 label = number_of.get(value) if isinstance(value, str) else value
                 if label is None or not 0 <= label < len(classes):
                     wanted = "one of the classes is" if isinstance(value, str) else f"0 to {len(classes) - 1} are"
-                    what = f"row {row} of {self.root / file} has {column} {value} where {wanted} wanted"
-                    survey.refuse(what, "mend or replace that file")
+                    has = f"no {column}" if value is None else f"{column} {value} where {wanted} wanted"
+                    survey.refuse(f"row {row} of {self.root / file} has {has}", "mend or replace that file")
                 else:
                     yield os.fsencode(f"{file}#{row}"), sizes[row], label
 
@@ -211,6 +217,7 @@ def _agree(column: str, tables: Mapping[Path, Any]) -> None:
 def _table(file: Path, images: Sequence[str], labels: list[str], remedy: str) -> Any:
     """Return the columns of encoded images and of labels."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
@@ -224,11 +231,22 @@ def _table(file: Path, images: Sequence[str], labels: list[str], remedy: str) ->
                 raise UsageError(f"{file} has {times} columns {column}: write it with other names")
             kind = schema.field(column).type
             if column == image:
-                fits, wanted = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0, "a struct with bytes"
+                fits, wanted = _holds_bytes(kind), "a struct with binary bytes"
             else:
                 fits, wanted = pa.types.is_integer(kind) or pa.types.is_string(kind), "class numbers or names"
             if not fits:
                 raise UsageError(f"the column {column} of {file} holds {kind} where {wanted} are wanted: {remedy}")
-        return pq.read_table(file, columns=[image, *labels])
+        table = pq.read_table(file, columns=[image, *labels])
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from error
+    if len(table) and pc.struct_field(table.column(0), "bytes").null_count == len(table):
+        raise UsageError(f"the column {image} of {file} has no bytes of an image: write it with these, not with paths")
+    return table
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if not pa.types.is_struct(kind) or (place := kind.get_field_index("bytes")) < 0:
+        return False
+    return pa.types.is_binary(kind.field(place).type) or pa.types.is_large_binary(kind.field(place).type)
