@@ -568,6 +568,27 @@ def test_an_index_is_made_once_and_again_when_the_folder_has_changed(tmp_path, k
     assert len(changed.train) + len(changed.test) != len(first.train) + len(first.test)
 
 
+@pytest.mark.parametrize("name", ["imagenet", "webvision"])
+def test_a_relative_folder_is_that_of_where_one_is(tmp_path, kept, monkeypatch, name):
+    _, made = kept
+    for place, train in (("here", "8"), ("there", "6")):
+        for each in {name, "imagenet"}:
+            _miniature(each, tmp_path / place / each, "--train", train)
+        _aged(tmp_path / place)
+    elsewhere, found = ["imagenet_root"] if name == "webvision" else [], []
+    for place in ("here", "there", "here", "there"):
+        monkeypatch.chdir(tmp_path / place)
+        source = _load(name, name, **dict.fromkeys(elsewhere, "imagenet"))
+        found.append(len(source.train))
+        monkeypatch.chdir(tmp_path)
+        for images in (source.train, *source.evaluations.values()):
+            images.pixels(np.arange(len(images)))
+        again = _load(name, tmp_path / place / name, **dict.fromkeys(elsewhere, f"{place}/imagenet"))
+        assert again.fingerprint == source.fingerprint
+    assert found == [32, 24, 32, 24]
+    assert len(made) == 2  # one of each place, however it is called
+
+
 def test_a_folder_that_comes_later_is_noticed(tmp_path, kept):
     root = _miniature("clothing1m", tmp_path / "set")
     folder = next((root / "images").iterdir())

@@ -73,7 +73,12 @@ class Layout(DataSet):
 
     @cached_property
     def folder(self) -> Path:
-        return existing(self.name, self.root, self.holds)
+        return existing(self.name, self.root, self.holds).resolve()
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """The folders that its files lie in, absolute, by the settings that name them."""
+        return {"root": self.folder}
 
     def open(self) -> Source:
         """Return the data set; raise UsageError for missing, incomplete or malformed files."""
@@ -101,7 +106,7 @@ class Layout(DataSet):
     def _key(self) -> bytes:
         """Return what the index depends on beside the files: the settings, and the code that reads them."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in OF_PIXELS}
-        resolved = {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in values.items()}
+        resolved = values | {key: str(folder) for key, folder in self.places.items()}
         code = {inspect.getfile(each) for each in type(self).__mro__[:-1]}
         return json.dumps(resolved).encode() + b"".join(Path(file).read_bytes() for file in sorted(code))
 

@@ -143,8 +143,14 @@ class WebVision(Photographs):
         }
         if self.imagenet_root is not None:
             wnids = [line.split()[0] for line in lines]
-            splits["imagenet"] = self._imagenet(replace(survey, root=Path(self.imagenet_root).expanduser()), wnids)
+            splits["imagenet"] = self._imagenet(replace(survey, root=self.places["imagenet_root"]), wnids)
         return names, splits
+
+    @property
+    def places(self) -> dict[str, Path]:
+        if self.imagenet_root is None:
+            return super().places
+        return super().places | {"imagenet_root": Path(self.imagenet_root).expanduser().resolve()}
 
     def _listed(self, survey: Survey, file: Path, folder: bytes) -> np.ndarray:
         """Return the images of a list of ``path label``, paths being relative to ``folder``, of the first classes."""
@@ -174,8 +180,7 @@ class WebVision(Photographs):
         return survey.by_folder("val", wanted)
 
     def store(self, split: str, paths: np.ndarray) -> Files:
-        elsewhere = self.imagenet_root if split == "imagenet" else None
-        return Files(self.folder if elsewhere is None else Path(elsewhere).expanduser(), paths, self.cut)
+        return Files(self.places["imagenet_root" if split == "imagenet" else "root"], paths, self.cut)
 
 
 @dataclass(frozen=True, kw_only=True)
