@@ -279,7 +279,6 @@ def test_image_folder_passes_over_what_is_hidden_and_no_image_and_refuses_or_ski
         shutil.copy(tmp_path / "train/cat/0.png", tmp_path / "train/cat" / place)
     assert _load("image_folder", tmp_path, image_size=8).fingerprint == plain.fingerprint
     (tmp_path / "train/cat/nested/gone.png").symlink_to(tmp_path / "nowhere.png")
-    (tmp_path / "train/cat/loop").symlink_to(tmp_path / "train/cat")
     with pytest.raises(
         UsageError,
         match=r"gone.png cannot be read \(No such .*\): replace or delete it, or type dataset",
@@ -288,6 +287,23 @@ def test_image_folder_passes_over_what_is_hidden_and_no_image_and_refuses_or_ski
     skipping = _load("image_folder", tmp_path, image_size=8, on_error="skip")
     assert len(skipping.skipped) == 1
     assert skipping.fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize("place", ["0.TIF", "nested/1.gif", "more"])
+def test_images_that_are_not_taken_are_named_or_listed(tmp_path, place):
+    _image_folder(tmp_path / "set")
+    before = _load("image_folder", tmp_path / "set", image_size=8).fingerprint
+    passed_over = tmp_path / "set/train/cat" / place
+    if place == "more":
+        passed_over.symlink_to(tmp_path / "set/train/dog")
+        said = f"{passed_over} is a link to a folder, which is not followed"
+    else:
+        shutil.copy(tmp_path / "set/train/cat/0.png", passed_over)
+        said = f"{passed_over} is of a kind that is not read"
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}: .*, or type dataset.on_error=skip to train without"):
+        _load("image_folder", tmp_path / "set", image_size=8)
+    source = _load("image_folder", tmp_path / "set", image_size=8, on_error="skip")
+    assert (source.skipped, source.fingerprint) == ((said,), before)
 
 
 def test_image_folder_is_listed_anew_each_time(tmp_path):

@@ -17,6 +17,7 @@ from alignprune_exp.data.source import Unreadable, brief, fits_into_memory
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".ppm", ".pgm")
 
 
 def rgb(image: Image.Image) -> Image.Image:

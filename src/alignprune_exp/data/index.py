@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from alignprune_exp.console import Progress
-from alignprune_exp.data.images import IMAGE_SUFFIXES, Files, glance
+from alignprune_exp.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, Files, glance
 from alignprune_exp.data.source import Unreadable
 from alignprune_exp.errors import UsageError
 from alignprune_exp.files import cache_folder, write_atomically
 
 SETTLED = 2_000_000_000  # ns that a folder must have been left alone before its index is kept
-_SUFFIXES = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
+_SUFFIXES, _UNREAD = (tuple(map(os.fsencode, suffixes)) for suffixes in (IMAGE_SUFFIXES, UNREAD_SUFFIXES))
 Found = tuple[bytes, int, int]  # of an image its path, relative to its split's folder, its size in bytes and its label
 Splits = dict[str, np.ndarray]  # by name, of all images, (n,), with these as the fields path, size and label
 
@@ -128,13 +128,22 @@ class Survey:
         return [os.fsdecode(entry.name) for entry in self._entries(parent) if entry.is_dir()]
 
     def files(self, folder: str, nested: bool = False) -> Iterator[bytes]:
-        """Yield the paths of the images in a folder, in order; with ``nested`` also in those below."""
+        """Yield the paths of the images in a folder, in order; with ``nested`` also in those below.
+
+        Images of kinds that are not read are refused, and links to folders below, which may lead in a circle.
+        """
         for entry in self._entries(folder):
-            path = os.fsencode(folder) + b"/" + entry.name
+            path, name = os.fsencode(folder) + b"/" + entry.name, entry.name.lower()
             if not entry.is_dir():
-                if entry.name.lower().endswith(_SUFFIXES):
+                if name.endswith(_SUFFIXES):
                     yield path
-            elif nested and not entry.is_symlink():
+                elif name.endswith(_UNREAD):
+                    what = f"{self.root / os.fsdecode(path)} is of a kind that is not read"
+                    self.refuse(what, f"write it as {', '.join(IMAGE_SUFFIXES)}")
+            elif nested and entry.is_symlink():
+                what = f"{self.root / os.fsdecode(path)} is a link to a folder, which is not followed"
+                self.refuse(what, "put the folder itself there")
+            elif nested:
                 yield from self.files(os.fsdecode(path), nested)
 
     def _entries(self, folder: str) -> list[os.DirEntry[bytes]]:
