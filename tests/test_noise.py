@@ -147,6 +147,38 @@ def test_human_label_mistakes_say_what_to_type(tmp_path, clean10):
         human_labels(file, None, "cifar10", "worst", clean10)
 
 
+@pytest.mark.parametrize(
+    "text", ["airplane\n", "http://www.noisylabels.com", "hello", "index,label\n0,1\n", '{"worse_label": [1]}', ""]
+)
+def test_a_text_is_no_file_of_human_labels(tmp_path, clean10, text):
+    (tmp_path / "x.pt").write_text(text)
+    with pytest.raises(UsageError, match=r"x.pt cannot be read as a label file of CIFAR-N \(\w+\): fetch it again"):
+        human_labels(tmp_path / "x.pt", None, "cifar10", "worst", clean10)
+
+
+NO_LISTS = {
+    "ragged": [[1], [1, 2]],
+    "empty": [],
+    "number": 3,
+    "text": "airplane",
+    "bfloat16": torch.zeros(200, dtype=torch.bfloat16),
+    "bool": torch.zeros(200, dtype=torch.bool),
+    "gradient": torch.zeros(200, requires_grad=True),
+    "column": torch.zeros(200, 1, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LISTS)
+@pytest.mark.parametrize("key", ["clean_label", "worse_label"])
+def test_what_is_no_list_of_class_numbers_is_named(tmp_path, clean10, key, kind):
+    file = _write(tmp_path / "x.pt", **{"clean_label": clean10, "worse_label": clean10} | {key: NO_LISTS[kind]})
+    with pytest.raises(UsageError, match=rf"^{key} in .*x.pt is not a list of class numbers from 0 to 9: type noise"):
+        human_labels(file, None, "cifar10", "worst", clean10)
+    file = _write(tmp_path / "y.pt", **{"clean_label": clean10, "worse_label": clean10} | {key: clean10[:40]})
+    with pytest.raises(UsageError, match=r"y.pt labels 40 images where the training set has 200: noise=real needs"):
+        human_labels(file, None, "cifar10", "worst", clean10)
+
+
 @pytest.mark.skipif(not (DATA / "cifar_n").is_dir(), reason=f"no CIFAR-N label files in {DATA}/cifar_n")
 @pytest.mark.parametrize(
     ("dataset", "labels", "percent"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,11 +98,12 @@ def human_labels(file: Path | None, root: Path | None, dataset: str, labels: str
     key = "noisy_label" if keys is None else keys[labels]
     path = _human_file(file, root, HUMAN_FILES[dataset])
     published = _read_human(path, ("clean_label", key), int(clean.max()) + 1)
-    if len(published[key]) != len(clean):
-        raise UsageError(
-            f"{path} labels {len(published[key])} images where the training set has {len(clean)}: noise=real "
-            "needs the whole official training set under dataset.root"
-        )
+    for labelled in map(len, published.values()):
+        if labelled != len(clean):
+            raise UsageError(
+                f"{path} labels {labelled} images where the training set has {len(clean)}: noise=real needs the whole "
+                "official training set under dataset.root"
+            )
     different = np.flatnonzero(published["clean_label"] != clean)
     if len(different):
         raise UsageError(
@@ -142,7 +142,7 @@ def _read_human(path: Path, keys: tuple[str, ...], n_classes: int) -> dict[str, 
     try:
         with torch.serialization.safe_globals(array_parts):
             content = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the bytes of another file may be anything to an unpickler
         raise UsageError(
             f"{path} cannot be read as a label file of CIFAR-N ({type(error).__name__}): fetch it again from "
             "https://github.com/UCSC-REAL/cifar-10-100n"
@@ -153,14 +153,23 @@ def _read_human(path: Path, keys: tuple[str, ...], n_classes: int) -> dict[str, 
             f"{path} holds {', '.join(map(str, found))} where {', '.join(keys)} are wanted: type noise.file= "
             "with the file of this data set"
         )
-    arrays = {key: np.asarray(content[key]) for key in keys}
+    arrays = {key: _whole_numbers(content[key]) for key in keys}
     for key, values in arrays.items():
-        if values.ndim != 1 or values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= n_classes:
+        if not len(values) or values.min() < 0 or values.max() >= n_classes:
             raise UsageError(
                 f"{key} in {path} is not a list of class numbers from 0 to {n_classes - 1}: type noise.file= "
                 "with the file of this data set"
             )
     return {key: values.astype(np.int64) for key, values in arrays.items()}
+
+
+def _whole_numbers(values: Any) -> np.ndarray:
+    """Return a list of whole numbers, (n,), and an empty one for anything else."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # of lists of several lengths, and tensors of what NumPy has not
+        return np.empty(0, np.int64)
+    return array if array.ndim == 1 and array.dtype.kind in "iu" else np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
