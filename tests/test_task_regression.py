@@ -1,6 +1,7 @@
 """The task regression: permuted targets, the metrics, tables of one's own, and whole runs."""
 
 import datetime
+import hashlib
 import math
 from decimal import Decimal
 
@@ -170,6 +171,52 @@ def test_what_is_constant_is_not_blown_up_by_rounding(table):
     assert evaluated == {True, False}
 
 
+def test_a_missing_text_is_the_mean_of_each_text(table):
+    towns = [None if row % 5 == 0 else "Bern" if row % 3 == 0 else "Chur" for row in range(60)]
+    pq.write_table(pa.table({"town": towns, "price": np.random.default_rng(0).random(60)}), table)
+    task = open_task(composed(*TINY, "dataset=table", f"dataset.root={table}", "dataset.target=price"))
+    assert task.data.columns == ["town=Bern", "town=Chur"]
+    for batches, part, rows in (
+        (task.train, task.data.train, task.parts.train),
+        (task.tests[""], task.data.test, task.parts.test),
+    ):
+        given = torch.cat([features for _, features, _ in batches.evaluation()]).float()
+        own = [towns[row] for row in part.rows[rows]]
+        missing = torch.tensor([town is None for town in own])
+        assert missing.any()
+        assert (given[missing] == 0).all()
+        assert ((given[~missing, 0] > 0) == torch.tensor([town == "Bern" for town in own])[~missing]).all()
+        assert (given[~missing].sign().sum(1) == 0).all()
+
+
+def test_a_table_without_missing_texts_is_what_its_values_say(table):
+    whole = pa.table({"town": ["Bern", "Chur"] * 30, "price": list(range(60))})
+    pq.write_table(whole, table)
+    data = open_task(composed(*TINY, "dataset=table", f"dataset.root={table}", "dataset.target=price")).data
+    digest = hashlib.sha256(b'["town=Bern", "town=Chur"]')
+    for part in (data.train, data.test):
+        bern = part.rows % 2 == 0
+        for values in (part.rows, np.column_stack([bern, ~bern]).astype(float), part.rows.astype(float)):
+            digest.update(f"{values.shape}".encode() + values.tobytes())
+    assert data.fingerprint == digest.hexdigest()
+
+
+@pytest.mark.parametrize(("column", "name"), [("rooms", "rooms"), ("price", "of targets")])
+def test_what_is_too_far_from_those_trained_on_is_named_before_a_run_begins(tmp_path, refused, table, column, name):
+    line = (*TINY, "dataset=table", f"dataset.root={table}", "dataset.target=price", f"paths.results={tmp_path}")
+    columns = {"rooms": np.zeros(60), "price": np.arange(60.0)}
+    pq.write_table(pa.table(columns), table)
+    row = open_task(composed(*line)).data.test.rows[3]
+    columns[column][row] = 1e15
+    pq.write_table(pa.table(columns), table)
+    _, inputs, targets = next(open_task(composed(*line)).tests[""].evaluation())
+    assert torch.cat([inputs, targets[:, None]], 1).square().isfinite().all()
+    columns[column][row] = -1e50
+    pq.write_table(pa.table(columns), table)
+    said = f"the column {name} has the value -1e+50 in row {row}, where the mean of those trained on is"
+    assert said in refused(*line)
+
+
 def test_an_index_of_pandas_is_no_feature(table):
     pq.read_table(table, columns=["rooms", "price"]).to_pandas().sort_values("price").to_parquet(table)
     assert "__index_level_0__" in pq.read_schema(table).names
@@ -217,6 +264,8 @@ def test_a_mistake_in_the_table_is_one_sentence(tmp_path, refused, table):
     assert "the column rooms of" in refused(*rooms)
     pq.write_table(pa.table({"rooms": [-1.8e307] * 60, "price": list(range(60))}), table)
     assert "has the value -1.8e+307: mend it, or choose other columns" in refused(*rooms)
+    pq.write_table(pa.table({"a": ["b", "c"] * 30, "a=b": list(range(60)), "price": list(range(60))}), table)
+    assert "makes a feature a=b, and so does another column: rename one, or" in refused(*price)
     pq.write_table(pa.table({"rooms": [1] * 60}), table.parent / "other.parquet")
     assert "differ in their columns" in refused(*rooms, f"dataset.root={table.parent}")
     table.write_bytes(b"nothing")

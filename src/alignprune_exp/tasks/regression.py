@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MOST_TEXTS = 100  # different ones that a column may have to be features
 LARGEST = 1e100  # number that can be squared, and many of these summed
+FARTHEST = float(np.finfo(np.float32).max) ** 0.5  # in standard deviations; a loss is a square, in float32
 PANDAS_INDEX = "__index_level_"  # begins the column of an index without a name
 
 
@@ -70,6 +71,23 @@ class Regression(RowsTask):
             rows = np.where(np.isnan(train.features[parts.train]).all(0), 0.0, train.features[parts.train])
             self._mean, spread = np.nanmean(rows, 0), np.nanstd(rows, 0)
             self._std = np.where((spread > 0) & (np.nanmax(rows, 0) > np.nanmin(rows, 0)), spread, 1)
+        for part, chosen in ((train, parts.train), (train, parts.reference), (self.data.test, parts.test)):
+            self._check_near(part.of(chosen))
+
+    def _check_near(self, rows: Rows) -> None:
+        """Raise UsageError where a value is too far from those trained on to compute with."""
+        values = np.column_stack([rows.features, rows.targets])
+        centre, spread = np.append(self._mean, self.centre), np.append(self._std, self.spread)
+        with np.errstate(over="ignore"):
+            far = np.argwhere(np.abs((values - centre) / spread) > FARTHEST)
+        if len(far):
+            row, column = far[0]
+            name = [*self.data.columns, "of targets"][column]
+            raise UsageError(
+                f"the column {name} has the value {values[row, column]:g} in row {rows.rows[row]}, where the mean of "
+                f"those trained on is {centre[column]:g} and their standard deviation {spread[column]:g}: mend that "
+                "value, or leave its row or its column out"
+            )
 
     def _given(self, purpose: str, rows: np.ndarray, wrong: np.ndarray, key: str) -> np.ndarray:
         """Return the targets of some rows, the ``wrong`` ones of which have changed places among themselves."""
@@ -260,7 +278,15 @@ class ParquetTable(DataSet):
                 raise UsageError(f"{self.root} has no column {name}, but {there}: type dataset.{key}=… of these")
         if self.target in names:
             raise UsageError(f"dataset.features has {self.target}, which is the target: leave it out")
-        columns = {name: column for each in names for name, column in self._numbers(each, table.column(each)).items()}
+        columns: dict[str, np.ndarray] = {}
+        for each in dict.fromkeys(names):
+            numbers = self._numbers(each, table.column(each))
+            if twice := [name for name in numbers if name in columns]:
+                raise UsageError(
+                    f"the column {each} of {self.root} makes a feature {twice[0]}, and so does another column: rename "
+                    "one, or choose other columns with dataset.features=[…]"
+                )
+            columns |= numbers
         if not columns:
             raise UsageError(f"{self.root} has no column with values beside {self.target} to predict it by: add some")
         ((_, targets),) = self._numbers(self.target, table.column(self.target), texts=False).items()
@@ -298,7 +324,7 @@ class ParquetTable(DataSet):
             raise UsageError(f"the files of {root} differ in their columns: type a file, or move the others") from None
 
     def _numbers(self, name: str, column: Any, texts: bool = True) -> dict[str, np.ndarray]:
-        """Return a column as numbers, float64 (n,), NaN for what is missing; of texts one for each of them."""
+        """Return a column as numbers, float64 (n,), NaN for what is missing; of texts one for each of them, 0 or 1."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -316,7 +342,8 @@ class ParquetTable(DataSet):
         values = np.array(column.to_pylist(), dtype=object)
         if len(known := sorted(set(values) - {None})) > MOST_TEXTS:
             raise UsageError(f"the column {name} of {self.root} has {len(known)} different texts, too many: {leave}")
-        return {f"{name}={text}": (values == text).astype(np.float64) for text in known}
+        missing = np.array([value is None for value in values])
+        return {f"{name}={text}": np.where(missing, np.nan, values == text) for text in known}
 
 
 # --- a network
