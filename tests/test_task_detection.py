@@ -569,6 +569,10 @@ WRONG_COCO = [  # what is done to the annotations, and what is said of it
         lambda held: held["images"][0].update(file_name="a_1.jpg"),
         "lists 1 images more than once, such as train2017/a_1",
     ),
+    (
+        lambda held: held["images"][0].update(file_name="./b/../a_1.jpg"),
+        "lists 1 images more than once, such as train2017/a_1.jpg, each",
+    ),
     (lambda held: held["images"][0].pop("file_name"), "as COCO has them (images.0.file_name: Field required)"),
     (lambda held: held["images"][0].update(file_name="b.jpg"), "b.jpg cannot be read as an image"),
     (
@@ -615,6 +619,10 @@ def test_a_mistake_in_vocs_files_is_one_sentence(tmp_path, refused, ships):
             "a_3.xml has an object of the class 'airplane', which VOC has not: mend",
         ),
         (kept[:-9], "a_3.xml cannot be read as an annotation of VOC ("),
+        (
+            f'<?xml version="1.0" encoding="klingon"?>{kept}',
+            "a_3.xml cannot be read as an annotation of VOC (unknown encoding",
+        ),
         (kept.replace("xmin", "min"), "a_3.xml cannot be read as an annotation of VOC (could not convert"),
         (
             kept.replace("<width>40</width>", "<width>41</width>"),

@@ -233,6 +233,8 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, jsonl):
     assert "a.jsonl, line 2, is no JSON" in refused(*line, f"dataset.root={folder}")
     (folder / "a.jsonl").write_text('{"text": "\\ud800 alone"}\n')
     assert "a.jsonl, line 1, is no JSON" in refused(*line, f"dataset.root={folder}")
+    (folder / "a.jsonl").write_text(f'{{"text": {"[" * 100_000}\n')
+    assert "a.jsonl, line 1, is no JSON (maximum recursion depth" in refused(*line, f"dataset.root={folder}")
     (folder / "b.txt").write_bytes(b"\xff\xfe")
     assert ".jsonl and .txt" in refused(*line, f"dataset.root={folder}")
     assert "b.txt is not UTF-8" in refused(*line, f"dataset.root={folder / 'b.txt'}")

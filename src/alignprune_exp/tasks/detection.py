@@ -524,7 +524,7 @@ class VocBoxes(BoxFiles):
                 if label not in number_of:
                     raise Unreadable(f"{file} has an object of the class {label!r}, which VOC has not")
                 boxes.append((x0 - 1, y0 - 1, x1, y1, number_of[label], crowd))  # which count from 1, both included
-        except (OSError, ET.ParseError, ValueError) as error:
+        except (OSError, ET.ParseError, LookupError, ValueError) as error:  # of these an encoding that is unknown
             raise Unreadable(f"{file} cannot be read as an annotation of VOC ({brief(error)})") from None
         return self._fitted(path, (width, height), boxes)
 

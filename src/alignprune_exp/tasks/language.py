@@ -402,7 +402,7 @@ class Files:
                 try:
                     values = json.loads(line)
                     json.dumps(values, ensure_ascii=False).encode()
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UsageError(f"{file}, line {number}, is no JSON ({brief(error)}): mend or delete it") from None
                 text = values.get(self.column, False) if isinstance(values, dict) else False
                 if not isinstance(text, str | None):

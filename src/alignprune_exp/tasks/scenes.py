@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -241,7 +242,7 @@ class PictureFiles(DataSet):
     def open(self) -> Scenes:
         survey = Survey(self.folder, self.on_error)
         classes, train, test = self.entries(survey)
-        times = Counter(entry.path for entry in (*train, *test))
+        times = Counter(posixpath.normpath(entry.path) for entry in (*train, *test))
         if twice := sorted(path for path in times if times[path] > 1):
             raise UsageError(
                 f"dataset={self.name} lists {len(twice)} images more than once, such as {twice[0]}, each of which is "
