@@ -1,1 +1,1 @@
-"""The data sets that are known by name, one function each."""
+"""The data sets that are known by name, one class each."""
