@@ -141,7 +141,7 @@ def closing(summary: Mapping[str, Any], judged: Metric, record: str, commands: S
         f"record  {record}",
     ]
     if skipped := summary.get("skipped"):
-        lines.append(f"skipped {skipped} images or lines that could not be read, as listed in {record}/skipped.txt")
+        lines.append(f"skipped {skipped} images or lines, as listed in {record}/skipped.txt")
     wide = max((len(command) for command, _ in commands), default=0)
     for number, (command, meaning) in enumerate(commands):
         lines.append(f"{'next' if number == 0 else '':<6}  {command:<{wide}}  # {meaning}")
