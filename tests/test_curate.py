@@ -457,6 +457,26 @@ def test_a_checkpoint_in_a_folders_name_counts_below_what_was_typed_where_the_fi
     assert check_found("das", ids, losses_NW, reference, 0.6, out=place / "keep")["layout"] == "checkpoints"
 
 
+@pytest.mark.parametrize("how", ["column", "folder"])
+def test_a_column_called_filename_is_no_files_name(place, capsys, how):
+    ids, losses_NW, _ = drawn(width=2)
+    for k in range(2):
+        order = np.random.default_rng(k).permutation(len(ids))
+        at = {"step": [k] * len(ids)} if how == "column" else {}
+        write(
+            Path(f"losses/step={k}/0.parquet"), id=ids[order], loss=losses_NW[order, k], **at, filename=["x"] * len(ids)
+        )
+    asked = ("losses", "--score", "settled", "--columns", "id,step,loss")
+    assert curate(*asked) == 0
+    check_found("settled", ids, losses_NW, None, 0.6)
+    table = pq.read_table("losses/step=1/0.parquet", partitioning=None)
+    losses = [*table["loss"].to_pylist()[:-1], math.nan]
+    pq.write_table(table.set_column(1, "loss", pa.array(losses, pa.float32())), "losses/step=1/0.parquet")
+    assert curate(*asked, "--force") == 2
+    words = ["losses/step=1/0.parquet, row group 0", f"id {table['id'][-1]} at checkpoint 1 is nan"]
+    assert not missing(words, sentence_of(capsys.readouterr().err))
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_checkpoint_above_what_was_typed_is_none(place, monkeypatch, capsys, absolute):
     ids, losses_NW, _ = drawn()

@@ -74,7 +74,7 @@ def _checkpoints_of(engine: Engine, files: Sequence[File], column: str) -> tuple
     if all(each is not None and each[0] == each[1] for each in bounds):
         return {each[0]: file for each, file in zip(bounds, files, strict=True) if each is not None}, 0
     by_path = {file.path: file for file in files}
-    found = engine.all(f"SELECT {column}, min(filename), count(*) FROM {rows_of(files)} GROUP BY 1", files)
+    found = engine.all(f"SELECT {column}, min(__path), count(*) FROM {rows_of(files)} GROUP BY 1", files)
     return {at: by_path[path] for at, path, _ in found if at is not None}, sum(n for at, _, n in found if at is None)
 
 
@@ -199,7 +199,7 @@ def _first(
     values = "".join(f", {column}" for column in columns)
     order = f"{last}, 1, 2" if last else "1, 2"
     path, row, *found = engine.one(
-        f"SELECT filename, file_row_number{values} FROM {rows_of(files)} WHERE {_sure(where)} ORDER BY {order} LIMIT 1",
+        f"SELECT __path, file_row_number{values} FROM {rows_of(files)} WHERE {_sure(where)} ORDER BY {order} LIMIT 1",
         files,
     )
     file = next(file for file in files if file.path == path)

@@ -41,19 +41,20 @@ def name(column: str) -> str:
     return '"' + column.replace('"', '""') + '"'
 
 
-def parquet(paths: Iterable[str]) -> str:
+def parquet(paths: Iterable[str], more: str = "") -> str:
     """Return SQL that reads files as one table, columns by name, whatever their folders are called."""
     listed = ", ".join(text(escape(path)) for path in paths)
-    return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
+    return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false{more})"
 
 
 def rows_of(files: Iterable[File]) -> str:
-    """Return SQL that reads files of losses as one table, with the checkpoints in their folders' names."""
+    """Return SQL that reads files of losses as one table, with __path, and the checkpoints in folders' names."""
     by_column: dict[str, list[str]] = {}
     for file in files:
         by_column.setdefault(file.in_folder, []).append(file.path)
+    path = ", filename = '__path'"  # a name that no column of theirs has
     tables = [
-        f"SELECT *, filename, file_row_number{column and f', {column}'} FROM {parquet(paths)}"
+        f"SELECT *, file_row_number{column and f', {column}'} FROM {parquet(paths, path)}"
         for column, paths in by_column.items()
     ]
     return f"({' UNION ALL BY NAME '.join(tables)})"
@@ -202,7 +203,7 @@ def _in_folder(engine: Engine, folders: Sequence[str], column: str) -> tuple[str
     found = engine.one(f"SELECT {', '.join(f'CASE WHEN {cast}::VARCHAR = {value} THEN {cast} END' for cast in casts)}")
     kind, at = next((kind, at) for kind, at in zip(IN_FOLDERS, found, strict=True) if at is not None)
     pattern = f"^(?s:.*/)?{re.escape(column)}=([^/]*)/"
-    return f"url_decode(regexp_extract(filename, {text(pattern)}, 1))::{kind} AS {name(column)}", kind, at
+    return f"url_decode(regexp_extract(__path, {text(pattern)}, 1))::{kind} AS {name(column)}", kind, at
 
 
 def _check_types(path: str, columns: Sequence[str], types: Sequence[str]) -> None:
