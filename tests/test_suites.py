@@ -1,6 +1,8 @@
 """Suites, their status and their tables."""
 
 import json
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from scipy import stats
 
 from alignprune_exp.config import PRUNER
 from alignprune_exp.errors import UsageError
-from alignprune_exp.records import read_dynamics, read_record, read_samples
+from alignprune_exp.records import Damaged, read_dynamics, read_record, read_samples
 from alignprune_exp.report.tables import make_table, markdown, paired_difference, read_records
 from alignprune_exp.status import main as status
 from alignprune_exp.suites import load_suite, option_names
@@ -242,6 +244,24 @@ def test_status_tells_done_from_missing_and_changes_nothing(swept, capsys):
     assert "7 done, 1 damaged of 8 runs" in out
     assert ": summary.json: not there, nor is a checkpoint" in out
     assert sorted(swept.rglob("*")) == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_damaged(swept, tmp_path, capsys):
+    results = tmp_path / "killed"
+    shutil.copytree(swept, results)
+    (ended,) = (path.with_name("summary.json") for path in results.glob("runs/*/elsewhere"))
+    ended.with_name("elsewhere").unlink()
+    metrics = ended.with_name("metrics.jsonl")
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    assert status(["suite=main", *SMALL, f"paths.results={results}"]) == 0
+    assert "7 done, 1 interrupted of 8 runs" in capsys.readouterr().out
+    assert read_record(ended.parent) is None
+    config = ended.with_name("config.yaml")
+    config.write_text(re.sub(r"checkpoint_seconds: .*", "checkpoint_seconds: 0", config.read_text()))
+    assert read_record(ended.parent) is None  # its first row may be what came before the checkpoint
+    metrics.write_text(metrics.read_text() + metrics.read_text().replace('"epoch": 0', '"epoch": 1'))
+    with pytest.raises(Damaged, match="nor is a checkpoint"):
+        read_record(ended.parent)
 
 
 def test_what_a_run_writes_is_a_whole_record(swept, capsys):

@@ -271,9 +271,15 @@ def _retold(record: Record) -> Iterator[tuple[str, float | None]]:
 
 
 def _refuse_lost(folder: Folder) -> None:
-    """Raise Damaged for a run with metrics that has neither ended, nor is running, nor can be gone on with."""
-    begun = (folder / "metrics.jsonl").exists()
-    if begun and not any((folder / name).exists() for name in CHECKPOINTS) and not owner_alive(folder):
+    """Raise Damaged for a run that is not running and has come so far that it has ended or left a checkpoint."""
+    if any((folder / name).exists() for name in CHECKPOINTS) or owner_alive(folder):
+        return
+    rows = read_metrics(folder, ended=False)
+    before_the_last = sum(row["seconds"] for row in rows[:-1])  # a kill may have come between it and its checkpoint
+    if rows and (
+        len(rows) >= (read_environment(folder).get("epochs") or 0)
+        or before_the_last > read_config(folder).get("checkpoint_seconds", 0)
+    ):
         raise Damaged(folder / "summary.json", "not there, nor is a checkpoint")
 
 
