@@ -13,7 +13,10 @@ from alignprune_exp import optim
 from alignprune_exp.config import OPTIMIZER
 from alignprune_exp.network import Network
 from alignprune_exp.pruning import SCORES, DynamicPruning, Fixed
+from alignprune_exp.records import read_config
+from alignprune_exp.report.tables import make_table, read_records
 from alignprune_exp.run import Run
+from alignprune_exp.suites import Cell, Suite
 from harness import (
     SMALL,
     assert_same_results,
@@ -145,6 +148,16 @@ def test_what_the_two_networks_take_is_counted(undisturbed):
     assert looked_at == [0, 0, n // 2, 0, n - n // 2, *[0] * 7]
     assert summary["kept_noise_mean"] == pytest.approx(np.mean([row["kept_noise"] for row in rows[5:]]))
     assert (summary["warmup_epochs"], summary["epochs"]) == (4, 8)
+
+
+def test_a_table_says_of_kept_noise_what_the_summary_says(undisturbed):
+    folder = undisturbed(*RHO, "saved=0.5")
+    summary = summary_of(folder)
+    cell = Cell({"method": "rho_loss", "noise": "sym0.5"}, summary["config_id"], read_config(folder))
+    suite = Suite("own", "smoke", "", ["method"], ["noise"], None, [cell])
+    (row,) = make_table(suite, "smoke", read_records([folder.parent.parent])).long.to_dict("records")
+    for key in ("kept_noise_mean", "kept_noise_weighted_mean"):
+        assert row[key] == pytest.approx(summary[key])
 
 
 @pytest.mark.parametrize("steps", [1, 4])

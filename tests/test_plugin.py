@@ -885,6 +885,7 @@ class Without(Score):
     ("score", "words"),
     [
         (Wrong(torch.zeros(3)), r"Wrong returned shape \(3,\); a score returns a tensor \(20,\)"),
+        (Wrong(torch.full((20,), -math.inf)), "score=Wrong became NaN or infinite"),
         (Wrong(np.zeros(20)), r"Wrong returned ndarray; a score returns a tensor \(20,\)"),
         (Without(), r"Without has no __call__"),
         (Without, r"Without is a class; pass an instance: score=Without\(\)"),

@@ -151,6 +151,27 @@ def test_a_suite_leaves_cells_out_unless_the_command_line_chooses_their_axes(own
     assert (("das", "1") not in cells) == left_out
 
 
+def test_a_suite_is_of_one_scale_however_it_is_quoted():
+    plain, quoted = (load_suite("window", [f"scale={scale}"]).cells for scale in ("quick", "'quick'"))
+    assert [cell.config_id for cell in plain] == [cell.config_id for cell in quoted]
+    with pytest.raises(UsageError, match="suite=window is of one scale; type a line for each"):
+        load_suite("window", ["scale=quick,cpu"])
+
+
+def test_runs_that_differ_by_what_a_table_is_not_laid_out_by_are_not_pooled():
+    with pytest.raises(UsageError, match=r"suite=window has several values of optimizer\.lr, by which"):
+        load_suite("window", ["optimizer.lr=0.1,0.01"])
+    assert len(load_suite("window", ["optimizer.lr=0.1"]).cells) == len(load_suite("window").cells)
+
+
+@pytest.mark.parametrize("key", ["rows", "columns", "baseline"])
+def test_a_suite_that_says_too_little_of_its_table_is_refused(own, key):
+    file = own / "suite" / "mine.yaml"
+    file.write_text(re.sub(rf", {key}: \w+", "", OWN))
+    with pytest.raises(UsageError, match=rf"suite=mine does not say suite\.{key}"):
+        load_suite("mine", own=own)
+
+
 def test_a_sweep_leaves_out_the_same_cells(own, tmp_path, capsys):
     (own / "suite" / "mine.yaml").write_text(EXCLUDING)
     line = [f"--config-dir={own}", "suite=mine", "epochs=5", "score.window=3", "dataset.subset=100"]

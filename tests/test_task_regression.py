@@ -18,6 +18,7 @@ from sklearn.metrics import r2_score, root_mean_squared_error
 from alignprune_exp.distributed import Processes
 from alignprune_exp.setup import open_task
 from alignprune_exp.tasks.regression import permuted
+from alignprune_exp.train import main
 from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of, two_and_one
 
 TINY = (
@@ -34,6 +35,20 @@ TINY = (
 @pytest.fixture(scope="module")
 def task():
     return open_task(composed(*TINY, "noise=sym", "noise.rate=0.25"))
+
+
+def test_a_sweep_of_other_data_has_not_been_done_before(tmp_path, capsys):
+    rng, file = np.random.default_rng(0), tmp_path / "table.parquet"
+    line = [*TINY, "dataset=table", f"dataset.root={file}", "dataset.target=y", f"paths.results={tmp_path / 'r'}"]
+    for said in ("2 runs to do", "2 runs to do", "0 runs to do, 2 finished already"):
+        if said == "2 runs to do":
+            pq.write_table(pa.table({"x": rng.normal(size=60), "y": rng.normal(size=60)}), file)
+        assert main(["-m", *line, "seed=0,1"]) == 0
+        assert said in capsys.readouterr().out
+    assert len(list((tmp_path / "r" / "runs").iterdir())) == 4
+    file.unlink()  # what is finished needs no data
+    assert main(["-m", *line, "seed=0,1"]) == 0
+    assert "0 runs to do, 2 finished already" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -66,6 +66,10 @@ class Metric:
             return "–"
         return f"{value:.{self.digits if digits is None else digits}f}" + (f" {self.unit}" if self.unit else "")
 
+    def signed(self, value: float) -> str:
+        """Return a difference, with its sign and without the unit."""
+        return f"{value:+.{self.digits}f}"
+
 
 ACCURACY = Metric("accuracy", "test accuracy", "%")  # the headline of a record that names none
 
@@ -238,14 +242,14 @@ def read_record(folder: Folder) -> Record | None:
     return record
 
 
-def finished_configs(results: Path) -> frozenset[str]:
-    """Return the config ids of the finished runs under ``results``; those of damaged records count for none."""
-    found = set()
+def finished_configs(results: Path) -> dict[str, set[str]]:
+    """Return the data fingerprints of the finished runs under ``results`` by config id; damaged ones are none."""
+    found: dict[str, set[str]] = {}
     for folder in run_folders(results):
         with suppress(Damaged):
             if (record := read_record(folder)) is not None:
-                found.add(record.summary["config_id"])
-    return frozenset(found)
+                found.setdefault(record.summary["config_id"], set()).add(record.environment["data_fingerprint"])
+    return found
 
 
 def planned_epochs(summary: Mapping[str, Any]) -> int:

@@ -118,12 +118,15 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
             axes = dict(part.split("=", 1) for part in job)
             cells.append(Cell(axes, run_id(identity(config, "")), config.model_dump()))
     layout: Any = OmegaConf.to_container(master.suite)
+    if lacking := [key for key in ("name", "rows", "columns", "baseline") if key not in layout]:
+        raise UsageError(f"suite={name} does not say suite.{lacking[0]}; write it there, as conf/suite/main.yaml does")
     if not cells:
         raise UsageError(f"suite={name} has an empty grid; give every axis under hydra.sweeper.params a value")
     rows, columns = ([axes] if isinstance(axes, str) else list(axes) for axes in (layout["rows"], layout["columns"]))
     for axis in (*rows, *columns):
         if axis not in cells[0].axes:
             raise UsageError(f"suite={name} lays its table out by {axis}, which is no axis of its grid")
+    _refuse_pooled(name, cells, {*rows, *columns, "seed"})
     paper = dict(layout.get("paper") or {})
     paper_columns = paper.pop("columns", [])
     return Suite(
@@ -136,6 +139,19 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
         cells,
         {row: dict(zip(paper_columns, numbers, strict=True)) for row, numbers in paper.items()},
     )
+
+
+def _refuse_pooled(name: str, cells: Sequence[Cell], laid_out: set[str]) -> None:
+    """Raise UsageError where a place in the table, at one seed, has more runs than one: they would pass for seeds."""
+    places: dict[tuple[str | None, ...], Cell] = {}
+    for cell in cells:
+        first = places.setdefault(tuple(cell.axes.get(axis) for axis in sorted(laid_out)), cell)
+        if first.config_id != cell.config_id:
+            axis = next(axis for axis, value in cell.axes.items() if first.axes.get(axis) != value)
+            raise UsageError(
+                f"suite={name} has several values of {axis}, by which its table is not laid out; give it one, or put "
+                "it into suite.rows or suite.columns"
+            )
 
 
 def _from_json(values: dict[str, Any]) -> Suite:
@@ -167,9 +183,12 @@ def grid_of(master: DictConfig, overrides: Sequence[str], loader: ConfigLoader |
 def _axes(master: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Return the axes of the suite that ``master`` has chosen, with what ``suite.at.<scale>`` changes of them."""
     axes = dict(master.hydra.sweeper.params or {})
-    scale = next((line.partition("=")[2] for line in reversed(overrides) if line.startswith("scale=")), master.scale)
     if "suite" in master:
-        axes |= (master.suite.get("at") or {}).get(scale) or {}
+        given = [line for line in overrides if line.partition("=")[0] == "scale"]
+        scales = [each.value() for each in OverridesParser.create().parse_overrides(given)] or [master.scale]
+        if not isinstance(scales[-1], str):
+            raise UsageError(f"suite={master.suite.name} is of one scale; type a line for each, such as scale=cpu")
+        axes |= (master.suite.get("at") or {}).get(scales[-1]) or {}
     return [f"{axis}={values}" for axis, values in axes.items()]
 
 

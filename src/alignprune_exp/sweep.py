@@ -43,17 +43,18 @@ class Job:
 def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictConfig], here: bool) -> list[Job]:
     """Compose and check every job; return those that are runs of their own and not yet finished, in order.
 
-    Where they run ``here``, on this machine, their data is opened as well, once for each data set and noise.
+    Where they run ``here``, on this machine, their data is opened as well, and their network made, once for each that
+    is named otherwise: a run of other data than these has not finished this one.
 
     Raises UsageError with the job's overrides for the first one that is a mistake.
     """
     from .commandline import checked, composing, explained, group_of, refuse_clashes
-    from .setup import check_labels, check_load, make_pruning, open_task
+    from .setup import check_labels, check_load, make_pruning
 
     seen: dict[str, Job] = {}
     finished = 0
-    done: dict[str, frozenset[str]] = {}
-    opened: dict[tuple[object, ...], tuple[bool, bool]] = {}  # whether data have classes, and known clean labels
+    done: dict[str, dict[str, set[str]]] = {}
+    opened: dict[tuple[object, ...], Data | None] = {}
     progress = Progress()
     for number, overrides in enumerate(grid):
         progress.show(f"checking runs: {number}/{len(grid)}")
@@ -68,17 +69,18 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
         results = config.paths.results
         if results not in done:
             done[results] = finished_configs(Path(results))
-        if id in done[results] and not config.force:
-            finished += 1
-            continue
+        before = set() if config.force else done[results].get(id, set())
+        data = None
         if here:
             with _named(overrides):
                 check_load(config)
-                if (data := (config.task, config.dataset, config.noise.name)) in opened:
-                    check_labels(config, *opened[data])
-                else:
-                    task = open_task(config)
-                    opened[data] = task.classes is not None, task.corrupted is not None
+                what = (config.task, config.dataset, config.noise, config.reference, config.paths.data, config.model)
+                data = opened[what] = opened.get(what) or _data(config, gone=bool(before))
+                if data is not None:
+                    check_labels(config, data.classes, data.clean)
+        if before and (data is None or data.fingerprint in before):
+            finished += 1
+            continue
         seen.setdefault(id, Job(len(seen) + 1, tuple(overrides), config, group_of(composed)))
     same = len(grid) - finished - len(seen)
     say(
@@ -87,6 +89,32 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
         + (f", {same} more are the same run as one of these" if same else "")
     )
     return list(seen.values())
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a job's data are: their fingerprint, and whether they have class labels, and known ``clean`` ones."""
+
+    fingerprint: str
+    classes: bool
+    clean: bool
+
+
+def _data(config: Config, gone: bool) -> Data | None:
+    """Return what a job's data are, on which its network is tried; None where they cannot be read and may be ``gone``.
+
+    Raises UsageError otherwise.
+    """
+    from .setup import open_task
+
+    try:
+        task = open_task(config)
+    except UsageError:
+        if gone:
+            return None
+        raise
+    task.network()
+    return Data(task.fingerprint, task.classes is not None, task.corrupted is not None)
 
 
 @contextmanager

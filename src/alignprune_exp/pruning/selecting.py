@@ -17,7 +17,7 @@ from .cleaning import array, first, table, within_class
 from .named import make_pruner, make_score
 from .noise_rate import NoiseRate
 from .processes import Exchange
-from .running import Running
+from .running import NonFiniteLossError, Running
 from .sampler import EpochSampler, Indexed
 from .scores import Loss, Score, settled
 from .seeding import generator
@@ -252,7 +252,7 @@ class Selecting(Indexed):
     def scores(self, score: str | Score) -> np.ndarray:
         """Return any score (n,) of the finished epochs, NaN where a sample has none.
 
-        Raises RuntimeError within an epoch, and ValueError where the score needs what is not known.
+        Raises RuntimeError within an epoch, and ValueError where the score needs what is not known or is infinite.
         """
         return self.several_scores([score])[0]
 
@@ -267,7 +267,14 @@ class Selecting(Indexed):
                 what = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(f"{type(score).__name__} returned {what}; a score returns a tensor ({self.n},)")
             found.append(values.float())
-        return torch.stack(found).cpu().numpy()
+        return self._without_infinity(torch.stack(found).cpu().numpy(), scores)
+
+    def _without_infinity(self, found: np.ndarray, scores: Sequence[str | Score]) -> np.ndarray:
+        """Return scores (K, n); raise NonFiniteLossError where one is infinite, which NaN is for what is not known."""
+        if not np.isfinite(found).all() and (infinite := np.isinf(found).any(1)).any():
+            name = make_score(scores[int(infinite.argmax())]).name
+            raise NonFiniteLossError(self.epoch, what=f"score={name}")
+        return found
 
     def report(self, labels: Sequence[Any] | np.ndarray | Tensor | None = None) -> pd.DataFrame:
         """Return one row a sample, in data set order; ``.sort_values("score")`` puts first what to look at first.

@@ -242,7 +242,8 @@ def differences(table: Table) -> Drawing | None:
             _interval(axis, rows.index(row), pair, table.metric.higher)
         axis.set_yticks(range(len(rows)), rows if place % 2 == 0 else [""] * len(rows))
         axis.set(title=table.headed(column), ylim=(len(rows) - 0.5, -0.5))
-        told.append(f"{table.headed(column)}: {_from_to({row: pair[0] for row, pair in pairs.items()}, '+.1f')}")
+        means = {row: mean for row, (mean, *_) in pairs.items()}
+        told.append(f"{table.headed(column)}: {_from_to(means, f'+.{table.metric.digits}f')}")
     what = f"difference to {baseline} in {table.points}"
     _title(table, figure, what)
     caption = (

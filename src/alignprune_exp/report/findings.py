@@ -62,8 +62,9 @@ class Comparison:
     @property
     def brief(self) -> str:
         """The difference, its interval and its seeds, such as "+1.4 [+0.2, +2.6], 3 seeds"."""
-        interval = "" if math.isnan(self.low) else f" [{_signed(self.low)}, {_signed(self.high)}]"
-        return f"{_signed(self.mean)}{interval}, {'one seed' if len(self.ours) == 1 else f'{len(self.ours)} seeds'}"
+        mean, low, high = (_signed(self.table, value) for value in (self.mean, self.low, self.high))
+        interval = "" if math.isnan(self.low) else f" [{low}, {high}]"
+        return f"{mean}{interval}, {'one seed' if len(self.ours) == 1 else f'{len(self.ours)} seeds'}"
 
     @property
     def verdict(self) -> str:
@@ -135,10 +136,10 @@ def _compare(table: Table, row: str, other: str | None, column: str) -> Comparis
 
 
 def _compared(table: Table, column: str, oracle: bool = False) -> list[Comparison]:
-    """Return every row's comparison to the baseline, the best first: the upper bounds, or all others."""
+    """Return every row's comparison to the baseline, upper bounds or all others: the best first, single seeds last."""
     made = (_compare(table, row, table.suite.baseline, column) for row in table.rows)
     wanted = [found for found in made if found and (set(found.ours["score"]) <= BOUNDS) == oracle]
-    return sorted(wanted, key=lambda found: -found.worth)
+    return sorted(wanted, key=lambda found: (math.isnan(found.low), -found.worth))
 
 
 def _best(table: Table, column: str) -> Comparison | None:
@@ -181,7 +182,7 @@ def _sides(compared: Sequence[Comparison]) -> list[Entry]:
     """Return one sentence with the rows that are better than the baseline, worse, and not told apart from it."""
     sides: dict[str, list[str]] = {}
     for side in ("better", "not told apart", "worse", "in one seed"):
-        if named := [f"{found.row} {_signed(found.mean)}" for found in compared if found.side == side]:
+        if named := [f"{found.row} {_signed(found.table, found.mean)}" for found in compared if found.side == side]:
             sides[side] = named
     if not sides:
         return []
@@ -203,7 +204,7 @@ def _with_das(table: Table, column: str) -> list[Entry]:
 def _papers(pair: Comparison) -> str:
     values = [pair.table.suite.paper.get(row, {}).get(pair.column, math.nan) for row in (pair.row, pair.other)]
     difference = values[0] - values[1]
-    return "" if math.isnan(difference) else f" (the paper: {_signed(difference)})"
+    return "" if math.isnan(difference) else f" (the paper: {_signed(pair.table, difference)})"
 
 
 def _by_share(table: Table) -> list[Entry]:
@@ -228,5 +229,5 @@ def _by_share(table: Table) -> list[Entry]:
     return said
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+def _signed(table: Table, value: float) -> str:
+    return table.metric.signed(value).replace("-", "−")

@@ -239,12 +239,13 @@ def _beside(record: Record, config: Config) -> dict[str, Any]:
     """Return what a record's environment and metrics add to its summary.
 
     What was kept is averaged here, so that it means the same in records of every version: over the epochs that the
-    pruner makes shorter.
+    pruner makes shorter, which a score that holds out begins with later.
     """
-    pruned = PRUNER.make(config.pruner).pruned(config.epochs)
-    environment, rows = record.environment, record.rows
+    plan = PRUNER.make(config.pruner)
+    held_out = record.summary.get("warmup_epochs", 0) - plan.warmup_epochs(config.epochs)
+    environment, rows, pruned = record.environment, record.rows, plan.pruned(config.epochs)
     kept = {
-        key: [row[key] for row in rows if row["epoch"] in pruned and row.get(key) is not None]
+        key: [row[key] for row in rows if row["epoch"] - held_out in pruned and row.get(key) is not None]
         for key in ("kept_noise", "kept_noise_weighted")
     }
     total = sum(row["seconds"] - row["seconds_test"] for row in rows)
@@ -413,7 +414,7 @@ def _mean_difference(table: Table, row: str) -> Entry:
         return Entry(MISSING)
     partial = "" if len(known) == len(pairs) else f" ({len(known)} of {len(pairs)})"
     frames = [table.runs(which, column) for column in known for which in (row, baseline)]
-    return Entry(f"{np.mean(list(known.values())):+.1f}{partial}", runs=_ids(*frames))
+    return Entry(f"{table.metric.signed(float(np.mean(list(known.values()))))}{partial}", runs=_ids(*frames))
 
 
 def _differences(table: Table) -> Block:
@@ -431,9 +432,10 @@ def _differences(table: Table) -> Block:
                 continue
             ours, base = table.runs(row, column), table.runs(baseline, column)
             pairs = len(ours.index.intersection(base.index))
-            interval = "" if math.isnan(pair[1]) else f" [{pair[1]:+.1f}, {pair[2]:+.1f}]"
+            mean, low, high = map(table.metric.signed, pair)
+            interval = "" if math.isnan(pair[1]) else f" [{low}, {high}]"
             short = f" (n={pairs})" if pairs < table.seeds else ""
-            cells.append(Entry(f"{pair[0]:+.1f}{interval}{short}", runs=_ids(ours, base)))
+            cells.append(Entry(f"{mean}{interval}{short}", runs=_ids(ours, base)))
         body.append([*cells, _mean_difference(table, row)])
     return Block(
         f"Difference to {baseline}",
