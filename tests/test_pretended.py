@@ -217,7 +217,7 @@ def test_a_pruning_lies_where_the_first_loss_does():
     found = []
     for place in ("cuda:0", "cpu"):
         with pretended() as device:
-            pruning = DynamicPruning(range(40), 6, window=3, delta=1.0, clean=[True] * 40)
+            pruning = DynamicPruning(range(40), 7, window=3, delta=1.0, clean=[True] * 40)
             for epoch in range(6):
                 for number, index in enumerate(torch.from_numpy(pruning.order()).split(9)):
                     loss = (index + epoch).float().sin().to(place).requires_grad_()

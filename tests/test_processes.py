@@ -88,11 +88,13 @@ def loaded(state):
 
 
 def flat(state, prefix=""):
-    """Every number of a state, by its path."""
+    """Every number of a state, by its path, and every word's bytes."""
     found = {}
     for key, value in state.items():
         if isinstance(value, dict):
             found |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, str):
+            found[prefix + key] = np.frombuffer(value.encode(), np.uint8)
         else:
             found[prefix + key] = value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     return found
