@@ -701,6 +701,15 @@ def test_the_reference_losses_may_be_any_numbers(kind):
     assert pruning.trajectories.reference_W[0] == 1.5
 
 
+def test_a_score_of_ones_own_does_not_pass_for_another():
+    class das(Score):
+        def __call__(self, history):
+            return history.last_N
+
+    with pytest.raises(ValueError, match="das is named 'das', which is another score; name it otherwise"):
+        make("topk", das(), warmup=0)
+
+
 def test_a_score_in_half_precision_ranks():
     class Half(Score):
         def __call__(self, history):

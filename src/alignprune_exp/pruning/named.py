@@ -15,6 +15,10 @@ def make_score(score: str | Score) -> Score:
     if isinstance(score, Score):
         if type(score).__call__ is Score.__call__:
             raise ValueError(f"{type(score).__name__} has no __call__(self, history), which returns the scores (n,)")
+        if SCORES.get(score.name, type(score)) is not type(score):
+            raise ValueError(
+                f"{type(score).__name__} is named {score.name!r}, which is another score; name it otherwise"
+            )
         return score
     if isinstance(score, type):
         raise ValueError(f"score={score.__name__} is a class; pass an instance: score={score.__name__}()")
