@@ -688,6 +688,8 @@ def test_the_state_of_another_choice_is_not_taken_over():
 def test_indices_that_are_no_whole_numbers_are_refused(index):
     with pytest.raises(ValueError, match=r"index is torch.*whole numbers"):
         make("full", "loss").update(index, torch.ones(5))
+    with pytest.raises(ValueError, match=r"index is torch.*whole numbers"):
+        make("full", "loss").record(index, torch.ones(5))
 
 
 @pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, list], ids=["tensor", "array", "list"])

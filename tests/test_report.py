@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from alignprune_exp.errors import UsageError
+from alignprune_exp.pruning import SCORES
 from alignprune_exp.records import read_dynamics, read_record, read_samples
 from alignprune_exp.report.figures import BLUE, RED, draw, inline_svg, save
-from alignprune_exp.report.findings import findings
+from alignprune_exp.report.findings import BOUNDS, findings
 from alignprune_exp.report.html import page
 from alignprune_exp.report.publish import publish, scrubbed_command
 from alignprune_exp.report.tables import (
@@ -859,3 +860,7 @@ def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tab
     readme.write_text("<!-- table mian_smoke -->\n<!-- end -->\n")
     assert make_tables.main(arguments) == 2
     assert "place for table mian_smoke and no such table; it could be main_smoke" in capsys.readouterr().err
+
+
+def test_upper_bounds_are_the_scores_that_know_the_truth():
+    assert {name for name, score in SCORES.items() if score.by_truth} == BOUNDS

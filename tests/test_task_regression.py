@@ -49,6 +49,8 @@ def test_a_sweep_of_other_data_has_not_been_done_before(tmp_path, capsys):
     file.unlink()  # what is finished needs no data
     assert main(["-m", *line, "seed=0,1"]) == 0
     assert "0 runs to do, 2 finished already" in capsys.readouterr().out
+    assert main(["-m", *line, "seed=0,1,2"]) == 2  # and what is not does
+    assert "table.parquet" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -75,8 +75,9 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
             with _named(overrides):
                 check_load(config)
                 what = (config.task, config.dataset, config.noise, config.reference, config.paths.data, config.model)
-                data = opened[what] = opened.get(what) or _data(config, gone=bool(before))
-                if data is not None:
+                if what not in opened or (opened[what] is None and not before):
+                    opened[what] = _data(config, finished=bool(before))
+                if (data := opened[what]) is not None:
                     check_labels(config, data.classes, data.clean)
         if before and (data is None or data.fingerprint in before):
             finished += 1
@@ -100,9 +101,10 @@ class Data:
     clean: bool
 
 
-def _data(config: Config, gone: bool) -> Data | None:
-    """Return what a job's data are, on which its network is tried; None where they cannot be read and may be ``gone``.
+def _data(config: Config, finished: bool) -> Data | None:
+    """Return what a job's data are, and try its network on them.
 
+    One that has ``finished`` has tried it, and may do without its data: None where they cannot be read.
     Raises UsageError otherwise.
     """
     from .setup import open_task
@@ -110,10 +112,11 @@ def _data(config: Config, gone: bool) -> Data | None:
     try:
         task = open_task(config)
     except UsageError:
-        if gone:
+        if finished:
             return None
         raise
-    task.network()
+    if not finished:
+        task.network()
     return Data(task.fingerprint, task.classes is not None, task.corrupted is not None)
 
 

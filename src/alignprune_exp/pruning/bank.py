@@ -140,7 +140,12 @@ class Trajectories:
         self.recorded += index.numel()
 
     def place(self, index: Tensor) -> Tensor:
-        """Return sample indices (B,) as int64 where the bank lies; IndexError if they leave the CPU out of range."""
+        """Return sample indices (B,) as int64 where the bank lies.
+
+        Raises ValueError if they are no whole numbers, and IndexError if they leave the CPU out of range.
+        """
+        if index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(f"index is {index.dtype}; pass the index that came with the batch, whole numbers")
         index, device = index.long(), self.last_N.device
         if index.device.type == "cpu" != device.type and not ((index >= 0) & (index < self.n)).all():
             raise outside(index, self.n)

@@ -107,8 +107,6 @@ class DynamicPruning(Selecting):
             DisagreementError: the processes have chosen different samples.
         """
         index = torch.as_tensor(index)
-        if index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(f"index is {index.dtype}; pass the index that came with the batch, whole numbers")
         recorded = loss = one_a_sample("the loss", loss, index, reduce, mask)
         if observed is not None:
             several = observed.dim() > 1

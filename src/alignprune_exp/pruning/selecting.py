@@ -132,10 +132,11 @@ class Selecting(Indexed):
             rng = generator(self.seed, "select", self.first + pruner.address(epoch, epochs, self.n))
             selection = pruner.select(scores, epoch, epochs, rng)
             try:
+                if not isinstance(selection, Selection):
+                    raise ValueError(f"it is {type(selection).__name__}, no Selection")
                 selection.check(self.n)
-            except (AttributeError, ValueError) as error:
-                why = error if isinstance(error, ValueError) else f"it is {type(selection).__name__}, no Selection"
-                raise ValueError(f"{type(pruner).__name__} selects what cannot be trained on: {why}") from None
+            except ValueError as error:
+                raise ValueError(f"{type(pruner).__name__} selects what cannot be trained on: {error}") from None
             self._selection = selection
         return self._selection
 
@@ -267,14 +268,10 @@ class Selecting(Indexed):
                 what = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(f"{type(score).__name__} returned {what}; a score returns a tensor ({self.n},)")
             found.append(values.float())
-        return self._without_infinity(torch.stack(found).cpu().numpy(), scores)
-
-    def _without_infinity(self, found: np.ndarray, scores: Sequence[str | Score]) -> np.ndarray:
-        """Return scores (K, n); raise NonFiniteLossError where one is infinite, which NaN is for what is not known."""
-        if not np.isfinite(found).all() and (infinite := np.isinf(found).any(1)).any():
-            name = make_score(scores[int(infinite.argmax())]).name
-            raise NonFiniteLossError(self.epoch, what=f"score={name}")
-        return found
+        table = torch.stack(found).cpu().numpy()
+        if (infinite := np.isinf(table).any(1)).any():
+            raise NonFiniteLossError(self.epoch, what=f"score={make_score(scores[int(infinite.argmax())]).name}")
+        return table
 
     def report(self, labels: Sequence[Any] | np.ndarray | Tensor | None = None) -> pd.DataFrame:
         """Return one row a sample, in data set order; ``.sort_values("score")`` puts first what to look at first.
