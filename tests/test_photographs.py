@@ -179,7 +179,7 @@ def test_noisy_sets_are_noisy_and_their_clean_labels_unknown(miniatures):
         for noise in ("real", "clean", "sym"):
             data = _prepare(source, noise=noise, noise_rate=0.5)
             assert data.train.clean_labels is None
-            assert math.isnan(data.noise_rate)
+            assert data.train.wrong is None
             assert data.pairing == ""
 
 
@@ -188,11 +188,11 @@ def test_real_means_as_they_come_and_clean_where_the_labels_are(miniatures, name
     source = _load(name, miniatures / name)
     data = _prepare(source)
     np.testing.assert_array_equal(data.train.labels, data.train.clean_labels)
-    assert data.noise_rate == 0
+    assert not data.train.wrong.any()
     assert data.reference.source is source.train
     assert not set(data.reference.rows) & set(data.train.rows)
     assert len(data.train) + len(data.reference) == len(source.train)
-    assert _prepare(source, noise="sym", noise_rate=0.5).noise_rate == 0.5
+    assert _prepare(source, noise="sym", noise_rate=0.5).train.wrong.mean() == 0.5
 
 
 def test_webvision_takes_its_reference_out_of_the_validation_set_and_evaluates_on_the_rest(miniatures):

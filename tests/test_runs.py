@@ -283,32 +283,6 @@ def test_json_without_a_meaning_is_never_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# Metrics and summary
-
-
-DAMAGE = [
-    b'{"epoch": 2, "lo',
-    b"\xff\x00\xfe",
-    b"[1]",
-    b"7",
-    b"null",
-    b'{"epoch": 7}',
-    b'{"loss": 1}',
-    b"[" * 10**5,
-    b"",
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: repr(damage[:20]))
-def test_metrics_are_read_up_to_a_line_that_is_damaged_or_out_of_order(folder, damage):
-    with folder.claim():
-        assert folder.metrics() == []
-        lines = [json.dumps({"epoch": epoch, "loss": 0.1 * epoch}).encode() for epoch in range(4)]
-        lines[2] = damage
-        (folder.path / "metrics.jsonl").write_bytes(b"\n".join(lines))
-        assert folder.metrics() == [{"epoch": 0, "loss": 0.0}, {"epoch": 1, "loss": 0.1}]
-
-
 # Checkpoints
 
 

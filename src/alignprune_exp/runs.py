@@ -124,23 +124,6 @@ class RunFolder:
                 return
         raise UsageError(f"{self.path} has been run again 999 times; remove some of {self.id}~*")
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of ``metrics.jsonl``, one an epoch from the first on, up to one that is torn or damaged."""
-        rows: list[dict[str, Any]] = []
-        try:
-            lines = (self.path / "metrics.jsonl").read_bytes().splitlines()
-        except FileNotFoundError:
-            return rows
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(row, dict) or row.get("epoch") != len(rows):
-                break
-            rows.append(row)
-        return rows
-
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Let a block write. Raises Failed if the folder has been removed or taken over, before it or meanwhile."""

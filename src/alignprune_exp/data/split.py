@@ -38,6 +38,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def wrong(self) -> np.ndarray | None:
+        """Which labels are not the clean ones, bool (n,); None where that is unknown."""
+        return None if self.clean_labels is None else self.labels != self.clean_labels
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Return the image, uint8 (C, H, W), and the label of one sample."""
         held = self.source.pixels(self.rows[[index]])[0] if self.images is None else self.images[index]
@@ -60,7 +65,6 @@ class TrainingData:
         test: the evaluation samples, the same for every seed.
         evaluations: further samples to evaluate on, by name.
         classes: class names by number.
-        noise_rate: the fraction of training labels that differ from the clean ones; NaN where unknown.
         pairing: for human labels ``verified`` where the image order is the official one, else ``unverified``;
             empty for other noise.
         fingerprint: that of the data set; for human labels sha256 of it and of these.
@@ -74,7 +78,6 @@ class TrainingData:
     test: Split
     evaluations: Mapping[str, Split]
     classes: tuple[str, ...]
-    noise_rate: float
     pairing: str
     fingerprint: str
     mean: np.ndarray
@@ -145,7 +148,6 @@ def prepare(
         test=splits["test"],
         evaluations={name: splits[name] for name in source.evaluations},
         classes=source.classes,
-        noise_rate=float(np.mean(labels != clean_labels)) if clean_labels is not None else float("nan"),
         pairing=given.pairing,
         fingerprint=given.fingerprint,
         mean=mean,

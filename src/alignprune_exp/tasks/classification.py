@@ -55,8 +55,7 @@ class Classification(Task):
             root=Path(place).expanduser() if place is not None else None,
         )
         self.n, self.fingerprint = len(data.train), data.fingerprint
-        if data.train.clean_labels is not None:
-            self.corrupted = data.train.labels != data.train.clean_labels
+        self.corrupted = data.train.wrong
         self.strata, self.classes = data.train.labels, data.classes
         self.chance_loss = math.log(len(data.classes))
         self.facts, self.skipped = {"pairing": data.pairing or None}, data.skipped
@@ -122,12 +121,12 @@ class Classification(Task):
             "index": train.rows,
             "path": pd.array(train.paths, dtype="string") if train.paths is not None else None,
             "label": train.labels,
-            "clean_label": train.clean_labels if train.clean_labels is not None else None,
+            "clean_label": train.clean_labels,
         }
 
     def reference_noise(self) -> float | None:
-        held = self.data.reference
-        return None if held is None or held.clean_labels is None else float((held.labels != held.clean_labels).mean())
+        wrong = None if self.data.reference is None else self.data.reference.wrong
+        return None if wrong is None else float(wrong.mean())
 
     def answer(self, samples: np.ndarray) -> None:
         clean = self.data.train.clean_labels
