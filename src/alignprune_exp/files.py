@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -82,6 +83,13 @@ def refuse_target(path: Path | None, endings: Sequence[str], force: bool) -> Non
         raise UsageError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another one")
     if path.is_dir() or (path.exists() and not force):
         raise UsageError(f"{path} is there already; name another file{'' if path.is_dir() else ', or add --force'}")
+
+
+def keep_cached(place: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a file of a `cache_folder`; a home that cannot be written costs seconds, no more."""
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, write)
 
 
 def cache_folder(name: str) -> Path:

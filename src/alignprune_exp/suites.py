@@ -20,8 +20,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from .commandline import check_size, checked, composing, config_dir, explained, refuse_clashes, with_path
 from .config import Config, identity, validate
 from .errors import UsageError
-from .files import cache_folder
-from .runs import run_id, write_text
+from .files import cache_folder, keep_cached
+from .runs import run_id
 from .schema import shown
 
 
@@ -85,11 +85,7 @@ def load_suite(name: str, overrides: Sequence[str] = (), own: Path | None = None
     except (OSError, ValueError, KeyError, TypeError, UsageError):
         suite = _compose(name, overrides, own)
     if not any("." in str(node["name"]) for cell in suite.cells for node in cell.values.values() if _names(node)):
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_text(place, json.dumps(asdict(suite)))
-        except OSError:
-            pass  # a home that cannot be written costs seconds, no more
+        keep_cached(place, lambda file: file.write(json.dumps(asdict(suite)).encode()))
     return suite
 
 

@@ -25,7 +25,7 @@ from alignprune_exp.console import Progress
 from alignprune_exp.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, Files, glance
 from alignprune_exp.data.source import Unreadable
 from alignprune_exp.errors import UsageError
-from alignprune_exp.files import cache_folder, write_atomically
+from alignprune_exp.files import cache_folder, keep_cached
 
 SETTLED = 2_000_000_000  # ns that a folder must have been left alone before its index is kept
 _SUFFIXES, _UNREAD = (tuple(map(os.fsencode, suffixes)) for suffixes in (IMAGE_SUFFIXES, UNREAD_SUFFIXES))
@@ -296,8 +296,4 @@ def _keep(place: Path, index: Index, stamps: dict[str, int]) -> None:
     facts = {"stamps": stamps, "splits": [*index.splits], "classes": index.classes, "skipped": index.skipped}
     arrays: dict[str, Any] = {f"split {name}": images for name, images in index.splits.items()}
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, lambda file: np.savez(file, **arrays))
-    except OSError:
-        pass  # a home that cannot be written costs seconds, no more
+    keep_cached(place, lambda file: np.savez(file, **arrays))

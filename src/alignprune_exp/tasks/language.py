@@ -27,7 +27,7 @@ from ..console import Progress
 from ..data.batches import Batch, Batches, TensorBatches
 from ..data.source import DataSet, Root, brief
 from ..errors import UsageError
-from ..files import below, cache_folder, printable, write_atomically
+from ..files import below, cache_folder, keep_cached, printable
 from ..pruning.seeding import generator
 from ..records import Metric
 from .base import RowsTask, mean_nats, nats
@@ -314,11 +314,7 @@ class PythonDocs(Texts):
         except (OSError, ValueError, TypeError):
             pass
         found = list(_docstrings(files))
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(place, lambda file: file.write(json.dumps(found).encode()))
-        except OSError:
-            pass  # a home that cannot be written costs seconds, no more
+        keep_cached(place, lambda file: file.write(json.dumps(found).encode()))
         return found
 
 
