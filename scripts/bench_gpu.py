@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from alignprune_exp.config import MODEL
 from alignprune_exp.data.images import Array
 from alignprune_exp.data.source import Crop, DataSet, Images, Source
-from alignprune_exp.errors import Failed, UsageError, is_of_memory, terminable
+from alignprune_exp.errors import Failed, UsageError, is_of_memory, reason_of, terminable
 from alignprune_exp.pruning import SCORES, DynamicPruning, Trajectories
 from alignprune_exp.run import Run
 from alignprune_exp.runs import write_json
@@ -171,7 +171,7 @@ class OnDevice(Report):
             yield
         except Exception as error:  # a card may raise any
             if is_of_memory(error):
-                self.skip(name, f"too little memory ({(str(error) or type(error).__name__).splitlines()[0]})")
+                self.skip(name, f"too little memory ({reason_of(error)})")
             else:
                 if not isinstance(error, Failed | UsageError):
                     traceback.print_exc()

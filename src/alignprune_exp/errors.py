@@ -89,6 +89,11 @@ def is_of_memory(error: BaseException) -> bool:
     return of_torch or isinstance(error, MemoryError)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error says, or what kind it is where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """Let SIGTERM interrupt as SIGINT does, where nothing else answers it; a run that trains stops after a step."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .errors import Failed
+from .errors import Failed, reason_of
 from .learners import Step
 
 Taken = tuple[Tensor, Tensor, Tensor | None]
@@ -77,6 +77,5 @@ class Replayed:
                 lambda: self._take(replace(step, index=index, inputs=inputs, targets=targets), weights)
             )
         except RuntimeError as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise Failed(f"a step cannot be recorded as a CUDA graph ({reason}); set graph=false") from None
+            raise Failed(f"a step cannot be recorded as a CUDA graph ({reason_of(error)}); set graph=false") from None
         self._given = index, inputs, targets, weights

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from .errors import UsageError
+from .errors import UsageError, reason_of
 from .schema import Neutral
 
 Norm = Callable[[int], nn.Module]  # from a number of channels to a normalisation
@@ -182,5 +182,4 @@ def _published(name: str) -> dict[str, Tensor]:
             raise UsageError(f"{file} is damaged, since its sha256 does not begin with {digits}: {instead}")
         return weights.get_state_dict(check_hash=True, progress=False, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"torchvision's weights of {name} cannot be had ({reason}): {instead}") from error
+        raise UsageError(f"torchvision's weights of {name} cannot be had ({reason_of(error)}): {instead}") from error

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, reason_of
 from .files import write_atomically
 
 FILES = {  # of a run's folder, by column; all texts but the dynamics, which are rows
@@ -128,6 +128,7 @@ def _opened(path: Path, changed: int) -> tuple[Any, dict[str, int]]:
             if _digest([row[column] for column in TEXTS]) != row["digest"]:
                 raise ValueError(f"run {row['id']} does not match its checksum")
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path} cannot be read as published records ({reason}): take it back with git") from None
+        raise UsageError(
+            f"{path} cannot be read as published records ({reason_of(error)}): take it back with git"
+        ) from None
     return table, {id: row for row, id in enumerate(table["id"].to_pylist())}

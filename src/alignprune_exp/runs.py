@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import Elsewhere, Failed, UsageError, is_of_memory
+from .errors import Elsewhere, Failed, UsageError, is_of_memory, reason_of
 from .files import printable, write_atomically
 from .packs import Packed, packed_runs
 
@@ -169,8 +169,7 @@ class RunFolder:
             except Exception as error:  # torch.load raises many kinds on damaged files
                 if is_of_memory(error):
                     raise
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                say(f"{path} is damaged ({reason}) and is left out")
+                say(f"{path} is damaged ({reason_of(error)}) and is left out")
                 continue
             if owner != self.id:
                 raise UsageError(f"{path} belongs to run {owner}, not to {self.id}; remove it, or set force=true")

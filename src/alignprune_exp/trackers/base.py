@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import reason_of
+
 
 @dataclass(frozen=True)
 class Mirrored:
@@ -82,7 +84,7 @@ class Mirror:
             action()
         except (Exception, SystemExit) as error:  # whatever goes wrong in there, the run goes on
             assert self._tracker is not None
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = reason_of(error)
             if isinstance(error, ImportError) and (extra := self._tracker.extra):
                 reason += f"; type pip install 'alignprune-exp[{extra}]'"
             self._say(f"{self._tracker.service} failed and is left out from here on: {reason}")
