@@ -9,14 +9,14 @@ from typing import Any
 from ..errors import UsageError
 from . import formulas
 from .engine import BrokenError, Engine
-from .inspect import GOES_ON, File, Skipped, name, parquet, rows_of
+from .inspect import SKIPPING, File, Skipped, name, parquet, rows_of
 from .layout import Question, literal
 from .scoring import Scored
 
 TO_MEND = {  # by what is wrong
-    "bad": f"mend it, or {GOES_ON} takes it for missing",
-    "again": f"mend it, or {GOES_ON} leaves the id out",
-    "unnamed": f"name it, or {GOES_ON} leaves it out",
+    "bad": f"mend it, or {SKIPPING} takes it for missing",
+    "again": f"mend it, or {SKIPPING} leaves the id out",
+    "unnamed": f"name it, or {SKIPPING} leaves it out",
     "gaps": "add it, or --gaps scores ids by the checkpoints that they have",
 }
 
@@ -45,13 +45,13 @@ def checkpoints(
         if _kind(at) not in (kinds := {_kind(other) for other in there}):
             what, to_mend = f"{what}: it is a {_kind(at)}, and theirs are {min(kinds)}s", "write them alike"
         if not skip:
-            raise UsageError(f"{what}; {to_mend}, or {GOES_ON} does without it")
+            raise UsageError(f"{what}; {to_mend}, or {SKIPPING} does without it")
         skipped.append(Skipped(what, ""))
     for at in [at for at in there if at not in reference]:
         file, group, _ = _first(engine, [there[at]], f"{name(columns[1])} = {literal(at)}")
         what = f"checkpoint {at} is none of the reference's"
         if not skip:
-            raise UsageError(f"{file.path}, row group {group}: {what}; add it there, or {GOES_ON} does without it")
+            raise UsageError(f"{file.path}, row group {group}: {what}; add it there, or {SKIPPING} does without it")
         skipped.append(Skipped(what, file.path, group))
     shared = [at for at in reference if at in there]
     if not shared:

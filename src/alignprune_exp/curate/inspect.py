@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 LISTS, LONG = ("id", "losses"), ("id", "checkpoint", "loss")  # the columns, unless others are named
-GOES_ON = "--on-error skip"
+SKIPPING = "--on-error skip"
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
 NUMBERS = (*INTEGERS, "FLOAT", "DOUBLE")
 IN_FOLDERS = ("BIGINT", "DATE", "TIMESTAMP", "VARCHAR")  # a checkpoint is of the first type that writes it the same
@@ -162,7 +162,7 @@ def read_file(engine: Engine, losses: str, path: str, stamp: str, columns: Seque
         )
     except duckdb.Error as error:
         raise UsageError(
-            f"{path} cannot be read ({first_line(error)}); write it again, or {GOES_ON} leaves it out"
+            f"{path} cannot be read ({first_line(error)}); write it again, or {SKIPPING} leaves it out"
         ) from None
     columns = columns or (LISTS if LISTS[1] in there else LONG)
     in_folder, at = "", None
@@ -172,7 +172,7 @@ def read_file(engine: Engine, losses: str, path: str, stamp: str, columns: Seque
     if lacking := [column for column in columns if column not in there]:
         raise UsageError(
             f"{path} has no column {lacking[0]}, it has {', '.join(there)}; name yours with --columns "
-            f"{','.join(LONG)} or {','.join(LISTS)}, or {GOES_ON} leaves the file out"
+            f"{','.join(LONG)} or {','.join(LISTS)}, or {SKIPPING} leaves the file out"
         )
     types = tuple(there[column] for column in columns)
     _check_types(path, columns, types)
@@ -243,7 +243,7 @@ def read_files(
         if isinstance(found, File) and files and found.types != files[0].types:
             found = UsageError(
                 f"{path} has {', '.join(found.types)} where {files[0].path} has {', '.join(files[0].types)}; "
-                f"write them alike, or {GOES_ON} leaves out what differs from the first"
+                f"write them alike, or {SKIPPING} leaves out what differs from the first"
             )
         if isinstance(found, File):
             files.append(found)
@@ -297,7 +297,7 @@ def read_reference(
         finite = value is not None and math.isfinite(value)
         if not finite and not skip:
             raise UsageError(
-                f"--reference {path} has the loss {value} at checkpoint {at}; mend it, or {GOES_ON} leaves it out"
+                f"--reference {path} has the loss {value} at checkpoint {at}; mend it, or {SKIPPING} leaves it out"
             )
         if not finite:
             skipped.append(Skipped(f"the reference loss at checkpoint {at} is {value}", str(path)))

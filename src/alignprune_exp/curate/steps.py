@@ -22,7 +22,7 @@ from ..pruning.selection import floor
 from ..runs import write_json
 from . import check, layout, scoring
 from .engine import BrokenError, Engine, Workers
-from .inspect import GOES_ON, LONG, File, Skipped, list_files, read_files, read_reference
+from .inspect import LONG, SKIPPING, File, Skipped, list_files, read_files, read_reference
 from .layout import Part, Question
 from .scoring import ApartError, Scored
 
@@ -49,25 +49,35 @@ class Order:
     memory: str | None
     threads: int | None
 
+    @property
+    def work(self) -> Path:
+        """The folder that a command which was stopped leaves, and goes on from."""
+        return self.out / WORK
+
+    @property
+    def written(self) -> Path:
+        """What is kept, until it is all there."""
+        return self.work / "written"
+
 
 def curate(order: Order, show: Callable[[str], None]) -> dict[str, Any]:
     """Score, cut and write into the folder ``order.out``; return the summary. Raises UsageError."""
     began = time.perf_counter()
-    work = order.out / WORK
-    engine = Engine(work / "spill", order.memory, order.threads)
+    engine = Engine(order.work / "spill", order.memory, order.threads)
     stamps = list_files(engine, order.losses)
     files, columns, skipped = read_files(engine, order.losses, stamps, order.columns, order.skip)
-    with workers_for(order, engine, work) as workers:
+    with workers_for(order, engine) as workers:
+        look = Look(order, engine, workers, columns, show)
         while True:
             try:
-                answer = look(engine, workers, work, files, columns, order, show)
+                answer = look.at(files)
                 break
             except BrokenError as error:
                 if not order.skip:
-                    raise UsageError(f"{error}; write the file again, or {GOES_ON} leaves it out") from None
+                    raise UsageError(f"{error}; write the file again, or {SKIPPING} leaves it out") from None
                 skipped.append(Skipped(str(error), error.file.path, error.group))
                 files = [file for file in files if file != error.file]
-    kept = keep(engine, order, work, answer.scored, answer.twice)
+    kept = keep(engine, order, answer)
     summary = {
         "losses": order.losses,
         "reference": None if order.reference is None else str(order.reference),
@@ -86,8 +96,17 @@ def curate(order: Order, show: Callable[[str], None]) -> dict[str, Any]:
         "skipped": [asdict(each) for each in skipped + answer.skipped],
         "versions": {"alignprune_exp": __version__, "duckdb": duckdb.__version__},
     }
-    put_in_place(order, work, summary)
+    put_in_place(order, summary)
     return summary
+
+
+def workers_for(order: Order, engine: Engine) -> AbstractContextManager[Workers]:
+    """Return who scores, for as long as that takes: this machine, or a cluster. Raises UsageError."""
+    if order.engine == "duckdb":
+        return nullcontext(engine)
+    from .cluster import joined
+
+    return joined(order.ray_address, order.work, None if order.memory is None else engine.memory, order.threads)
 
 
 @dataclass(frozen=True)
@@ -109,121 +128,107 @@ class Answer:
     skipped: list[Skipped]
 
 
-def look(
-    engine: Engine,
-    workers: Workers,
-    work: Path,
-    files: Sequence[File],
-    columns: tuple[str, ...],
-    order: Order,
-    show: Callable[[str], None],
-) -> Answer:
-    """Score all files and find what is wrong with them. Raises BrokenError for one that is damaged, and UsageError."""
-    question, skipped = ask(engine, workers, order, files, columns)
-    laid, scored = score_all(engine, workers, work, question, files, order, show)
-    for group in [scored] if laid == "buckets" else [[each] for each in scored]:
-        skipped += check.flaws(engine, group, question, order.skip, order.gaps)
-    twice = scoring.find_twice(engine, scored)
-    skipped += check.twice(engine, files, question, twice, order.skip)
-    return Answer(laid, len(question.checkpoints), scored, twice, skipped)
+@dataclass(frozen=True)
+class Look:
+    """Scores files and finds what is wrong with them.
+
+    Attributes:
+        order: what to do.
+        engine: looks at what has been scored.
+        workers: score, part by part.
+        columns: of the files: id and list of losses, or id, checkpoint and loss.
+        show: is told how far it is.
+    """
+
+    order: Order
+    engine: Engine
+    workers: Workers
+    columns: tuple[str, ...]
+    show: Callable[[str], None]
+
+    def at(self, files: Sequence[File]) -> Answer:
+        """Return what all files hold. Raises BrokenError for one that is damaged, and UsageError."""
+        engine, skip = self.engine, self.order.skip
+        question, skipped = self._question(files)
+        laid, scored = self._scored(question, files)
+        for group in [scored] if laid == "buckets" else [[each] for each in scored]:
+            skipped += check.flaws(engine, group, question, skip, self.order.gaps)
+        twice = scoring.find_twice(engine, scored)
+        skipped += check.twice(engine, files, question, twice, skip)
+        return Answer(laid, len(question.checkpoints), scored, twice, skipped)
+
+    def _question(self, files: Sequence[File]) -> tuple[Question, list[Skipped]]:
+        """Return what is asked of the files, and what of the reference or of them was skipped."""
+        order, engine, columns = self.order, self.engine, self.columns
+        if not files:
+            raise UsageError(f"{order.losses} has no rows; give files that have some")
+        lists = len(columns) < len(LONG)
+        reference: dict[Any, float | None] = {}
+        skipped: list[Skipped] = []
+        if order.reference is not None:
+            reference, skipped = read_reference(engine, order.reference, LONG[1:] if lists else columns[1:], order.skip)
+        if lists and (texts := [at for at in reference if not isinstance(at, int | float | Decimal | date)]):
+            raise UsageError(
+                f"--reference {order.reference} has the checkpoint {texts[0]}, a text, which does not say its place "
+                "in lists; number the checkpoints in their order"
+            )
+        checkpoints: list[Any] = list(range(len(reference)))
+        if lists and not reference:
+            checkpoints = list(range(scoring.longest(self.workers, files, columns[1])))
+        elif not lists:
+            checkpoints, more = check.checkpoints(engine, files, columns, list(reference), order.skip)
+            skipped += more
+        if order.score == "spearman" and len(checkpoints) > MOST_RANKED:
+            raise UsageError(
+                f"--score spearman ranks {MOST_RANKED} checkpoints at most, not {len(checkpoints)}; use das"
+            )
+        losses = list(reference.values()) if lists else [reference.get(at) for at in checkpoints]
+        return Question(order.score, columns, tuple(checkpoints), tuple(losses or [None] * len(checkpoints))), skipped
+
+    def _scored(self, question: Question, files: Sequence[File]) -> tuple[str, list[Scored]]:
+        """Return how the files were laid out, and their parts, scored, in order."""
+        try:
+            laid, parts = self._plan(question, files, in_order=True)
+            return laid, self._scored_parts(question, parts)
+        except ApartError:
+            if laid == "checkpoints":
+                say(
+                    "the files of the checkpoints have their ids in different orders; they are divided by a hash of "
+                    "the id"
+                )
+            laid, parts = self._plan(question, files, in_order=False)
+            return laid, self._scored_parts(question, parts)
+
+    def _plan(self, question: Question, files: Sequence[File], in_order: bool) -> tuple[str, list[Part]]:
+        """Return the first layout that the files allow, of those that `layout` lists, and its parts."""
+        if question.lists:
+            return "rows", layout.by_rows(files, question)
+        if in_order:
+            if (parts := layout.by_checkpoints(files, question)) is not None:
+                return "checkpoints", parts
+            if (parts := layout.by_blocks(files, question)) is not None and scoring.begins(self.engine, parts[0]):
+                return "blocks", parts
+        if (parts := layout.by_files(files, question)) is not None:
+            return "files", parts
+        count = layout.buckets(files, question, self.workers.memory)
+        return "buckets", scoring.divide(self.workers, self.order.work, question, files, count)
+
+    def _scored_parts(self, question: Question, parts: Sequence[Part]) -> list[Scored]:
+        """Score parts, several at a time where none has to be grouped in memory. Raises UsageError for a flaw."""
+        order = self.order
+        found: dict[str, Scored] = {}
+        work = partial(scoring.score, order.work, question, order.gaps)
+        for scored in self.workers.each(work, parts, alone=any(part.apart for part in parts)):
+            if not order.skip:
+                check.flaws(self.engine, [scored], question, order.skip, order.gaps)
+            found[scored.part.name] = scored
+            self.show(f"{len(found)} of {len(parts)} parts are scored")
+        return [found[part.name] for part in parts]
 
 
-def workers_for(order: Order, engine: Engine, work: Path) -> AbstractContextManager[Workers]:
-    """Return who scores, for as long as that takes: this machine, or a cluster. Raises UsageError."""
-    if order.engine == "duckdb":
-        return nullcontext(engine)
-    from .cluster import joined
-
-    return joined(order.ray_address, work, None if order.memory is None else engine.memory, order.threads)
-
-
-def ask(
-    engine: Engine, workers: Workers, order: Order, files: Sequence[File], columns: tuple[str, ...]
-) -> tuple[Question, list[Skipped]]:
-    """Return what is asked of the files, and what of the reference or of them was skipped. Raises UsageError."""
-    if not files:
-        raise UsageError(f"{order.losses} has no rows; give files that have some")
-    lists = len(columns) < len(LONG)
-    reference: dict[Any, float | None] = {}
-    skipped: list[Skipped] = []
-    if order.reference is not None:
-        reference, skipped = read_reference(engine, order.reference, LONG[1:] if lists else columns[1:], order.skip)
-    if lists and (texts := [at for at in reference if not isinstance(at, int | float | Decimal | date)]):
-        raise UsageError(
-            f"--reference {order.reference} has the checkpoint {texts[0]}, a text, which does not say its place "
-            "in lists; number the checkpoints in their order"
-        )
-    checkpoints: list[Any] = list(range(len(reference)))
-    if lists and not reference:
-        checkpoints = list(range(scoring.longest(workers, files, columns[1])))
-    elif not lists:
-        checkpoints, more = check.checkpoints(engine, files, columns, list(reference), order.skip)
-        skipped += more
-    if order.score == "spearman" and len(checkpoints) > MOST_RANKED:
-        raise UsageError(f"--score spearman ranks {MOST_RANKED} checkpoints at most, not {len(checkpoints)}; use das")
-    losses = list(reference.values()) if lists else [reference.get(at) for at in checkpoints]
-    return Question(order.score, columns, tuple(checkpoints), tuple(losses or [None] * len(checkpoints))), skipped
-
-
-def score_all(
-    engine: Engine,
-    workers: Workers,
-    work: Path,
-    question: Question,
-    files: Sequence[File],
-    order: Order,
-    show: Callable[[str], None],
-) -> tuple[str, list[Scored]]:
-    """Score all files; return how they were laid out, and the parts in order. Raises BrokenError and UsageError."""
-    try:
-        laid, parts = plan(engine, workers, work, question, files, in_order=True)
-        return laid, score_parts(engine, workers, work, question, parts, order, show)
-    except ApartError:
-        if laid == "checkpoints":
-            say("the files of the checkpoints have their ids in different orders; they are divided by a hash of the id")
-        laid, parts = plan(engine, workers, work, question, files, in_order=False)
-        return laid, score_parts(engine, workers, work, question, parts, order, show)
-
-
-def plan(
-    engine: Engine, workers: Workers, work: Path, question: Question, files: Sequence[File], in_order: bool
-) -> tuple[str, list[Part]]:
-    """Return the first layout that the files allow, of those that `layout` lists, and its parts."""
-    if question.lists:
-        return "rows", layout.by_rows(files, question)
-    if in_order and (parts := layout.by_checkpoints(files, question)) is not None:
-        return "checkpoints", parts
-    if in_order and (parts := layout.by_blocks(files, question)) is not None and scoring.begins(engine, parts[0]):
-        return "blocks", parts
-    if (parts := layout.by_files(files, question)) is not None:
-        return "files", parts
-    count = layout.buckets(files, question, workers.memory)
-    return "buckets", scoring.divide(workers, work, question, files, count)
-
-
-def score_parts(
-    engine: Engine,
-    workers: Workers,
-    work: Path,
-    question: Question,
-    parts: Sequence[Part],
-    order: Order,
-    show: Callable[[str], None],
-) -> list[Scored]:
-    """Score parts, several at a time where none has to be grouped in memory. Raises UsageError for the first flaw."""
-    found: dict[str, Scored] = {}
-    grouped = any(part.apart for part in parts)
-    for scored in workers.each(partial(scoring.score, work, question, order.gaps), parts, alone=grouped):
-        if not order.skip:
-            check.flaws(engine, [scored], question, order.skip, order.gaps)
-        found[scored.part.name] = scored
-        show(f"{len(found)} of {len(parts)} parts are scored")
-    return [found[part.name] for part in parts]
-
-
-def keep(engine: Engine, order: Order, work: Path, scored: Sequence[Scored], twice: int) -> dict[str, Any]:
-    """Find the threshold, write what is kept below ``work``, return the numbers. Raises UsageError where none is."""
-    table = scoring.counting(scored, twice)
+def keep(engine: Engine, order: Order, answer: Answer) -> dict[str, Any]:
+    """Find the threshold, write what is kept, return the numbers. Raises UsageError where none is."""
+    table = scoring.counting(answer.scored, answer.twice)
     samples, with_score = engine.one(f"SELECT count(*), count(score) FROM ({table})")
     due = min(floor(order.keep * samples), with_score)
     if due == 0:
@@ -231,17 +236,17 @@ def keep(engine: Engine, order: Order, work: Path, scored: Sequence[Scored], twi
             f"--keep {order.keep:g} keeps none of {samples} ids, {with_score} with a score; use a larger one"
         )
     cut = scoring.cut(engine, table, due, with_score, order.approximate)
-    folder = work / "written"
-    shutil.rmtree(folder, ignore_errors=True)
-    kept = sum(engine.each(partial(scoring.write_kept, folder, twice, cut, order.ids), scored))
+    shutil.rmtree(order.written, ignore_errors=True)
+    write = partial(scoring.write_kept, order.written, answer.twice, cut, order.ids)
+    kept = sum(engine.each(write, answer.scored))
     return {"samples": samples, "unscored": samples - with_score, "kept": kept, "threshold": cut.score}
 
 
-def put_in_place(order: Order, work: Path, summary: dict[str, Any]) -> None:
+def put_in_place(order: Order, summary: dict[str, Any]) -> None:
     """Move what was written to where it belongs, then write the summary, whose presence means that all is there."""
     (order.out / SUMMARY).unlink(missing_ok=True)
     for old in OUTPUTS:
         shutil.rmtree(order.out / old, ignore_errors=True)
-    (work / "written").replace(order.out / OUTPUTS[order.ids])
+    order.written.replace(order.out / OUTPUTS[order.ids])
     write_json(order.out / SUMMARY, summary)
-    shutil.rmtree(work)
+    shutil.rmtree(order.work)
