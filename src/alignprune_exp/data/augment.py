@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignprune_exp.pruning.seeding import generator
+from ..pruning.seeding import generator
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _BITS_24 = (1 << 24) - 1

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from alignprune_exp.data.augment import Augmentation, rand_augment
-from alignprune_exp.data.split import Split
-from alignprune_exp.errors import UsageError
+from ..errors import UsageError
+from .augment import Augmentation, rand_augment
+from .split import Split
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

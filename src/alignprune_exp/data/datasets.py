@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from alignprune_exp.data.source import DataSet
-from alignprune_exp.data.sources.cifar import Cifar10, Cifar100
-from alignprune_exp.data.sources.digits import Digits
-from alignprune_exp.data.sources.files import Clothing1M, ImageFolder, ImageNet, TinyImageNet, WebVision
-from alignprune_exp.data.sources.parquet import Parquet
+from .source import DataSet
+from .sources.cifar import Cifar10, Cifar100
+from .sources.digits import Digits
+from .sources.files import Clothing1M, ImageFolder, ImageNet, TinyImageNet, WebVision
+from .sources.parquet import Parquet
 
 # What is for one task alone stands in the task's file.
 DATASETS: dict[str, type[DataSet] | str] = {

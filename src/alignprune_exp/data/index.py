@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from alignprune_exp.console import Progress
-from alignprune_exp.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, Files, glance
-from alignprune_exp.data.source import Unreadable
-from alignprune_exp.errors import UsageError
-from alignprune_exp.files import cache_folder, keep_cached
+from ..console import Progress
+from ..errors import UsageError
+from ..files import cache_folder, keep_cached
+from .images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, Files, glance
+from .source import Unreadable
 
 SETTLED = 2_000_000_000  # ns that a folder must have been left alone before its index is kept
 _SUFFIXES, _UNREAD = (tuple(map(os.fsencode, suffixes)) for suffixes in (IMAGE_SUFFIXES, UNREAD_SUFFIXES))

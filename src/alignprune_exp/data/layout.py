@@ -13,11 +13,11 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from alignprune_exp.data.images import Cut, Files, Fit
-from alignprune_exp.data.index import Index, Splits, Survey, indexed, skippable
-from alignprune_exp.data.source import DataSet, Images, Root, Source, existing
-from alignprune_exp.files import printable
-from alignprune_exp.schema import Aside, Side
+from ..files import printable
+from ..schema import Aside, Side
+from .images import Cut, Files, Fit
+from .index import Index, Splits, Survey, indexed, skippable
+from .source import DataSet, Images, Root, Source, existing
 
 OF_PIXELS = (
     "image_size",

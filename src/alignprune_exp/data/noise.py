@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignprune_exp.errors import UsageError
+from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from alignprune_exp.data.source import Source
+    from .source import Source
 
 HUMAN_FILES = {"cifar10": "CIFAR-10_human.pt", "cifar100": "CIFAR-100_human.pt"}
 HUMAN_KEYS = {

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alignprune_exp.config import NOISE, NOTHING_HELD_OUT, Trusted
-from alignprune_exp.data.noise import Clean
-from alignprune_exp.data.split import reference_count, some
-from alignprune_exp.errors import UsageError
-from alignprune_exp.pruning.seeding import generator
+from ..config import NOISE, NOTHING_HELD_OUT, Trusted
+from ..errors import UsageError
+from ..pruning.seeding import generator
+from .noise import Clean
+from .split import reference_count, some
 
 if TYPE_CHECKING:
-    from alignprune_exp.config import Config
+    from ..config import Config
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from alignprune_exp.errors import UsageError
-from alignprune_exp.files import printable
-from alignprune_exp.pruning.reference import class_shares
-from alignprune_exp.schema import Aside
+from ..errors import UsageError
+from ..files import printable
+from ..pruning.reference import class_shares
+from ..schema import Aside
 
 
 class DataSet:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alignprune_exp.data.noise import Clean, Noise, symmetric
-from alignprune_exp.data.source import Images, Source, stratified
-from alignprune_exp.errors import UsageError
-from alignprune_exp.pruning.seeding import generator
+from ..errors import UsageError
+from ..pruning.seeding import generator
+from .noise import Clean, Noise, symmetric
+from .source import Images, Source, stratified
 
 _STATISTICS_ROWS = 4096  # images that mean and std are computed from where they are not held in memory
 

@@ -12,12 +12,12 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from alignprune_exp.data.images import Array, Fit, Shards
-from alignprune_exp.data.index import Survey, gathered
-from alignprune_exp.data.source import Crop, DataSet, Images, Root, Source, brief, existing
-from alignprune_exp.data.sources.parquet import Tables, in_memory, shards_of
-from alignprune_exp.errors import UsageError
-from alignprune_exp.schema import Aside
+from ...errors import UsageError
+from ...schema import Aside
+from ..images import Array, Fit, Shards
+from ..index import Survey, gathered
+from ..source import Crop, DataSet, Images, Root, Source, brief, existing
+from .parquet import Tables, in_memory, shards_of
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100_CLASSES = """

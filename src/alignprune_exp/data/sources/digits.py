@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from alignprune_exp.data.images import Array
-from alignprune_exp.data.source import Crop, DataSet, Images, Source, stratified
-from alignprune_exp.pruning.seeding import generator
+from ...pruning.seeding import generator
+from ..images import Array
+from ..source import Crop, DataSet, Images, Source, stratified
 
 
 def shipped(*parts: str) -> Path:

@@ -13,12 +13,12 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from alignprune_exp.data.images import Files, Fit
-from alignprune_exp.data.index import Index, Splits, Survey, show
-from alignprune_exp.data.layout import Layout, Photographs
-from alignprune_exp.data.source import Crop, Root
-from alignprune_exp.errors import UsageError
-from alignprune_exp.schema import Side
+from ...errors import UsageError
+from ...schema import Side
+from ..images import Files, Fit
+from ..index import Index, Splits, Survey, show
+from ..layout import Layout, Photographs
+from ..source import Crop, Root
 
 WEBVISION_CLASSES = 1000
 CLOTHING_CLASSES = (

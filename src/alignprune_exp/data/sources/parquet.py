@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from alignprune_exp.data.images import Shards
-from alignprune_exp.data.index import Found, Splits, Survey
-from alignprune_exp.data.layout import Photographs
-from alignprune_exp.data.source import brief, fits_into_memory
-from alignprune_exp.errors import UsageError
-from alignprune_exp.files import below
+from ...errors import UsageError
+from ...files import below
+from ..images import Shards
+from ..index import Found, Splits, Survey
+from ..layout import Photographs
+from ..source import brief, fits_into_memory
 
 # What follows a split's name in those of its shards on the hub; of ``<split>-<more>`` they are another split's.
 NUMBERED = re.compile(r"(?:-(?P<more>.+))?-(?P<number>\d+)-of-(?P<of>\d+)(?:-[0-9a-f]+)?")
