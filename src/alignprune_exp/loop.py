@@ -122,7 +122,7 @@ class Loop:
         order = pruning.order()
         pruning.check_agreement(self.reference.samples.numpy())
         clock.lap("select")
-        with network.waiting(self._steps(order)[-1] < setup.processes.size):
+        with network.waiting(setup.task.train.sizes(len(order))[-1] < setup.processes.size):
             for step in self._batches(order, now, clock, stop, save):
                 plain, training, predicted = network.take(step, pruning.weights(step.index))
                 pruning.observe(step.index, training, setup.task.observed(plain, training, predicted, step.targets))
@@ -161,15 +161,13 @@ class Loop:
         now.clock = clock
         return now
 
-    def _steps(self, order: np.ndarray) -> list[int]:
-        return self.setup.task.train.sizes(len(order))
-
     def _batches(
         self, order: np.ndarray, now: Epoch, clock: Clock, stop: threading.Event, save: Callable[[], None]
     ) -> Iterator[Step]:
         """Yield the epoch's steps that are left; raise Stopped, with a checkpoint left, where that was asked for."""
         setup, network, pruning = self.setup, self.network, self.pruning
-        batches, processes, sizes = setup.task.train, setup.processes, self._steps(order)
+        batches, processes = setup.task.train, setup.processes
+        sizes = batches.sizes(len(order))
         epoch, steps, progress = now.number - pruning.first, len(sizes), Progress()
         if self.step == 0:
             network.learner.begin_epoch(epoch, batches.evaluation(now.selection.indices), network.logits)
@@ -222,9 +220,9 @@ class Loop:
 
     def _read_out(self) -> int:
         """Tell what a readout of all samples' embeddings foretells of their labels; return how many samples."""
-        setup, everything = self.setup, torch.arange(self.setup.n)
-        batches = setup.task.train.evaluation(setup.processes.share(everything))
-        embeddings = setup.processes.gather(setup.task.outputs(self.network, batches)[1])
+        setup = self.setup
+        _, own = setup.task.outputs(self.network, setup.task.train.evaluation(setup.own))
+        embeddings = setup.processes.gather(own)
         if not embeddings.isfinite().all():
             raise NonFiniteLossError(self.pruning.epoch, what="an embedding")
         assert setup.task.strata is not None

@@ -57,9 +57,8 @@ class Reference:
             return 0
         by_quality = reference.method == "cleanlab"
         if by_quality:
-            own = setup.processes.share(torch.arange(setup.n))
-            batches = setup.task.train.evaluation(own)
-            trust = setup.task.label_quality(network, batches, own, setup.processes).cpu().numpy()
+            batches = setup.task.train.evaluation(setup.own)
+            trust = setup.task.label_quality(network, batches, setup.own, setup.processes).cpu().numpy()
         else:
             trust = pruning.scores("small_loss")
         rng = generator(config.seed, "pseudo reference", pruning.epoch)

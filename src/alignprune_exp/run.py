@@ -214,8 +214,8 @@ class Run:
         """Return every training sample's class probabilities (n, C), in eval mode, from all processes together."""
         setup, network = self.setup, self._running.network
         network.learner.eval()
-        share = setup.processes.share(torch.arange(setup.n))
-        return setup.processes.gather(setup.task.probabilities(network, setup.task.train.evaluation(share)))
+        own = setup.task.probabilities(network, setup.task.train.evaluation(setup.own))
+        return setup.processes.gather(own)
 
     def _write(self, folder: RunFolder, environment: Row) -> None:
         """Write all that there is of the record before the run has ended."""
@@ -451,11 +451,9 @@ def _evidence(setup: Setup, criterion: Criterion, network: Network, log: WarmUpL
     task, processes, needs, samples = setup.task, setup.processes, criterion.needs, 0
     known: dict[str, Any] = {"losses": log.losses, "forgotten": log.forgotten} if log.epochs else {}
     if needs & {"probabilities", "embeddings"}:
-        share = processes.share(torch.arange(setup.n))
-        batches = task.train
-        own = task.outputs(
-            network, batches.strong(share, log.epochs) if criterion.strong else batches.evaluation(share)
-        )
+        train = task.train
+        batches = train.strong(setup.own, log.epochs) if criterion.strong else train.evaluation(setup.own)
+        own = task.outputs(network, batches)
         known["probabilities"], known["embeddings"] = (processes.gather(values).cpu().numpy() for values in own)
         samples += setup.n
     if "reference" in needs and task.held_out:

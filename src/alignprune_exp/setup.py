@@ -114,6 +114,11 @@ class Setup:
         return self.task.n
 
     @property
+    def own(self) -> torch.Tensor:
+        """This process's share (k,) of the training samples, where all of them are looked at, in order."""
+        return self.processes.share(torch.arange(self.n))
+
+    @property
     def noisy(self) -> np.ndarray | None:
         """Which training samples are trained on with a wrong label (n,); None where that is unknown."""
         return np.zeros(self.n, bool) if self.plan.asks else self.task.corrupted
