@@ -247,6 +247,19 @@ def _check_without_classes(config: Config, plan: Plan, score: Score) -> None:
         raise UsageError(f"reference.method=cleanlab {lacks}{name} has none; use reference.method=small_loss")
 
 
+def _check_trusted(config: Config, plan: Plan) -> None:
+    """Raise UsageError for a pruner that goes by trusted labels where there are none, or their losses are others."""
+    name, trusted = config.pruner.name, isinstance(config.reference, Trusted) and config.reference.size > 0
+    if isinstance(plan, Criterion) and "reference" in plan.needs and not trusted:
+        raise UsageError(f"pruner={name} chooses by trusted labels, and there are none held out; set reference=trusted")
+    if plan.needs_noise_rate and not (trusted and config.recorded == "plain"):
+        lacks = "recorded=plain" if trusted else "reference=trusted"
+        raise UsageError(
+            f"pruner={name} estimates the noise by the plain losses of trusted labels; set {lacks}, or a number for "
+            "pruner.exclude"
+        )
+
+
 def make_pruning(
     config: Config,
     dataset: Any,
@@ -260,16 +273,8 @@ def make_pruning(
 
     ``phase`` has pruner and epochs of a phase of the run, where these are not the config's own.
     """
-    name, score, plan = config.pruner.name, config.score.name, PRUNER.make(config.pruner)
-    trusted = isinstance(config.reference, Trusted) and config.reference.size > 0
-    if isinstance(plan, Criterion) and "reference" in plan.needs and not trusted:
-        raise UsageError(f"pruner={name} chooses by trusted labels, and there are none held out; set reference=trusted")
-    if plan.needs_noise_rate and not (trusted and config.recorded == "plain"):
-        lacks = "recorded=plain" if trusted else "reference=trusted"
-        raise UsageError(
-            f"pruner={name} estimates the noise by the plain losses of trusted labels; set {lacks}, or a number for "
-            "pruner.exclude"
-        )
+    score, plan = config.score.name, PRUNER.make(config.pruner)
+    _check_trusted(config, plan)
     pruner, epochs = phase or (plan if isinstance(plan, Pruner) else Full(), config.epochs)
     try:
         pruning = DynamicPruning(
@@ -289,7 +294,7 @@ def make_pruning(
         )
         pruning.scores(pruning.score)  # one of somebody's own says here what is wrong with it, whenever it ranks
     except ValueError as error:
-        raise UsageError(f"pruner={name} score={score}: {error}") from None
+        raise UsageError(f"pruner={config.pruner.name} score={score}: {error}") from None
     if pruning.score.aligned and plan.uses_scores and not config.reference.aligns:
         raise UsageError(
             f"score={score} compares with a reference set, and reference.size=0 leaves none; "

@@ -130,8 +130,8 @@ def table(
 
     n = len(settled)
     for name, values in {"labels": labels, "losses": losses, "likely": likely, "by": by}.items():
-        if values is not None and values.shape != (n,):
-            raise ValueError(f"{name} has shape {values.shape}; it must be ({n},), one a sample")
+        if values is not None:
+            check_one_a_sample(name, values, n)
     known = np.full(n, np.nan)
     for index, right in (checked or {}).items():
         if not isinstance(index, int | np.integer) or not 0 <= index < n:
@@ -159,6 +159,12 @@ def first(frame: pd.DataFrame, top: int, checked: Mapping[int, Any] | None = Non
     if top < 1:
         raise ValueError(f"top={top} is no number of samples; use 1 or more")
     return frame[~frame["index"].isin(list(checked or ()))].head(top).reset_index(drop=True)
+
+
+def check_one_a_sample(what: str, values: NDArray | Tensor, n: int) -> None:
+    """Raise ValueError unless there is one of the values for each of n samples."""
+    if values.shape != (n,):
+        raise ValueError(f"{what} has shape {tuple(values.shape)}; it must be ({n},), one a sample")
 
 
 def array(values: Sequence[Any] | NDArray | Tensor) -> NDArray:

@@ -17,7 +17,7 @@ from .coresets import STATIC
 from .kmeans import cluster
 from .selection import (
     MAX_RATIO,
-    NEVER_SEEN,
+    UNSCORED,
     Floats,
     Ints,
     Plan,
@@ -414,7 +414,7 @@ class Query(Pruner):
     def digest(self, scores: Floats, selected: Ints, seen: Ints, memory: NDArray[np.float32]) -> Floats:
         """Rank what was asked, which is what was selected, above all others."""
         ranks = scores.copy()
-        ranks[selected] = 2 * np.fmax.reduce(scores, initial=NEVER_SEEN)
+        ranks[selected] = 2 * np.fmax.reduce(scores, initial=UNSCORED)
         return ranks
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .bank import Trajectories
-from .cleaning import array, first, table, within_class
+from .cleaning import array, check_one_a_sample, first, table, within_class
 from .named import make_pruner, make_score
 from .noise_rate import NoiseRate
 from .processes import Exchange
@@ -21,7 +21,7 @@ from .running import NonFiniteLossError, Running
 from .sampler import EpochSampler, Indexed
 from .scores import Loss, Score, settled
 from .seeding import generator
-from .selection import NEVER_SEEN, Pruner, Selection
+from .selection import UNSCORED, Pruner, Selection
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,18 +75,11 @@ class Selecting(Indexed):
         device = self.trajectories.last_N.device
         self.first, self.epochs = self.epoch, self.epoch + epochs
         self._check_window()
-        self.clean: Tensor | None = None
-        if clean is not None:
-            mask = torch.as_tensor(array(clean), device=device)
-            if mask.shape != (self.n,):
-                raise ValueError(f"clean has shape {tuple(mask.shape)}; it must be ({self.n},), one a sample")
-            self.clean = mask.bool()
-            if not (self.clean == mask).all():
-                raise ValueError("clean has values other than 0 and 1; it says of each label whether it is clean")
+        self.clean = None if clean is None else _mask(array(clean), self.n).to(device)
         self.told, self.told_in = torch.full((self.n,), torch.nan, device=device), -1
         self.labels = None if labels is None else array(labels)
-        if self.labels is not None and self.labels.shape != (self.n,):
-            raise ValueError(f"labels has shape {self.labels.shape}; it must be ({self.n},), one a sample")
+        if self.labels is not None:
+            check_one_a_sample("labels", self.labels, self.n)
         self._classes = 0 if self.labels is None else len(np.unique(self.labels))
         if self.pruner.needs_noise_rate and self._classes < 2:
             raise ValueError(
@@ -126,7 +119,7 @@ class Selecting(Indexed):
         if self._selection is None:
             if self.epoch >= self.epochs:
                 raise ValueError(f"all {self.epochs} epochs are done; make a new DynamicPruning to train on")
-            scores = np.nan_to_num(self._scores, nan=NEVER_SEEN)
+            scores = np.nan_to_num(self._scores, nan=UNSCORED)
             epoch, epochs = self.epoch - self.first, self.epochs - self.first
             pruner = self.pruner.informed(self.noise_rate) if self.pruner.needs_noise_rate else self.pruner
             rng = generator(self.seed, "select", self.first + pruner.address(epoch, epochs, self.n))
@@ -361,3 +354,12 @@ class Selecting(Indexed):
 
     def _rank(self) -> np.ndarray:
         return self.scores(self._ranking_score())
+
+
+def _mask(clean: np.ndarray, n: int) -> Tensor:
+    """Return which of n labels are clean, bool (n,). Raises ValueError for another shape or other values."""
+    check_one_a_sample("clean", clean, n)
+    mask = torch.as_tensor(clean)
+    if not (mask.bool() == mask).all():
+        raise ValueError("clean has values other than 0 and 1; it says of each label whether it is clean")
+    return mask.bool()

@@ -18,7 +18,7 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 MAX_RATIO = 0.9  # InfoBatch's weights stay at 10 or below
-NEVER_SEEN = 3.0  # the score that a sample without a score is ranked by
+UNSCORED = 3.0  # what a sample without a score is ranked by
 
 
 @dataclass(frozen=True)
