@@ -32,9 +32,7 @@ class Augmentation:
     def draw(self, sample: Tensor, epoch: int, view: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Return for samples, int64 (B,): the crop's top and left, int64 (B,) in 0..2·crop, and bool flips.
 
-        Every ``view`` of an epoch is drawn on its own.
-
-        A place of ``crop`` is the image itself.
+        Every ``view`` of an epoch is drawn on its own. A place of ``crop`` is the image itself.
         """
         bits = self._bits(sample, epoch, view)
         top = ((bits & _BITS_24) * (2 * self.crop + 1)) >> 24

@@ -19,13 +19,8 @@ from .images import Cut, Files, Fit
 from .index import Index, Splits, Survey, indexed, skippable
 from .source import DataSet, Images, Root, Source, existing
 
-OF_PIXELS = (
-    "image_size",
-    "crop",
-    "area",
-    "aspect",
-    "eval_crop",
-)  # settings that make no difference to which images there are
+# Settings that make no difference to which images there are.
+OF_PIXELS = ("image_size", "crop", "area", "aspect", "eval_crop")
 
 
 @dataclass(frozen=True, kw_only=True)

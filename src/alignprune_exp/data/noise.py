@@ -173,7 +173,7 @@ def _whole_numbers(values: Any) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenLabels:
     """The labels that a run trains on.
 
     Attributes:
@@ -191,9 +191,9 @@ class Given:
 class Noise:
     """What ``noise=`` names. Its fields are its settings, which may be some of rate, labels and file."""
 
-    def give(self, source: Source, rows: np.ndarray, root: Path | None, rng: np.random.Generator) -> Given:
+    def give(self, source: Source, rows: np.ndarray, root: Path | None, rng: np.random.Generator) -> GivenLabels:
         """Return the labels of the training samples ``rows`` (n,) of ``source``, whose folder is ``root``."""
-        return Given(self.corrupted(source.train.labels[rows], source, rng), source.fingerprint)
+        return GivenLabels(self.corrupted(source.train.labels[rows], source, rng), source.fingerprint)
 
     def corrupted(self, labels: np.ndarray, source: Source, rng: np.random.Generator) -> np.ndarray:
         """Return ``labels``, int64 (n,), of which some are wrong."""
@@ -260,13 +260,13 @@ class Human(Noise):
     labels: str
     file: str | None
 
-    def give(self, source: Source, rows: np.ndarray, root: Path | None, rng: np.random.Generator) -> Given:
+    def give(self, source: Source, rows: np.ndarray, root: Path | None, rng: np.random.Generator) -> GivenLabels:
         if source.as_shipped:
-            return Given(source.train.labels[rows], source.fingerprint)
+            return GivenLabels(source.train.labels[rows], source.fingerprint)
         file = None if self.file is None else Path(self.file).expanduser()
         labels = human_labels(file, root, source.name, self.labels, source.train.labels)
         content = hashlib.sha256(source.fingerprint.encode() + labels.astype("<i8").tobytes())
-        return Given(labels[rows], content.hexdigest(), "verified" if source.official_order else "unverified")
+        return GivenLabels(labels[rows], content.hexdigest(), "verified" if source.official_order else "unverified")
 
     def taken(self, dataset: str) -> tuple[str, ...]:
         return ("labels",) if dataset in HUMAN_KEYS else ()

@@ -269,7 +269,7 @@ class Texts(DataSet):
         """Return the documents of another language, none of which may be one of its own texts."""
         if self.foreign is None:
             return []
-        found = Files("dataset.foreign", self.foreign, self.column, self.remedy).texts()
+        found = Reader("dataset.foreign", self.foreign, self.column, self.remedy).texts()
         long = [(place, stripped) for place, text in found if len(stripped := text.strip()) >= SHORTEST]
         if not long:
             raise UsageError(f"dataset.foreign={self.foreign} has no text of {SHORTEST} characters: give longer ones")
@@ -346,12 +346,12 @@ class TextFiles(Texts):
 
     def texts(self) -> list[Text]:
         if self.root is None:
-            raise UsageError(f"dataset={self.name} needs its files: type dataset.root=PATH, a folder of {Files.KINDS}")
-        return Files("dataset.root", self.root, self.column, self.remedy).texts()
+            raise UsageError(f"dataset={self.name} needs its files: type dataset.root=PATH, a folder of {Reader.KINDS}")
+        return Reader("dataset.root", self.root, self.column, self.remedy).texts()
 
 
 @dataclass(frozen=True)
-class Files:
+class Reader:
     """Texts in files: a ``column`` of Parquet or JSONL, or the whole of each ``.txt``, wherever below ``path``.
 
     Attributes:

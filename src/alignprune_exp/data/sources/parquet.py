@@ -58,8 +58,8 @@ class Parquet(Photographs):
     @cached_property
     def tables(self) -> dict[str, Tables]:
         """In memory before there are other processes, which then share them."""
-        columns = [self.image_column], [self.label_column], "type another dataset.image_column or dataset.label_column"
-        return in_memory(self.folder, self.shards, *columns)
+        remedy = "type another dataset.image_column or dataset.label_column"
+        return in_memory(self.folder, self.shards, [self.image_column], [self.label_column], remedy)
 
     def read(self, survey: Survey) -> tuple[list[str], Splits]:
         for name in ("", "data", self.train_split, self.test_split, *self.shards["train"], *self.shards["test"]):
