@@ -1,6 +1,7 @@
 """The bank and the scores, against SciPy and plain Python lists."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def filled(rows, reference, unseen="mask", window=None, dtype=torch.float32, cle
         index = np.flatnonzero(~np.isnan(row))
         bank.record(torch.from_numpy(index), torch.from_numpy(np.float32(row[index])))
         bank.end_epoch(value)
-    return bank.history(clean, seed)
+    return replace(bank.history(), clean_N=clean, seed=seed)
 
 
 @names

@@ -22,7 +22,9 @@ BLOCK_ELSEWHERE = 1 << 20  # the same on other devices, which want fewer and lar
 
 @dataclass(frozen=True)
 class History:
-    """What a score may look at: the bank after a finished epoch. It is a view, valid until the next record.
+    """What a score may look at: the bank after a finished epoch, and what else is known of its samples.
+
+    It is a view, valid until the next record.
 
     Attributes:
         rows: up to W rows (N,), oldest first, one a finished epoch.
@@ -30,8 +32,8 @@ class History:
         last_N: the last recorded loss of each sample, NaN if it was never seen.
         sum_N: the sum, in float64, of all losses recorded of each sample since the run began.
         count_N: how many these are; a carried loss is not recorded again.
-        clean_N: whether each label is clean, where that is known.
         epoch: the number of finished epochs.
+        clean_N: whether each label is clean, where that is known.
         seed: the run's seed, for scores that draw.
         labels: the class (N,) that each sample is given as, where there are any.
         progress: the share of the run's epochs that are finished.
@@ -43,9 +45,9 @@ class History:
     last_N: Tensor
     sum_N: Tensor
     count_N: Tensor
-    clean_N: Tensor | None
     epoch: int
-    seed: int
+    clean_N: Tensor | None = None
+    seed: int = 0
     labels: NDArray | None = None
     progress: float = 0.0
     told_N: Tensor | None = None
@@ -210,31 +212,13 @@ class Trajectories:
             raise ValueError("there is no reference loss to go on from; pass one to end_epoch() first")
         self.reference_W += loss - last
 
-    def history(
-        self,
-        clean_N: Tensor | None = None,
-        seed: int = 0,
-        labels: NDArray | None = None,
-        progress: float = 0.0,
-        told_N: Tensor | None = None,
-    ) -> History:
+    def history(self) -> History:
         """Return the finished epochs of the window. Raises RuntimeError once the next epoch has begun."""
         if self.recorded:
             raise RuntimeError("scores exist between end_epoch() and the next update(), not within an epoch")
         slots = [epoch % self.window for epoch in range(max(0, self.epoch - self.window), self.epoch)]
-        return History(
-            [self.losses_WN[slot] for slot in slots],
-            self.reference_W[slots],
-            self.last_N,
-            self.sum_N,
-            self.count_N,
-            clean_N,
-            self.epoch,
-            seed,
-            labels,
-            progress,
-            told_N,
-        )
+        rows = [self.losses_WN[slot] for slot in slots]
+        return History(rows, self.reference_W[slots], self.last_N, self.sum_N, self.count_N, self.epoch)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -252,8 +253,14 @@ class Selecting(Indexed):
 
     def several_scores(self, scores: Sequence[str | Score]) -> np.ndarray:
         """Return K scores (K, n) as `scores` does, in one copy from the device."""
-        progress = (self.epoch - self.first) / (self.epochs - self.first)
-        history = self.trajectories.history(self.clean, self.seed, self.labels, progress, self.told)
+        history = replace(
+            self.trajectories.history(),
+            clean_N=self.clean,
+            seed=self.seed,
+            labels=self.labels,
+            progress=(self.epoch - self.first) / (self.epochs - self.first),
+            told_N=self.told,
+        )
         found = []
         for score in map(make_score, scores):
             values = score(history)
