@@ -6,8 +6,9 @@ import errno
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 GOES_ON = "the same command goes on from the latest checkpoint"
 AGAIN = "type the same command again"
@@ -92,6 +93,17 @@ def is_of_memory(error: BaseException) -> bool:
 def reason_of(error: BaseException) -> str:
     """Return the first line of what an error says, or what kind it is where it says nothing."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def answering(answer: Callable[[int, FrameType | None], object], *numbers: int) -> Iterator[None]:
+    """Answer some signals in the block; afterwards they are answered as before."""
+    before = {number: signal.signal(number, answer) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

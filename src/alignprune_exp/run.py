@@ -22,7 +22,7 @@ from . import record
 from .config import TRACKING, Config
 from .console import epoch_line, say
 from .distributed import Lost, Processes
-from .errors import GOES_ON, Failed, Stopped, UsageError
+from .errors import GOES_ON, Failed, Stopped, UsageError, answering
 from .loop import Loop, Spent, place, stopped
 from .network import Network
 from .pruning import (
@@ -482,9 +482,5 @@ def _stop_signals() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
-    try:
+    with answering(ask, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -190,6 +190,8 @@ def _status(job: Job, parent: int) -> int:
 @contextmanager
 def _forwarding(workers: Sequence[_Worker]) -> Iterator[list[int]]:
     """Pass what asks this process to stop on to the workers; the list holds what came."""
+    from alignprune_exp.errors import answering
+
     stopped: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -197,12 +199,8 @@ def _forwarding(workers: Sequence[_Worker]) -> Iterator[list[int]]:
         for worker in workers:
             worker.signal()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with answering(ask, signal.SIGINT, signal.SIGTERM):
         yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class SlurmLauncher(CheckedLauncher):
