@@ -18,6 +18,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from alignprune_exp.config import Trusted
 from alignprune_exp.data.datasets import DATASETS
 from alignprune_exp.data.noise import NOISES
 from alignprune_exp.data.source import stratified
@@ -35,17 +36,14 @@ def _load(name, root=None, download=False, image_size=None, on_error="stop"):
 
 
 def _prepare(source, **changes):
-    plain = {
-        "seed": 0,
-        "subset": None,
-        "test_subset": None,
-        "reference_size": 0.05,
-        "reference_noise": 0.0,
-        "reference_train": False,
-        "root": None,
-    }
     noise = noise_of(*(changes.pop(key, None) for key in ("noise", "noise_rate", "noise_labels", "noise_file")))
-    return prepare(source, noise=noise, **(plain | changes))
+    return prepare(source, noise, reference_of(changes, size=0.05), **({"seed": 0} | changes))
+
+
+def reference_of(changes, **usual):
+    """The reference that is usual but for what ``changes`` has of it, which is taken out of these."""
+    own = {key: changes.pop(f"reference_{key}") for key in ("size", "noise", "train") if f"reference_{key}" in changes}
+    return Trusted(**({"per_class": False, "noise": 0.0, "train": False} | usual | own))
 
 
 def noise_of(name, rate, labels, file):
@@ -436,9 +434,7 @@ def test_image_folder_mistakes_name_file_and_folder(tmp_path):
         ({"reference_size": 1438}, r"reference.size=1438 takes 1438 of 1438"),
         ({"reference_size": 500, "subset": 400}, r"reference.size=500 takes 500 of 400"),
         ({"reference_size": 0.001, "subset": 100}, r"reference.size=0.001 takes 0 of 100"),
-        ({"reference_size": -1}, r"reference.size=-1 is neither"),
         ({"reference_size": 2.5}, r"reference.size=2.5 is neither"),
-        ({"reference_noise": -0.1}, r"reference.noise=-0.1 is not a fraction"),
         ({"noise": "real"}, r"digits has none of: use dataset=cifar10 or cifar100"),
     ],
 )

@@ -12,6 +12,7 @@ from scipy.stats import chi2_contingency, chisquare
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from alignprune_exp.config import NOTHING_HELD_OUT
 from alignprune_exp.data.augment import Augmentation, splitmix64
 from alignprune_exp.data.batches import ImageBatches
 from alignprune_exp.data.noise import Clean
@@ -213,17 +214,7 @@ def test_channels_first_and_one_channel():
     x = next(_batches(split, channels_last=False).epoch(np.arange(5), 0))[1]
     assert x.is_contiguous()
     assert torch.equal(x, next(_batches(split).epoch(np.arange(5), 0))[1])
-    data = prepare(
-        Digits(name="digits").open(),
-        seed=0,
-        subset=None,
-        test_subset=None,
-        reference_size=0,
-        reference_noise=0,
-        reference_train=False,
-        noise=Clean(),
-        root=None,
-    )
+    data = prepare(Digits(name="digits").open(), Clean(), NOTHING_HELD_OUT, seed=0)
     _, x, _ = _collect(_batches(data.train, mean=data.mean, std=data.std, batch_size=100).evaluation())
     assert x.shape == (1438, 1, 8, 8)
     assert abs(float(x.mean())) < 1e-4

@@ -45,7 +45,7 @@ from alignprune_exp.suites import load_suite
 from alignprune_exp.suspects import report_sheet
 from alignprune_exp.train import main
 from harness import assert_same_results, composed, launch, metrics_of, only_run, rows_of, sentence_of, summary_of
-from test_data import noise_of
+from test_data import noise_of, reference_of
 
 NAMES = ("webvision", "clothing1m", "imagenet", "tiny_imagenet", "parquet")
 CUT = {"image_size": 24, "area": 0.08, "aspect": 0.75, "eval_crop": 0.875}
@@ -80,10 +80,8 @@ def _load(name, root, on_error="stop", **changes):
 
 
 def _prepare(source, **changes):
-    plain = {"seed": 0, "subset": None, "test_subset": None, "reference_size": 5.0, "reference_per_class": True}
-    plain |= {"reference_noise": 0.0, "reference_train": False, "root": None}
     noise = noise_of(changes.pop("noise", "real"), changes.pop("noise_rate", 0.0), None, None)
-    return prepare(source, noise=noise, **(plain | changes))
+    return prepare(source, noise, reference_of(changes, size=5.0, per_class=True), **({"seed": 0} | changes))
 
 
 def _text(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from ..errors import UsageError
 from ..pruning.seeding import generator
 from .noise import Clean, Noise, symmetric
 from .source import Images, Source, stratified
+
+if TYPE_CHECKING:
+    from ..config import Trusted
 
 _STATISTICS_ROWS = 4096  # images that mean and std are computed from where they are not held in memory
 
@@ -87,16 +91,13 @@ class TrainingData:
 
 def prepare(
     source: Source,
+    noise: Noise,
+    reference: Trusted,
     *,
     seed: int,
-    subset: int | None,
-    test_subset: int | None,
-    reference_size: float,
-    reference_noise: float,
-    reference_train: bool,
-    noise: Noise,
-    root: Path | None,
-    reference_per_class: bool = False,
+    subset: int | None = None,
+    test_subset: int | None = None,
+    root: Path | None = None,
     resident_bytes: int = 1 << 30,
 ) -> TrainingData:
     """Split ``source`` and inject label noise: subset → reference split → noise on the rest.
@@ -107,25 +108,23 @@ def prepare(
 
     Args:
         source: the data set.
+        noise: gives the labels to train on.
+        reference: the node of the config: its size, below 1 a fraction of what it is drawn from, else a count, of each
+            class with ``per_class``, or 0 for no reference; which share of its labels to corrupt symmetrically; and
+            whether to append its samples, with their clean labels, to training.
         seed: the run's seed.
         subset: number of training images to use, stratified; None for all.
         test_subset: number of test images to evaluate, stratified, the same for every seed; None for all.
-        reference_size: below 1 a fraction of what it is drawn from, else a count; 0 for no reference.
-        reference_noise: fraction of the reference labels to corrupt symmetrically.
-        reference_train: whether to append the reference samples, with their clean labels, to training.
-        noise: gives the labels to train on.
         root: the data set's folder, around which the file of human labels is looked for.
-        reference_per_class: whether that is a count of each class.
         resident_bytes: images are held in memory where all of them, decoded, take no more than this.
 
-    Raises UsageError for sizes and rates that do not fit, and as ``human_labels`` and ``Images.pixels`` do.
+    Raises UsageError for sizes that do not fit, and as ``human_labels`` and ``Images.pixels`` do.
     """
-    _check_fraction("reference.noise", reference_noise)
-    pool, train_rows, reference_rows = _parted(source, seed, subset, reference_size, reference_per_class)
+    pool, train_rows, reference_rows = _parted(source, seed, subset, reference)
     given = noise.give(source, train_rows, root, generator(seed, "label noise"))
     labels = given.labels
     trusted = pool.labels[reference_rows]
-    if reference_train:
+    if reference.train:
         _check_joins(source)
         train_rows, labels = np.concatenate([train_rows, reference_rows]), np.concatenate([labels, trusted])
     known = source.labels_clean or (not isinstance(noise, Clean) and not source.as_shipped)
@@ -133,8 +132,7 @@ def prepare(
 
     splits = {"train": Split(source.train, train_rows, labels, clean_labels)}
     if len(reference_rows):
-        rng = generator(seed, "reference noise")
-        doubted = symmetric(trusted, len(source.classes), reference_noise, rng)
+        doubted = symmetric(trusted, len(source.classes), reference.noise, generator(seed, "reference noise"))
         splits["reference"] = Split(pool, reference_rows, doubted, trusted)
     rest = np.delete(np.arange(len(source.test)), reference_rows if pool is source.test else [])
     splits["test"] = _evaluated(source.test, rest, test_subset)
@@ -164,15 +162,14 @@ def _check_joins(source: Source) -> None:
         )
 
 
-def _parted(
-    source: Source, seed: int, subset: int | None, size: float, per_class: bool
-) -> tuple[Images, np.ndarray, np.ndarray]:
+def _parted(source: Source, seed: int, subset: int | None, reference: Trusted) -> tuple[Images, np.ndarray, np.ndarray]:
     """Return where the reference set is from, and the rows to train on and of the reference set there, ascending."""
     rows = some("subset", source.train.labels, subset, len(source.classes), generator(seed, "subset"))
     pool = source.train if source.reference is None else source.reference
     candidates = rows if source.reference is None else np.arange(len(pool))
     rng = generator(0 if pool is source.test else seed, "reference")
-    chosen = _reference_rows(pool.labels[candidates], size, rng, source.classes if per_class else None)
+    each = source.classes if reference.per_class else None
+    chosen = _reference_rows(pool.labels[candidates], reference.size, rng, each)
     return pool, rows if source.reference is not None else np.delete(rows, chosen), candidates[chosen]
 
 
@@ -195,11 +192,6 @@ def _held(source: Source, splits: dict[str, Split], resident_bytes: int) -> dict
     return splits | {name: replace(split, images=split.source.pixels(split.rows)) for name, split in held.items()}
 
 
-def _check_fraction(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UsageError(f"{key}={value:g} is not a fraction: type a number from 0 to 1")
-
-
 def some(key: str, labels: np.ndarray, size: int | None, least: int, rng: np.random.Generator) -> np.ndarray:
     """Return ``size`` positions, stratified, ascending, or all."""
     if size is None:
@@ -216,7 +208,7 @@ def _reference_rows(
     labels: np.ndarray, size: float, rng: np.random.Generator, per_class: tuple[str, ...] | None
 ) -> np.ndarray:
     """Return the positions that become the reference set, ascending; ``size`` of each class where these are named."""
-    if not size >= 0 or (size > 1 and size != int(size)):
+    if size > 1 and size != int(size):
         raise UsageError(
             f"reference.size={size:g} is neither a fraction nor a count: type a number below 1, or a whole number"
         )

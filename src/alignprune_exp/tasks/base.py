@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -67,7 +68,8 @@ def mean_nats(logits: Tensor, targets: Tensor, ignored: int, smoothing: float) -
 class Task:
     """What a sample, its loss and a metric are. Making one reads the data and writes nothing.
 
-    A subclass takes its settings as keyword arguments, hands the others on, and sets what is listed here.
+    A subclass takes its settings as keyword arguments, hands the others on, and sets what is listed here. Its batches,
+    `train`, `reference` and `tests`, it sets as well, or makes once they are asked for.
 
     Args:
         config: of the run.
@@ -85,10 +87,7 @@ class Task:
         facts: what a summary says of the data, by name.
         notes: what is said of them before training, in sentences.
         skipped: what was left out of the data since it could not be read, one line each.
-        train: batches of the training samples.
-        reference: batches that a reference set is drawn from, held out or the training samples' own.
-        held_out: how many samples ``reference`` holds that are not trained on; 0 where it is the training samples'.
-        tests: batches that are evaluated on, by the suffix of their metrics; the headline is that of ``""``.
+        held_out: how many samples `reference` holds that are not trained on; 0 where it is the training samples'.
     """
 
     metrics: ClassVar[tuple[Metric, ...]]
@@ -101,13 +100,25 @@ class Task:
     facts: Mapping[str, Any] = {}
     notes: Sequence[str] = ()
     skipped: Sequence[str] = ()
-    train: Batches
-    reference: Batches
     held_out: int = 0
-    tests: Mapping[str, Batches]
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.config, self.device, self.dtype = config, torch.device(device), dtype
+
+    @cached_property
+    def train(self) -> Batches:
+        """Batches of the training samples."""
+        raise NotImplementedError
+
+    @cached_property
+    def reference(self) -> Batches:
+        """Batches that a reference set is drawn from, held out or the training samples' own."""
+        raise NotImplementedError
+
+    @cached_property
+    def tests(self) -> Mapping[str, Batches]:
+        """Batches that are evaluated on, by the suffix of their metrics; the headline is that of ``""``."""
+        raise NotImplementedError
 
     def opened(self) -> Any:
         """Open the data set of the config. Raises UsageError for one that is for another task, and as that does."""

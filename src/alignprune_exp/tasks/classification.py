@@ -44,14 +44,11 @@ class Classification(Task):
         place = getattr(dataset, "root", None)
         self.data = data = prepare(
             self.opened(),
+            NOISE.make(config.noise),
+            reference,
             seed=config.seed,
             subset=dataset.subset,
             test_subset=dataset.test_subset,
-            reference_size=reference.size,
-            reference_per_class=reference.per_class,
-            reference_noise=reference.noise,
-            reference_train=reference.train,
-            noise=NOISE.make(config.noise),
             root=Path(place).expanduser() if place is not None else None,
         )
         self.n, self.fingerprint = len(data.train), data.fingerprint
@@ -62,15 +59,15 @@ class Classification(Task):
         self.held_out = 0 if data.reference is None else len(data.reference)
 
     @cached_property
-    def train(self) -> Batches:  # type: ignore[override]
+    def train(self) -> Batches:
         return self._batches(self.data.train, augmented=True)
 
     @cached_property
-    def reference(self) -> Batches:  # type: ignore[override]
+    def reference(self) -> Batches:
         return self.train if self.data.reference is None else self._batches(self.data.reference)
 
     @cached_property
-    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
+    def tests(self) -> dict[str, Batches]:
         sets = {"": self.data.test} | {f"_{name}": split for name, split in self.data.evaluations.items()}
         return {suffix: self._batches(split) for suffix, split in sets.items()}
 

@@ -99,17 +99,17 @@ class Regression(RowsTask):
         return targets
 
     @cached_property
-    def train(self) -> Batches:  # type: ignore[override]
+    def train(self) -> Batches:
         return self._batches(self.data.train.features[self.parts.train], self.targets)
 
     @cached_property
-    def reference(self) -> Batches:  # type: ignore[override]
+    def reference(self) -> Batches:
         if not self.held_out:
             return self.train
         return self._batches(self.data.train.features[self.parts.reference], self._trusted)
 
     @cached_property
-    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
+    def tests(self) -> dict[str, Batches]:
         test, rows = self.data.test, self.parts.test
         return {"": self._batches(test.features[rows], test.targets[rows])}
 

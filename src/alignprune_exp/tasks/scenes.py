@@ -122,18 +122,18 @@ class SceneTask(RowsTask):
         return targets
 
     @cached_property
-    def train(self) -> Batches:  # type: ignore[override]
+    def train(self) -> Batches:
         return self._batches(self.data.train.images[self.parts.train], self.given, self.config.dataset.flip)
 
     @cached_property
-    def reference(self) -> Batches:  # type: ignore[override]
+    def reference(self) -> Batches:
         parts = self.parts
         if not self.held_out:
             return self.train
         return self._batches(self.data.train.images[parts.reference], self._given(parts.reference, parts.doubted))
 
     @cached_property
-    def tests(self) -> dict[str, Batches]:  # type: ignore[override]
+    def tests(self) -> dict[str, Batches]:
         test, rows = self.data.test, self.parts.test
         return {"": self._batches(test.images[rows], [test.targets[row] for row in rows])}
 
