@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 from functools import cache
@@ -198,13 +199,31 @@ def same_bits_when_stopped(tmp_path, steps, *line, base):
     return folder
 
 
-def two_and_one(tmp_path, nurse, *line):
-    """The first epochs' rows of a run by two processes and by one, each pair, and both folders."""
+# That runs of every task without class labels are stopped in.
+METHODS = [("score=das",), ("pruner=rs2", "saved=0.5"), ("method=sieve_settled", "pruner.warmup=2")]
+
+
+def check_half_corrupted(folder, metric, best=max):
+    """The record of a run without class labels, half of whose samples are corrupted, judged by ``metric``."""
+    summary, rows, corrupted = summary_of(folder), rows_of(folder), samples_of(folder)["corrupted"]
+    assert summary["headline_name"] == metric
+    assert summary[f"test_{metric}_best"] == best(row[f"test_{metric}"] for row in rows)
+    assert 0 < summary["kept_noise_mean"] < 1
+    assert all(0 <= row["auroc_settled"] <= 1 for row in rows)
+    assert corrupted.mean() == summary["noise_rate"] == pytest.approx(0.5, abs=0.01)
+
+
+def check_two_as_one(tmp_path, nurse, *line, metrics=(), **close):
+    """Two processes run what one runs: they select the same, and come as close to its losses and ``metrics``."""
     nurse.start(*[[*line, f"paths.results={tmp_path / 'two'}"]] * 2, together=True)
     assert nurse.ended() == [0, 0], nurse.said
     assert launch(tmp_path / "one", base=line) == 0
-    folders = [only_run(tmp_path / name) for name in ("two", "one")]
-    return list(zip(*(rows_of(folder)[:3] for folder in folders), strict=True)), folders
+    two, one = (only_run(tmp_path / name) for name in ("two", "one"))
+    assert two.name == one.name
+    for ours, theirs in zip(rows_of(two)[:3], rows_of(one)[:3], strict=True):
+        assert ours["kept_noise"] == theirs["kept_noise"]
+        for key in ("train_loss", "test_loss", "reference_loss", *metrics):
+            assert math.isclose(ours[key], theirs[key], **close)
 
 
 def before_the_second_step(monkeypatch, epoch, happens):

@@ -40,7 +40,16 @@ from alignprune_exp.tasks.detection import (
 )
 from alignprune_exp.tasks.scenes import photographs
 from alignprune_exp.tasks.segmentation import Voc
-from harness import composed, launch, only_run, rows_of, same_bits_when_stopped, samples_of, summary_of, two_and_one
+from harness import (
+    METHODS,
+    check_half_corrupted,
+    check_two_as_one,
+    composed,
+    launch,
+    only_run,
+    rows_of,
+    same_bits_when_stopped,
+)
 from pretended import pretended
 
 VOC = """<annotation><size><width>{}</width><height>{}</height><depth>3</depth></size>{}</annotation>"""
@@ -404,28 +413,15 @@ def test_each_digit_of_a_scene_is_whole_and_its_box_the_tightest(task):
     assert task.fingerprint == open_task(composed(*TINY, "seed=1")).fingerprint
 
 
-@pytest.mark.parametrize(
-    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("method=sieve_settled", "pruner.warmup=2")]
-)
+@pytest.mark.parametrize("line", METHODS)
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
-    line = (*line, "dataset.flip=true")
-    folder = same_bits_when_stopped(tmp_path, 3, *line, base=TINY)
-    summary, rows = summary_of(folder), rows_of(folder)
-    assert summary["headline_name"] == "map"
-    assert summary["test_map_best"] == max(row["test_map"] for row in rows)
-    assert 0 < summary["kept_noise_mean"] < 1
-    assert all(0 <= row["auroc_settled"] <= 1 for row in rows)
-    assert samples_of(folder)["corrupted"].mean() == summary["noise_rate"] == pytest.approx(0.5, abs=0.01)
+    folder = same_bits_when_stopped(tmp_path, 3, *line, "dataset.flip=true", base=TINY)
+    check_half_corrupted(folder, "map")
 
 
 def test_two_processes_compute_what_one_computes(tmp_path, nurse):
     line = (*TINY, "model.norm=group", "precision=fp32")
-    pairs, (two, one) = two_and_one(tmp_path, nurse, *line)
-    assert two.name == one.name
-    for ours, theirs in pairs:
-        assert ours["kept_noise"] == theirs["kept_noise"]
-        for key in ("train_loss", "test_loss", "reference_loss"):
-            assert math.isclose(ours[key], theirs[key], rel_tol=1e-3)
+    check_two_as_one(tmp_path, nurse, *line, rel_tol=1e-3)
 
 
 # --- data sets as their owners ship them

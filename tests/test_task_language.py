@@ -16,7 +16,7 @@ from torch import nn
 from alignprune_exp.distributed import Processes
 from alignprune_exp.setup import open_task
 from alignprune_exp.tasks.language import NOTHING, SHORTEST, boilerplate, corrupt, mojibake, passages, shuffled
-from harness import composed, rows_of, same_bits_when_stopped, samples_of, summary_of, two_and_one
+from harness import METHODS, check_half_corrupted, check_two_as_one, composed, same_bits_when_stopped, samples_of
 
 WORDS = ("time", "is", "an", "illusion", "lunchtime", "doubly", "so", "said", "the", "guide", "to", "galaxies")
 TINY = ("task=language", "dataset=text", "threads=1", "task.length=24", "task.vocabulary=300", "model.width=16")
@@ -179,20 +179,11 @@ def test_the_bits_per_byte_of_a_uniform_model_are_what_theory_says(task):
     assert math.isclose(found["loss"], math.log(vocabulary), rel_tol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("method=sieve_settled", "pruner.warmup=2")]
-)
+@pytest.mark.parametrize("line", METHODS)
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, jsonl, line):
-    line = (*line, f"dataset.root={jsonl}")
-    folder = same_bits_when_stopped(tmp_path, 5, *line, base=TINY)
-    summary, rows = summary_of(folder), rows_of(folder)
-    assert summary["headline_name"] == "bits_per_byte"
-    assert summary["test_bits_per_byte_best"] == min(row["test_bits_per_byte"] for row in rows)
-    assert 0 < summary["kept_noise_mean"] < 1
-    assert all(0 <= row["auroc_settled"] <= 1 for row in rows)
-    samples = samples_of(folder)
-    assert samples["corrupted"].mean() == summary["noise_rate"] == pytest.approx(0.5, abs=0.01)
-    assert samples["path"].str.startswith("texts.jsonl#").all()
+    folder = same_bits_when_stopped(tmp_path, 5, *line, f"dataset.root={jsonl}", base=TINY)
+    check_half_corrupted(folder, "bits_per_byte", min)
+    assert samples_of(folder)["path"].str.startswith("texts.jsonl#").all()
 
 
 def test_parquet_and_files_give_the_same_documents(tmp_path, task):
@@ -306,7 +297,4 @@ def test_the_same_seed_draws_the_same_and_another_one_others(jsonl, task):
 
 def test_two_processes_compute_what_one_computes(tmp_path, nurse, jsonl):
     line = (*TINY, f"dataset.root={jsonl}", "precision=fp32")
-    for ours, theirs in two_and_one(tmp_path, nurse, *line)[0]:
-        assert ours["kept_noise"] == theirs["kept_noise"]
-        for key in ("train_loss", "test_loss", "test_bits_per_byte", "reference_loss"):
-            assert math.isclose(ours[key], theirs[key], rel_tol=1e-4)
+    check_two_as_one(tmp_path, nurse, *line, metrics=("test_bits_per_byte",), rel_tol=1e-4)

@@ -15,7 +15,7 @@ from alignprune_exp.config import MODEL
 from alignprune_exp.distributed import Processes
 from alignprune_exp.setup import open_task
 from alignprune_exp.tasks.segmentation import IGNORED, corrupt, dilated, eroded, shifted, swapped
-from harness import composed, rows_of, same_bits_when_stopped, samples_of, summary_of, two_and_one
+from harness import METHODS, check_half_corrupted, check_two_as_one, composed, same_bits_when_stopped
 
 TINY = ("task=segmentation", "threads=1", "dataset.scenes=70", "dataset.side=32", "model.width=2", "batch_size=16")
 TINY += ("epochs=5", "score.window=3", "dataset.test_subset=10", "reference.size=6")
@@ -183,28 +183,15 @@ def test_training_and_test_scenes_share_no_pixel_of_a_photograph_and_no_digit(ta
     assert task.fingerprint == open_task(composed(*TINY, "seed=1")).fingerprint
 
 
-@pytest.mark.parametrize(
-    "line", [("score=das",), ("pruner=rs2", "saved=0.5"), ("method=sieve_settled", "pruner.warmup=2")]
-)
+@pytest.mark.parametrize("line", METHODS)
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, line):
-    line = (*line, "dataset.flip=true")
-    folder = same_bits_when_stopped(tmp_path, 3, *line, base=TINY)
-    summary, rows = summary_of(folder), rows_of(folder)
-    assert summary["headline_name"] == "miou"
-    assert summary["test_miou_best"] == max(row["test_miou"] for row in rows)
-    assert 0 < summary["kept_noise_mean"] < 1
-    assert all(0 <= row["auroc_settled"] <= 1 for row in rows)
-    assert samples_of(folder)["corrupted"].mean() == summary["noise_rate"] == pytest.approx(0.5, abs=0.01)
+    folder = same_bits_when_stopped(tmp_path, 3, *line, "dataset.flip=true", base=TINY)
+    check_half_corrupted(folder, "miou")
 
 
 def test_two_processes_compute_what_one_computes(tmp_path, nurse):
     line = (*TINY, "model.norm=group", "precision=fp32")
-    pairs, (two, one) = two_and_one(tmp_path, nurse, *line)
-    assert two.name == one.name
-    for ours, theirs in pairs:
-        assert ours["kept_noise"] == theirs["kept_noise"]
-        for key in ("train_loss", "test_loss", "reference_loss"):
-            assert math.isclose(ours[key], theirs[key], rel_tol=1e-3)
+    check_two_as_one(tmp_path, nurse, *line, rel_tol=1e-3)
 
 
 @pytest.mark.parametrize("kind", PHOTOGRAPHS)
