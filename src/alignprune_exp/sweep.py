@@ -48,41 +48,25 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
 
     Raises UsageError with the job's overrides for the first one that is a mistake.
     """
-    from .commandline import checked, composing, explained, group_of, refuse_clashes
-    from .setup import check_labels, check_load, make_pruning
-
     seen: dict[str, Job] = {}
     finished = 0
     done: dict[str, dict[str, set[str]]] = {}
-    opened: dict[tuple[object, ...], Data | None] = {}
+    opened: Opened = {}
     progress = Progress()
     for number, overrides in enumerate(grid):
         progress.show(f"checking runs: {number}/{len(grid)}")
         with _named(overrides):
-            refuse_clashes(overrides)
-            with composing(overrides):
-                composed = compose(list(overrides))
-            with explained(overrides):
-                config = checked(composed)
-            make_pruning(config, range(2), clean=np.ones(2, bool), labels=np.arange(2))
-        id = run_id(identity(config, ""))
-        results = config.paths.results
+            job = _composed(len(seen) + 1, tuple(overrides), compose)
+        id, results = job.config_id, job.config.paths.results
         if results not in done:
             done[results] = finished_configs(Path(results))
-        before = set() if config.force else done[results].get(id, set())
-        data = None
-        if here:
-            with _named(overrides):
-                check_load(config)
-                what = (config.task, config.dataset, config.noise, config.reference, config.paths.data, config.model)
-                if what not in opened or (opened[what] is None and not before):
-                    opened[what] = _data(config, finished=bool(before))
-                if (data := opened[what]) is not None:
-                    check_labels(config, data.classes, data.clean)
+        before = set() if job.config.force else done[results].get(id, set())
+        with _named(overrides):
+            data = _tried(job.config, bool(before), opened) if here else None
         if before and (data is None or data.fingerprint in before):
             finished += 1
-            continue
-        seen.setdefault(id, Job(len(seen) + 1, tuple(overrides), config, group_of(composed)))
+        else:
+            seen.setdefault(id, job)
     same = len(grid) - finished - len(seen)
     say(
         f"{len(seen)} runs to do"
@@ -92,6 +76,20 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
     return list(seen.values())
 
 
+def _composed(number: int, overrides: tuple[str, ...], compose: Callable[[list[str]], DictConfig]) -> Job:
+    """Return a job, whose config has been checked, and what it prunes by made."""
+    from .commandline import checked, composing, explained, group_of, refuse_clashes
+    from .setup import make_pruning
+
+    refuse_clashes(overrides)
+    with composing(overrides):
+        composed = compose(list(overrides))
+    with explained(overrides):
+        config = checked(composed)
+    make_pruning(config, range(2), clean=np.ones(2, bool), labels=np.arange(2))
+    return Job(number, overrides, config, group_of(composed))
+
+
 @dataclass(frozen=True)
 class Data:
     """What a job's data are: their fingerprint, and whether they have class labels, and known ``clean`` ones."""
@@ -99,6 +97,22 @@ class Data:
     fingerprint: str
     classes: bool
     clean: bool
+
+
+Opened = dict[tuple[object, ...], Data | None]  # by what the data and the network depend on; None: cannot be read
+
+
+def _tried(config: Config, finished: bool, opened: Opened) -> Data | None:
+    """Return what a job's data are, once its config has been checked against them; see `_data`."""
+    from .setup import check_labels, check_load
+
+    check_load(config)
+    what = (config.task, config.dataset, config.noise, config.reference, config.paths.data, config.model)
+    if what not in opened or (opened[what] is None and not finished):
+        opened[what] = _data(config, finished)
+    if (data := opened[what]) is not None:
+        check_labels(config, data.classes, data.clean)
+    return data
 
 
 def _data(config: Config, finished: bool) -> Data | None:
