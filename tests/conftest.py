@@ -43,6 +43,13 @@ def _own_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", list(sys.argv))
 
 
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """The folder of a run that nothing disturbed, by its overrides; for reading alone."""

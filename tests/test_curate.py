@@ -112,12 +112,6 @@ def test_many_checkpoints_do_not_nest_too_deeply():
 AT = [0, 500, 1000, 1500, 2000, 2500]
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def drawn(n=400, seed=0, share=0.0, width=6):
     """Ids, losses (N, W) with NaN where one lacks, and a reference (W,)."""
     rng = np.random.default_rng(seed)
@@ -579,19 +573,31 @@ def test_changed_losses_are_scored_again(place):
     check_found("das", ids, losses_NW, reference, 0.6)
 
 
+def begun(asked, out="keep"):
+    """A command in another process, once it has scored some parts, and the files of these."""
+    line = [sys.executable, "-m", "alignprune_exp.curate", *asked, "--keep", "0.6", "-o", out]
+    running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (scored := list(Path(out, ".work", "parts").glob("[!.]*.parquet"))):
+        assert running.poll() is None, "it ended too early"
+        time.sleep(0.001)
+    return running, scored
+
+
+def stopped(asked):
+    """Stop a command by a signal once it has scored some parts; return their files."""
+    running, scored = begun(asked)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "stopped; the same command goes on" in sentence_of(said)
+    return scored
+
+
 def test_a_signal_stops_it_and_the_same_command_goes_on(place):
     ids, losses_NW, reference = drawn(n=30_000)
     lay_out("rows", ids, losses_NW, files=12)
     asked = ["losses", "--reference", write_reference(reference), "--threads", "1"]
-    line = [sys.executable, "-m", "alignprune_exp.curate", *asked, "--keep", "0.6", "-o", "keep"]
-    running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(Path("keep/.work/parts").glob("[!.]*.parquet")):
-        assert running.poll() is None, "it ended before it was stopped"
-        time.sleep(0.001)
-    running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=30)
-    assert running.returncode == 130
-    assert "stopped; the same command goes on" in sentence_of(said)
+    assert stopped(asked)
     assert not Path("keep/lock").exists()
     assert curate(*asked) == 0
     check_found("das", ids, losses_NW, reference, 0.6)

@@ -19,16 +19,9 @@ from alignprune_exp.curate.engine import Engine
 from alignprune_exp.curate.inspect import list_files, read_files
 from alignprune_exp.errors import Failed, UsageError
 from harness import contents, missing, sentence_of, truncate
-from test_curate import LAYOUTS, curate, drawn, lay_out, marked, outcome, write_reference
+from test_curate import LAYOUTS, curate, drawn, lay_out, marked, outcome, stopped, write_reference
 
 pytestmark = pytest.mark.ray
-KEEP = ("--keep", "0.6", "-o", "keep")
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +78,9 @@ def held():
             process.resume()
 
 
-def stopped(asked, nodes):
+def stopped_with_its_workers(asked, nodes):
     """Stop the command by a signal once a part is scored, while others end; return the parts that are."""
-    line = [sys.executable, "-m", "alignprune_exp.curate", *asked, *KEEP, *on(nodes)]
-    running = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    while not (scored := list(Path("keep/.work/parts").glob("[!.]*.parquet"))):
-        assert running.poll() is None, "it ended before it was stopped"
-        time.sleep(0.001)
-    running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 130, said
-    assert "stopped; the same command goes on" in sentence_of(said)
+    scored = stopped([*asked, *on(nodes)])
     for _ in range(1000):
         if not tasks():
             return scored
@@ -109,7 +94,7 @@ def test_a_part_whose_worker_or_node_dies_is_scored_again(place, nodes, dies):
     lay_out("rows", ids, losses_NW, files=16)
     asked = ["losses", "--reference", write_reference(reference), "--threads", "1"]
     assert curate(*asked, out="one") == 0
-    line = [sys.executable, "-m", "alignprune_exp.curate", *asked, *KEEP, *on(nodes)]
+    line = [sys.executable, "-m", "alignprune_exp.curate", *asked, "--keep", "0.6", "-o", "keep", *on(nodes)]
     running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     worker = held()
     assert running.poll() is None
@@ -131,7 +116,7 @@ def test_a_signal_stops_it_and_any_engine_goes_on_from_what_is_scored(place, nod
     ids, losses_NW, reference = drawn(n=200_000)
     losses = str(Path(lay_out("rows", ids, losses_NW, files=16)).absolute())
     asked = [losses, "--reference", write_reference(reference), "--threads", "1"]
-    scored = stopped(asked, nodes)
+    scored = stopped_with_its_workers(asked, nodes)
     before = marked(scored[0])
     assert curate(*asked) == 0
     table = pq.read_table("keep/scores").to_pandas().set_index("id")
@@ -144,7 +129,7 @@ def test_it_is_stopped_in_the_same_way_each_time(place, nodes):
     losses = str(Path(lay_out("rows", ids, losses_NW, files=16)).absolute())
     asked = [losses, "--reference", write_reference(reference), "--threads", "1"]
     for _ in range(8):  # Ray's own way to cancel a task crashed one time in four
-        stopped(asked, nodes)
+        stopped_with_its_workers(asked, nodes)
         shutil.rmtree("keep")
 
 

@@ -1,11 +1,9 @@
 """Curation of what lies in an object store or on a web server: a real S3 API over HTTP, in another process."""
 
 import re
-import signal
 import subprocess
 import sys
 import threading
-import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,13 +18,20 @@ from alignprune_exp.curate.engine import Engine
 from alignprune_exp.curate.inspect import list_files, read_file, read_files
 from alignprune_exp.errors import Failed
 from harness import contents, missing, sentence_of, truncate
-from test_curate import LAYOUTS, check_found, curate, drawn, found, lay_out, marked, outcome, write, write_reference
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+from test_curate import (
+    LAYOUTS,
+    begun,
+    check_found,
+    curate,
+    drawn,
+    found,
+    lay_out,
+    marked,
+    outcome,
+    stopped,
+    write,
+    write_reference,
+)
 
 
 def web(bucket, s3_server, name):
@@ -102,16 +107,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(place, bucket):
     ids, losses_NW, reference = drawn(n=6000)
     lay_out("rows", ids, losses_NW, files=12)
     asked = [bucket.copy(), "--reference", write_reference(reference), "--threads", "1"]
-    line = [sys.executable, "-m", "alignprune_exp.curate", *asked, "--keep", "0.6", "-o", "keep"]
-    running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (scored := list(Path("keep/.work/parts").glob("[!.]*.parquet"))):
-        assert running.poll() is None, "it ended before it was stopped"
-        time.sleep(0.001)
-    running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=30)
-    assert running.returncode == 130
-    assert "stopped; the same command goes on" in sentence_of(said)
-    before = marked(scored[0])
+    before = marked(stopped(asked)[0])
     assert curate(*asked) == 0
     table, _ = found()
     mine = np.isin(table["id"], before)
@@ -124,11 +120,7 @@ def test_what_the_store_fails_to_give_stops_it_whatever_may_be_skipped_and_it_go
     ids, losses_NW, reference = drawn(n=6000)
     lay_out("rows", ids, losses_NW, files=12)
     asked = ["--reference", write_reference(reference), "--threads", "1", "--on-error", "skip"]
-    line = [sys.executable, "-m", "alignprune_exp.curate", bucket.copy(), *asked, "--keep", "0.6", "-o", "store"]
-    running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(Path("store/.work/parts").glob("[!.]*.parquet")):
-        assert running.poll() is None, "it ended before an object went"
-        time.sleep(0.001)
+    running, _ = begun([bucket.copy(), *asked], "store")
     bucket.delete("losses/9.parquet")
     _, said = running.communicate(timeout=30)
     assert running.returncode == 1
