@@ -39,7 +39,14 @@ MAYBE_UNKNOWN = {
     "clean_label": "int",
     "predicted": "int",
 }  # samples have all of them, or none
-FAMILIES = {"auroc_": 1.0, "test_accuracy_": 100.0, "kept_noise_": 1.0, "seconds_": math.inf}  # from 0 up to there
+FAMILIES = {  # of numbers, by how their keys begin: from where to where
+    "auroc_": (0.0, 1.0),
+    "test_accuracy_": (0.0, 100.0),
+    "test_": (-math.inf, math.inf),
+    "kept_noise_": (0.0, 1.0),
+    "noise_estimate": (0.0, 1.0),
+    "seconds_": (0.0, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,13 @@ class Values(BaseModel):
     @model_validator(mode="after")
     def _check_families(self) -> Values:
         for key, value in (self.__pydantic_extra__ or {}).items():
-            top = next((top for family, top in FAMILIES.items() if key.startswith(family)), None)
-            if top is None or value is None:
+            ends = next((ends for family, ends in FAMILIES.items() if key.startswith(family)), None)
+            if ends is None or value is None:
                 continue
-            if isinstance(value, (bool, str)) or not 0 <= value <= top:
-                raise ValueError(f"{key} is {_shown(value)}, which is no number from 0 to {top:g}")
+            low, high = ends
+            if isinstance(value, (bool, str)) or not low <= value <= high:
+                among = "" if math.isinf(low) else f" from {low:g} to {high:g}"
+                raise ValueError(f"{key} is {_shown(value)}, which is no number{among}")
         return self
 
 
@@ -155,8 +164,6 @@ class Finished(Values):
         for key in (f"test_{headline(values).name}_{which}" for which in ("final", "best")):
             if values.get(key) is None:
                 raise ValueError(f"{key} is missing")
-            if isinstance(values[key], (bool, str)):
-                raise ValueError(f"{key} is {_shown(values[key])}, which is no number")
         return self
 
 
@@ -233,8 +240,8 @@ def read_record(folder: Folder) -> Record | None:
         raise Damaged(folder / "environment.json", f"of config {_shown(environment['config_id'])}")
     if len(record.rows) != epochs:
         raise Damaged(folder / "metrics.jsonl", f"{len(record.rows)} of {epochs} epochs")
-    if (key := f"test_{headline(summary).name}") not in record.rows[-1]:
-        raise Damaged(folder / "metrics.jsonl", f"{key} is missing")
+    if (key := f"test_{headline(summary).name}") not in record.rows[0]:  # what a row has the later ones have too
+        raise Damaged(folder / "metrics.jsonl", f"line 1: {key} is missing")
     for key, value in _retold(record):
         told = summary.get(key)
         if told != value and (told is None or value is None or not math.isclose(told, value, abs_tol=1e-9)):
