@@ -862,5 +862,33 @@ def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tab
     assert "place for table mian_smoke and no such table; it could be main_smoke" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"<!-- table mian_smoke -->\n<!-- end -->\n", "a place for table mian_smoke and no such table"),
+        (b"<!-- table main_smoke -->\nx\n", "the place for table main_smoke does not end; write <!-- end -->"),
+        (
+            b"<!-- table main_smoke -->\nmine\n<!-- table main_smoke -->\n<!-- end -->\n",
+            "the place for table main_smoke does not end",
+        ),
+        (b"\xff\xfe", "is no text in UTF-8"),
+        (None, "cannot be read: No such file"),
+    ],
+    ids=["another's place", "no end", "no end before the next", "no text", "not there"],
+)
+def test_a_mistake_in_one_readme_leaves_all_of_them_as_they_were(results, tmp_path, make_tables, capsys, text, words):
+    right, wrong, out = tmp_path / "right.md", tmp_path / "wrong.md", tmp_path / "out"
+    right.write_text("<!-- table main_smoke -->\nold\n<!-- end -->\n")
+    if text is not None:
+        wrong.write_bytes(text)
+    before = right.read_text()
+    assert make_tables.main([str(results), "--out", str(out), "--into", str(right), str(wrong)]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert str(wrong) in sentence
+    assert words in sentence
+    assert right.read_text() == before
+    assert not out.exists()
+
+
 def test_upper_bounds_are_the_scores_that_know_the_truth():
     assert {name for name, score in SCORES.items() if score.by_truth} == BOUNDS

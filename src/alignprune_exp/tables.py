@@ -84,8 +84,8 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     ]
     if not (tables := [table for table in tables if not table.long.empty]):
         raise UsageError("no finished run belongs to a suite; run one with suite=NAME")
-    for file in arguments.into:
-        write_text(file, filled(file.read_text(), tables))
+    for file, text in [(file, _filled(file, tables)) for file in arguments.into]:  # no file before all are right
+        write_text(file, text)
     folder, drawings = arguments.out / "tables", arguments.out / "figures"
     for place in (folder, drawings):
         place.mkdir(parents=True, exist_ok=True)
@@ -102,6 +102,18 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     report = arguments.out / ("report_best.html" if arguments.best else "report.html")
     write_text(report, page(tables, images, _sheets(tables, arguments.data)))
     print(report)
+
+
+def _filled(file: Path, tables: Sequence[Table]) -> str:
+    """Return what is to stand in a Markdown file. Raises UsageError for one that cannot be read or filled."""
+    try:
+        return filled(file.read_text(encoding="utf-8"), tables)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}; name a Markdown file that is there") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file} is no text in UTF-8; name a Markdown file") from None
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
 
 
 def _sheets(tables: Sequence[Table], data: Path | None) -> dict[str, Sheet]:

@@ -625,16 +625,19 @@ def digest(table: Table) -> str:
 def filled(text: str, tables: Iterable[Table]) -> str:
     """Return Markdown with every `digest` that it has a place for: ``<!-- table NAME -->`` … ``<!-- end -->``.
 
-    Raises UsageError for a place whose table there is none of.
+    Raises UsageError for a place whose table there is none of, or that does not end.
     """
     by_name = {table.name: table for table in tables}
 
     def fill(place: re.Match[str]) -> str:
         if (name := place[1]) not in by_name:
             raise UsageError(f"there is a place for table {name} and no such table; it could be {', '.join(by_name)}")
+        if place[2] is None:
+            raise UsageError(f"the place for table {name} does not end; write <!-- end --> on a line below it")
         return f"<!-- table {name} -->\n{digest(by_name[name])}\n<!-- end -->"
 
-    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    until_the_next = r"(?:(?!^<!-- table ).)*?"
+    return re.sub(rf"(?ms)^<!-- table (\S+) -->[ \t]*$({until_the_next}<!-- end -->)?", fill, text)
 
 
 _SPECIAL = str.maketrans(
