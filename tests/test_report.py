@@ -164,9 +164,23 @@ def test_footnotes_name_what_differs(results, suite):
     (first, second, *_) = sorted(results.glob("runs/*"))
     edit_json(first / "summary.json", commit="d" * 40 + "+", pairing="unverified")
     edit_json(first / "environment.json", precision="bf16", data_fingerprint="a" * 64)
+    for folder in results.glob("runs/*"):
+        made_on = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.9.1+cu128", "threads": 2, "processes": 1}
+        edit_json(folder / "environment.json", **made_on)
+    notes = "\n".join(make_table(suite, "smoke", read_records([results])).notes)
+    assert not [word for word in ("devices", "torch", "threads", "processes") if word in notes]
+    other = {"device": "NVIDIA H100 PCIe", "torch": "2.9.1+cpu", "threads": 16, "processes": 4}
+    edit_json(first / "environment.json", **other)
     (second / "summary.json").write_text('{"id": ')
     notes = "\n".join(make_table(suite, "smoke", read_records([results])).notes)
     for words in ("commits: cccccccc, dddddddd+", "precisions: bf16, fp32", "aaaaaaaa, ffffffff", "is unverified"):
+        assert words in notes
+    for words in (
+        "several devices: NVIDIA H100 80GB HBM3, NVIDIA H100 PCIe.",
+        "several versions of torch: 2.9.1+cpu, 2.9.1+cu128.",
+        "several numbers of threads: 2, 16.",
+        "several numbers of processes: 1, 4.",
+    ):
         assert words in notes
     assert f"damaged: {second.name} (summary.json: no JSON object)" in notes
 

@@ -27,6 +27,15 @@ MISSING = "–"
 PAPER_DATASET = "cifar100"
 PAPER_HEADING = "The paper's own values (CIFAR-100, ResNet-18, 200 epochs: its scale, not ours)"
 PAPER_PRINTED = {"full": "–", "infobatch": "+0.6", "infobatch_das": "+2.7", "seta": "+0.0", "seta_das": "+0.7"}
+SHARED = {  # by all runs of a table, if nothing is to be noted: keys of a record, and what several values are
+    "commit": "commits",
+    "epochs": "numbers of epochs",
+    "precision": "precisions",
+    "device": "devices",
+    "torch": "versions of torch",
+    "threads": "numbers of threads",
+    "processes": "numbers of processes",
+}
 OVERHEAD = ("select", "score", "reference", "refresh")  # parts of an epoch that are there for pruning's sake
 
 
@@ -312,10 +321,12 @@ def not_distinguishable_from_best(table: Table, column: str) -> set[str]:
 
 def _footnote(table: Table) -> None:
     long, notes = table.long, table.notes
-    for key, what in (("commit", "commits"), ("epochs", "numbers of epochs"), ("precision", "precisions")):
-        values = sorted({_short(value) for value in long[key].dropna()}) if key in long else []
-        if len(values) > 1:
-            notes.append(f"The runs come from several {what}: {', '.join(values)}.")
+    told = [record.environment | record.summary for record in table.records.values()]
+    for key, what in SHARED.items():
+        values = {value for of_run in told if (value := of_run.get(key)) is not None}
+        ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
+        if len(shown := dict.fromkeys(_short(value) if key == "commit" else str(value) for value in ordered)) > 1:
+            notes.append(f"The runs come from several {what}: {', '.join(shown)}.")
     for (dataset, noise, column), runs in long.groupby(["dataset", "noise", "column"]):
         prints = sorted({str(value)[:8] for value in runs["data_fingerprint"].dropna()})
         if len(prints) > 1:
@@ -348,9 +359,8 @@ def _with_reasons(left_out: Mapping[str, str]) -> str:
     return ", ".join(f"{id} ({reason})" for id, reason in sorted(left_out.items()))
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 8 else text[:8] + ("+" if text.endswith("+") else "")
+def _short(commit: str) -> str:
+    return commit if len(commit) <= 8 else commit[:8] + ("+" if commit.endswith("+") else "")
 
 
 @cache
