@@ -24,7 +24,7 @@ from alignprune_exp.suspects import main as suspects
 from alignprune_exp.sweep import jobs_of
 from alignprune_exp.train import main
 from harness import CONF, composed, sentence_of
-from recorded import write_record
+from recorded import edit_json, edit_rows, write_record
 
 SMALL = ["dataset=digits", "noise=clean,sym0.5", "method=full,infobatch", "epochs=6", "seed=0,1"]
 SMALL += ["dataset.subset=100", "dataset.test_subset=50"]
@@ -364,6 +364,32 @@ def test_two_records_of_one_run_with_different_results_are_refused(tmp_path):
         write_record(tmp_path / folder, "0123", "4", accuracy)
     with pytest.raises(UsageError, match="different results"):
         read_records([tmp_path / "a", tmp_path / "b"])
+
+
+def test_two_records_of_one_run_with_other_numbers_are_named_below_its_tables(tmp_path):
+    suite = load_suite("main", [*SMALL, "noise=sym0.5", "seed=0"])
+    shown, other = (suite.cells[place].config_id for place in (0, 1))
+    a, b, c = (tmp_path / name for name in "abc")
+    write_record(a, "0123", shown, 50.0)
+    write_record(a, "4567", other, 60.0)
+    write_record(b, "0123", shown, 50.0, kept_noise_mean=0.4 + 1e-15, noise_estimate=0.2, seconds_train=8.5)
+    write_record(c, "0123", shown, 51.0, commit="d" * 40, kept_noise_mean=0.8)
+
+    def notes(*folders):
+        return [note for note in make_table(suite, "smoke", read_records(folders)).notes if "other numbers" in note]
+
+    edit_rows(b / "runs" / "0123", lambda rows: [row | {"seconds_test": 1.75} for row in rows])
+    assert notes(a, b) == []  # a bit, a number that one of them does not have, and times
+    (note,) = notes(a, b, c)
+    assert note == (
+        f"Of run 0123 the record in {a}/runs/0123 is shown, and not that in {c}/runs/0123, which holds other numbers; "
+        "the largest difference: kept_noise_mean is 0.4 in the first and 0.8 in the second."
+    )
+    (turned,) = notes(c, a)
+    assert turned.endswith("kept_noise_mean is 0.8 in the first and 0.4 in the second.")
+    edit_json(b / "runs" / "0123" / "summary.json", kept_noise_weighted_mean=0.55)
+    assert len(notes(a, b)) == 1  # of the same commit, and with the same result
+    assert len(notes(a, b, c)) == 2
 
 
 @pytest.mark.parametrize(

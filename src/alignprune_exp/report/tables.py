@@ -36,6 +36,7 @@ SHARED = {  # by all runs of a table, if nothing is to be noted: keys of a recor
     "threads": "numbers of threads",
     "processes": "numbers of processes",
 }
+TIMES = ("seconds", "samples_per_second")  # how keys of times begin
 OVERHEAD = ("select", "score", "reference", "refresh")  # parts of an epoch that are there for pruning's sake
 
 
@@ -45,12 +46,14 @@ class Records(dict[str, Record]):
     Attributes:
         damaged: what is wrong with each damaged record, and its config ids, as `config_ids_of` returns them.
         others: ids of runs left out since another run of the same config, on other data, stands in their place.
+        twice: by the id of a run of which two records hold other numbers, what is to be said of them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.damaged: list[tuple[Damaged, set[str]]] = []
         self.others: dict[str, str] = {}
+        self.twice: dict[str, list[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,8 @@ class Table:
 def read_records(folders: Iterable[Path]) -> Records:
     """Return the finished runs under the results folders, by config id; the first folder's count.
 
-    Raises UsageError for two records of one run that differ in their result.
+    Two records of one run may come from different commits or machines, and hold different numbers: ``twice`` says so.
+    Raises UsageError for two of one commit that differ in their result.
     """
     found = Records()
     for folder in folders:
@@ -209,7 +213,38 @@ def read_records(folders: Iterable[Path]) -> Records:
                 found.others[summary["id"]] = summary["config_id"]
             elif known.summary["commit"] == summary["commit"] and known.summary.get(key) != summary[key]:
                 raise UsageError(f"{known.folder} and {path} hold one run with different results; remove one of them")
+            elif (difference := _largest_difference(known, record)) is not None:
+                found.twice.setdefault(summary["id"], []).append(
+                    f"Of run {summary['id']} the record in {_place(known)} is shown, and not that in {_place(record)}, "
+                    f"which holds other numbers; the largest difference: {difference}."
+                )
     return found
+
+
+def _largest_difference(one: Record, other: Record) -> str | None:
+    """Return the number that differs most, for its size, between two records of one run, of those that tables show.
+
+    Times differ always, and a number that one of them does not have was not yet written by its version.
+    """
+    ours, theirs = _numbers(one), _numbers(other)
+    differing = {
+        key: abs(ours[key] - theirs[key]) / max(abs(ours[key]), abs(theirs[key]))
+        for key in sorted(ours.keys() & theirs.keys())
+        if not math.isclose(ours[key], theirs[key], rel_tol=1e-9)
+    }
+    if not differing:
+        return None
+    key = max(differing, key=differing.__getitem__)
+    return f"{key} is {ours[key]} in the first and {theirs[key]} in the second"
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    known = record.summary | {key: value for key, value in record.rows[-1].items() if key.startswith("auroc_")}
+    return {key: value for key, value in known.items() if isinstance(value, float | int) and not key.startswith(TIMES)}
+
+
+def _place(record: Record) -> str:
+    return "the mirrored project" if record.environment.get("mirrored") else str(record.folder)
 
 
 def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bool = False) -> Table:
@@ -353,6 +388,7 @@ def _footnote_skipped(table: Table, records: Records) -> None:
         table.notes.append(f"Left out, since their records are damaged: {_with_reasons(damaged)}.")
     if others := sorted(id for id, config_id in records.others.items() if config_id in of_suite):
         table.notes.append(f"Left out, since runs of the same configs on other data are shown: {', '.join(others)}.")
+    table.notes += [note for id in sorted(records.twice.keys() & table.records) for note in records.twice[id]]
 
 
 def _with_reasons(left_out: Mapping[str, str]) -> str:
