@@ -185,6 +185,29 @@ def test_footnotes_name_what_differs(results, suite):
     assert f"damaged: {second.name} (summary.json: no JSON object)" in notes
 
 
+def test_runs_of_another_metric_are_named_and_left_out(results, suite, tmp_path):
+    whole = make_table(suite, "smoke", read_records([results]))
+    judged = {"name": "rmse", "words": "test RMSE", "unit": "", "higher": False, "digits": 3}
+    headline = {f"headline_{key}": value for key, value in judged.items()}
+    others = _folders(results, suite, noise="sym0.5")
+    for folder in others:
+        accuracies = {"test_accuracy_final": ..., "test_accuracy_best": ...}
+        edit_json(folder / "summary.json", **headline, **accuracies, test_rmse_final=0.5, test_rmse_best=0.5)
+        edit_rows(folder, lambda rows: [{k: v for k, v in row.items() if k != "test_accuracy"} for row in rows])
+        edit_rows(folder, lambda rows: [row | {"test_rmse": 0.5} for row in rows])
+    table = make_table(suite, "smoke", read_records([results]))
+    assert set(table.long["id"]) == set(whole.long["id"]) - {folder.name for folder in others}
+    (note,) = [note for note in table.notes if "one metric" in note]
+    assert note.startswith("Left out, since a table has one metric, which is test accuracy in % here: ")
+    assert all(f"{folder.name} (test RMSE)" in note for folder in others)
+    accuracy = _block(table, "Accuracy")
+    assert [accuracy["infobatch"][column].text for column in table.columns] == ["72.0 ± 1.0, 25 % saved", "–"]
+    texts, _, _ = _everything(table, tmp_path / "drawn")
+    assert "nan" not in "".join(texts[:3])
+    only = replace(suite, cells=[cell for cell in suite.cells if cell.axes["noise"] == "sym0.5"])
+    assert make_table(only, "smoke", read_records([results])).measured == "test RMSE"
+
+
 def test_published_records_hold_nothing_of_the_machine(results, suite):
     new, known, missing = publish(suite, results)
     assert (len(new), known, missing) == (17, [], ["infobatch_das sym0.5 seed 2"])

@@ -67,6 +67,10 @@ class Metric:
     higher: bool = True
     digits: int = 1
 
+    def measures_as(self, other: Metric) -> bool:
+        """Return whether values of both may be compared."""
+        return (self.name, self.unit, self.higher) == (other.name, other.unit, other.higher)
+
     def said(self, value: float | None, digits: int | None = None) -> str:
         """Return a value with its unit."""
         if value is None:

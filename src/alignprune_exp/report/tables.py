@@ -248,11 +248,18 @@ def _place(record: Record) -> str:
 
 
 def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bool = False) -> Table:
-    """Return the suite's table from whatever of its runs there is; ``best`` shows best values, not final ones."""
+    """Return the suite's table from whatever of its runs there is; ``best`` shows best values, not final ones.
+
+    Its metric is that of the first run in the grid's order; a run that is judged by another one is left out.
+    """
+    there = [(cell, record) for cell in suite.cells if (record := records.get(cell.config_id)) is not None]
+    metrics = {record.summary["id"]: headline(record.summary) for _, record in there}
+    metric = next(iter(metrics.values()), ACCURACY)
+    others = {id: other.words for id, other in metrics.items() if not metric.measures_as(other)}
     rows = []
     shown = {}
-    for cell in suite.cells:
-        if (record := records.get(cell.config_id)) is None:
+    for cell, record in there:
+        if record.summary["id"] in others:
             continue
         shown[record.summary["id"]] = record
         place = {
@@ -274,6 +281,11 @@ def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bo
     table = Table(suite, scale, long, best, shown)
     if rows:
         _footnote(table)
+    if others:
+        table.notes.append(
+            f"Left out, since a table has one metric, which is {table.measured} here: {_with_reasons(others)}; a suite "
+            "of their own shows them."
+        )
     if isinstance(records, Records):
         _footnote_skipped(table, records)
     return table
