@@ -208,6 +208,16 @@ def test_runs_of_another_metric_are_named_and_left_out(results, suite, tmp_path)
     assert make_table(only, "smoke", read_records([results])).measured == "test RMSE"
 
 
+def test_cells_that_are_one_run_at_one_place_count_once(results, suite):
+    records = read_records([results])
+    twice = [replace(cell, axes={**cell.axes, "score": score}) for cell in suite.cells for score in ("loss", "das")]
+    table = make_table(replace(suite, cells=twice), "smoke", records)
+    once = make_table(suite, "smoke", records)
+    pd.testing.assert_frame_equal(table.long, once.long)
+    assert table.progress == once.progress == "17 of 18 runs"
+    assert _block(table, "Accuracy")["full"]["clean"].text == "71.0 ± 1.0, 25 % saved"
+
+
 def test_published_records_hold_nothing_of_the_machine(results, suite):
     new, known, missing = publish(suite, results)
     assert (len(new), known, missing) == (17, [], ["infobatch_das sym0.5 seed 2"])

@@ -98,7 +98,7 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
         write_text(stem.with_name(f"{stem.name}.csv"), wide_csv(table))
         write_text(stem.with_name(f"{stem.name}_long.csv"), long_csv(table))
         write_text(stem.with_name(f"{stem.name}.tex"), latex(table))
-        print(f"{stem}.md: {len(table.long)} of {len(table.suite.cells)} runs")
+        print(f"{stem}.md: {table.progress}")
     report = arguments.out / ("report_best.html" if arguments.best else "report.html")
     write_text(report, page(tables, images, _sheets(tables, arguments.data)))
     print(report)

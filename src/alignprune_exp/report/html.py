@@ -82,7 +82,7 @@ def _named(table: Table) -> dict[str, Any]:
     return {
         "name": table.name,
         "title": f"{table.suite.name}, scale={table.scale}{best}",
-        "progress": f"{len(table.long)} of {len(table.suite.cells)} runs",
+        "progress": table.progress,
     }
 
 

@@ -164,6 +164,15 @@ class Table:
     def seeds(self) -> int:
         return len({cell.axes.get("seed", "0") for cell in self.suite.cells})
 
+    @property
+    def progress(self) -> str:
+        """How many of its runs there are; a run at two places counts twice, as it is shown."""
+        places = {
+            (label(cell.axes, self.suite.rows), label(cell.axes, self.suite.columns), cell.config_id)
+            for cell in self.suite.cells
+        }
+        return f"{len(self.long)} of {len(places)} runs"
+
     def headed(self, column: str) -> str:
         """Return a column with the name of its axis, where its value alone says little."""
         return " ".join([*(name for name in self.suite.columns if "." in name), column])
@@ -256,28 +265,26 @@ def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bo
     metrics = {record.summary["id"]: headline(record.summary) for _, record in there}
     metric = next(iter(metrics.values()), ACCURACY)
     others = {id: other.words for id, other in metrics.items() if not metric.measures_as(other)}
-    rows = []
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}  # cells that are one run at one place are one
     shown = {}
     for cell, record in there:
-        if record.summary["id"] in others:
+        if (id := record.summary["id"]) in others:
             continue
-        shown[record.summary["id"]] = record
+        shown[id] = record
         place = {
             "suite": suite.name,
             "scale": scale,
             "row": label(cell.axes, suite.rows),
             "column": label(cell.axes, suite.columns),
         }
-        rows.append(
-            {
-                **place,
-                **{key: value for key, value in record.summary.items() if key not in (*place, "finished_at")},
-                **_beside(record, cell.config),
-                "reference_size": cell.config.reference.size,
-                "seed": int(cell.axes.get("seed", 0)),
-            }
-        )
-    long = pd.DataFrame(rows, columns=None if rows else ["row", "column", "seed"])
+        rows[place["row"], place["column"], id] = {
+            **place,
+            **{key: value for key, value in record.summary.items() if key not in (*place, "finished_at")},
+            **_beside(record, cell.config),
+            "reference_size": cell.config.reference.size,
+            "seed": int(cell.axes.get("seed", 0)),
+        }
+    long = pd.DataFrame(list(rows.values()), columns=None if rows else ["row", "column", "seed"])
     table = Table(suite, scale, long, best, shown)
     if rows:
         _footnote(table)
