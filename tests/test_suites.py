@@ -172,6 +172,35 @@ def test_a_suite_that_says_too_little_of_its_table_is_refused(own, key):
         load_suite("mine", own=own)
 
 
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (
+            "rows: score, columns: noise, baseline: los",
+            "suite.baseline=los, which is no row of its table; did you mean loss?",
+        ),
+        ("rows: score, columns: noise, baseline: full", "no row of its table; use one of loss, das, or null"),
+        ("rows: [score, noise], columns: seed, baseline: loss", "use one of loss sym0.5, das sym0.5, or null"),
+        ("rows: scoer, columns: noise, baseline: loss", "lays its table out by scoer, which is no axis"),
+        ("rows: score, columns: [noise, 5], baseline: loss", "lays its table out by 5, which is no axis"),
+        ("rows: score, columns: noise", "does not say suite.baseline"),
+    ],
+)
+def test_a_suite_whose_table_cannot_be_laid_out_is_one_sentence_before_any_run(own, tmp_path, capsys, layout, words):
+    (own / "suite" / "mine.yaml").write_text(OWN.replace("rows: score, columns: noise, baseline: loss", layout))
+    line = [f"--config-dir={own}", "suite=mine", f"paths.results={tmp_path / 'results'}"]
+    for command in (main, status):
+        assert command(line) == 2
+        assert words in sentence_of(capsys.readouterr().err)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_baseline_may_be_outside_what_the_command_line_chooses(own):
+    assert {cell.axes["score"] for cell in load_suite("mine", ["score=das"], own).cells} == {"das"}
+    (own / "suite" / "mine.yaml").write_text(OWN.replace("baseline: loss", "baseline: random"))
+    assert len(load_suite("mine", ["score=das,random"], own).cells) == 4
+
+
 def test_a_sweep_leaves_out_the_same_cells(own, tmp_path, capsys):
     (own / "suite" / "mine.yaml").write_text(EXCLUDING)
     line = [f"--config-dir={own}", "suite=mine", "epochs=5", "score.window=3", "dataset.subset=100"]

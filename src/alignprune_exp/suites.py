@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from .config import Config, identity, validate
 from .errors import UsageError
 from .files import cache_folder, keep_cached
 from .runs import run_id
-from .schema import shown
+from .schema import shown, suggest
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,10 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
             config = checked(_with(composed[choices], values))
             axes = dict(part.split("=", 1) for part in job)
             cells.append(Cell(axes, run_id(identity(config, "")), config.model_dump()))
-    layout: Any = OmegaConf.to_container(master.suite)
-    if lacking := [key for key in ("name", "rows", "columns", "baseline") if key not in layout]:
-        raise UsageError(f"suite={name} does not say suite.{lacking[0]}; write it there, as conf/suite/main.yaml does")
     if not cells:
         raise UsageError(f"suite={name} has an empty grid; give every axis under hydra.sweeper.params a value")
-    rows, columns = ([axes] if isinstance(axes, str) else list(axes) for axes in (layout["rows"], layout["columns"]))
-    for axis in (*rows, *columns):
-        if axis not in cells[0].axes:
-            raise UsageError(f"suite={name} lays its table out by {axis}, which is no axis of its grid")
+    layout = _layout(master)
+    rows, columns = layout["rows"], layout["columns"]
     _refuse_pooled(name, cells, {*rows, *columns, "seed"})
     paper = dict(layout.get("paper") or {})
     paper_columns = paper.pop("columns", [])
@@ -131,7 +126,7 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
         cells[0].values["paths"]["results"],
         rows,
         columns,
-        None if layout["baseline"] is None else str(layout["baseline"]),
+        layout["baseline"],
         cells,
         {row: dict(zip(paper_columns, numbers, strict=True)) for row, numbers in paper.items()},
     )
@@ -167,8 +162,41 @@ def _cache_key(name: str, overrides: Sequence[str], own: Path | None) -> str:
 def grid_of(master: DictConfig, overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[list[str]]:
     """Return the overrides of every run of the grid that a suite's axes and a command line make.
 
-    Raises UsageError for a grid that cannot be read, is too large, or excludes what it does not have.
+    Raises UsageError for a grid that cannot be read, is too large, or excludes what it does not have, and for a suite
+    whose table cannot be laid out.
     """
+    jobs = _jobs(master, overrides, loader)
+    if "suite" in master and jobs:
+        layout = _layout(master)
+        in_full = [line for line in overrides if line.partition("=")[0] not in layout["rows"]]
+        _check_layout(layout, jobs, [*jobs, *_jobs(master, in_full, loader)])
+    return jobs
+
+
+def _layout(master: DictConfig) -> dict[str, Any]:
+    """Return what a suite says of its table: lists of ``rows`` and ``columns``, and ``baseline`` as a text or None."""
+    layout: Any = OmegaConf.to_container(master.suite)
+    if lacking := [key for key in ("name", "rows", "columns", "baseline") if key not in layout]:
+        name = master.hydra.runtime.choices["suite"]
+        raise UsageError(f"suite={name} does not say suite.{lacking[0]}; write it there, as conf/suite/main.yaml does")
+    lists = {key: layout[key] if isinstance(layout[key], list) else [layout[key]] for key in ("rows", "columns")}
+    return {**layout, **lists, "baseline": None if layout["baseline"] is None else shown(layout["baseline"])}
+
+
+def _check_layout(layout: Mapping[str, Any], jobs: Sequence[Sequence[str]], in_full: Sequence[Sequence[str]]) -> None:
+    """Raise UsageError for an axis that the jobs do not have, or a baseline that is no row of the grid ``in_full``."""
+    name, rows, baseline = layout["name"], layout["rows"], layout["baseline"]
+    axes = {part.partition("=")[0] for part in jobs[0]}
+    if strange := [axis for axis in (*rows, *layout["columns"]) if axis not in axes]:
+        raise UsageError(f"suite={name} lays its table out by {strange[0]}, which is no axis of its grid")
+    values = [dict(part.split("=", 1) for part in job) for job in in_full]
+    labels = dict.fromkeys(" ".join(of_job[axis] for axis in rows) for of_job in values if of_job.keys() >= {*rows})
+    if baseline is not None and baseline not in labels:
+        meant = suggest(baseline, labels) or f"; use one of {', '.join(labels)}, or null"
+        raise UsageError(f"suite={name} has suite.baseline={baseline}, which is no row of its table{meant}")
+
+
+def _jobs(master: DictConfig, overrides: Sequence[str], loader: ConfigLoader | None) -> list[list[str]]:
     with composing(overrides):
         parsed = OverridesParser.create(loader).parse_overrides([*_axes(master, overrides), *overrides])
         check_size(parsed)
