@@ -23,7 +23,7 @@ import pytest
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning import SCORES
-from alignprune_exp.records import read_dynamics, read_record, read_samples
+from alignprune_exp.records import finished_configs, read_dynamics, read_record, read_samples
 from alignprune_exp.report.figures import BLUE, RED, draw, inline_svg, save
 from alignprune_exp.report.findings import BOUNDS, findings
 from alignprune_exp.report.html import page
@@ -262,6 +262,35 @@ def test_a_pack_that_cannot_be_read_is_one_sentence(results, suite, damage):
         pack.write_bytes(pack.read_bytes()[: pack.stat().st_size // 2])
     with pytest.raises(UsageError, match=f"{pack.name} cannot be read as published records"):
         read_records([results / "records"])
+
+
+def test_published_records_are_read_in_a_folder_of_any_name(results, suite, tmp_path, make_tables, capsys):
+    publish(suite, results)
+    named = shutil.copytree(results / "records", tmp_path / "theirs")
+    pq.write_table(pa.table({"index": [1]}), named / "keep.parquet")
+    of_records, of_theirs = (read_records([folder]) for folder in (results / "records", named))
+    assert len(of_theirs) == 17
+    with pytest.raises(UsageError, match="published records have none"):
+        read_samples(run_folders(named)[0])
+    assert long_csv(make_table(suite, "smoke", of_theirs)) == long_csv(make_table(suite, "smoke", of_records))
+    arguments = [str(tmp_path / "theirs"), str(tmp_path / "their"), "--out", str(tmp_path / "out")]
+    assert make_tables.main(arguments) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"no runs under {tmp_path / 'their'}, which has neither runs/ nor published records in it"
+    ]
+    (named / "other_smoke.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match=r"other_smoke\.parquet cannot be read as published records"):
+        read_records([named])
+    (named / "main_smoke.parquet").unlink()
+    assert read_records([named]) == {}
+
+
+@pytest.mark.parametrize("name", ["records", "theirs"])
+def test_what_is_published_does_not_count_as_done(results, suite, tmp_path, name):
+    publish(suite, results)
+    published = shutil.copytree(results / "records", tmp_path / "elsewhere" / name)
+    assert len(finished_configs(results)) == 17
+    assert finished_configs(published) == {}
 
 
 def test_a_different_record_is_never_overwritten(results, suite):

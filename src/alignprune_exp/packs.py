@@ -80,9 +80,27 @@ class Packed:
 
 
 def packed_runs(folder: Path) -> list[Packed]:
-    """Return the runs in the packs of a folder named ``records``. Raises UsageError for one that cannot be read."""
-    packs = sorted(folder.glob("*.parquet")) if folder.absolute().name == "records" else []
+    """Return the runs in the packs of a folder: all its Parquet files, if it is named ``records``.
+
+    In any other folder a pack is what has the columns of one, and, beside such a file, what cannot be read at all.
+    Raises UsageError for a pack that cannot be read.
+    """
+    packs = sorted(folder.glob("*.parquet"))
+    if folder.absolute().name != "records":
+        right = {path: _has_the_columns(path) for path in packs}
+        packs = [path for path in packs if right[path] is not False] if True in right.values() else []
     return [Packed(pack, run) for pack in packs for run in _opened(pack, pack.stat().st_mtime_ns)[1]]
+
+
+def _has_the_columns(path: Path) -> bool | None:
+    """Return whether a Parquet file has a pack's columns; None where that cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return {"id", *FILES, *DIGESTS} <= set(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError):
+        return None
 
 
 def pack(path: Path, runs: Mapping[str, Mapping[str, bytes]]) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .console import one_line
 from .errors import UsageError
 from .files import write_atomically
-from .runs import CHECKPOINTS, Folder, owner_alive, read_json, run_folders
+from .runs import CHECKPOINTS, Folder, own_folders, owner_alive, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -254,9 +254,9 @@ def read_record(folder: Folder) -> Record | None:
 
 
 def finished_configs(results: Path) -> dict[str, set[str]]:
-    """Return the data fingerprints of the finished runs under ``results`` by config id; damaged ones are none."""
+    """Return the data fingerprints of the finished runs in ``results/runs`` by config id; damaged ones are none."""
     found: dict[str, set[str]] = {}
-    for folder in run_folders(results):
+    for folder in own_folders(results):
         with suppress(Damaged):
             if (record := read_record(folder)) is not None:
                 found.setdefault(record.summary["config_id"], set()).add(record.environment["data_fingerprint"])
@@ -389,7 +389,7 @@ def read_samples(folder: Folder) -> pd.DataFrame:
     """Return ``samples.parquet`` of a finished run. Raises UsageError where there is none, and Damaged."""
     path = folder / "samples.parquet"
     if not path.exists():
-        published = " (published records have none)" if folder.parent.parent.name == "records" else ""
+        published = " (published records have none)" if not isinstance(folder, Path) else ""
         raise UsageError(f"{path} is not there; it is written when a run finishes{published}")
     table, facts = _read_parquet(path)
     labelled = {"label": "int"} if headline(read_summary(folder) or {}) == ACCURACY else {}

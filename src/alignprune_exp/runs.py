@@ -53,11 +53,16 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def run_folders(results: Path) -> list[Folder]:
-    """Return the folders of all runs under ``results``, but for those set aside, in order of their ids."""
-    folders: list[Folder] = [*packed_runs(results)]
-    with suppress(FileNotFoundError, NotADirectoryError):
-        folders += [Path(entry.path) for entry in os.scandir(results / "runs") if "~" not in entry.name]
-    return sorted(folders, key=lambda folder: folder.name)
+    """Return the folders of all runs under ``results``, published ones too, in order of their ids."""
+    return sorted([*packed_runs(results), *own_folders(results)], key=lambda folder: folder.name)
+
+
+def own_folders(results: Path) -> list[Path]:
+    """Return the folders in ``results/runs``, but for those set aside."""
+    try:
+        return [Path(entry.path) for entry in os.scandir(results / "runs") if "~" not in entry.name]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def read_json(path: Folder) -> dict[str, Any] | None:

@@ -24,16 +24,18 @@ from .report.figures import save_all
 from .report.html import page
 from .report.mirrored import download
 from .report.tables import Table, filled, latex, long_csv, make_table, markdown, read_records, wide_csv
-from .runs import write_text
+from .runs import run_folders, write_text
 from .suites import load_suite, option_names
 from .suspects import Sheet, report_sheet
+
+RESULTS = [Path("results"), Path("results/records")]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write what the records give; return the exit status."""
     parser = Parser(prog="python -m alignprune_exp.tables", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "results", nargs="*", type=Path, default=[Path("results"), Path("results/records")], help="hold runs/"
+        "results", nargs="*", type=Path, default=RESULTS, help="folders that hold runs/, or published records"
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="where tables/, figures/ and report.html go")
     parser.add_argument("--best", action="store_true", help="best accuracy instead of final, in files of its own")
@@ -63,6 +65,9 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     records = read_records(results)
     for error, _ in records.damaged:
         print(f"left out: {error}", file=sys.stderr)
+    for place in arguments.results:
+        if place not in RESULTS and not run_folders(place):
+            print(f"no runs under {place}, which has neither runs/ nor published records in it", file=sys.stderr)
     if not records:
         places = [*map(str, arguments.results), *([arguments.wandb] if arguments.wandb else [])]
         raise UsageError(f"no finished runs under {', '.join(places)}; run a suite first")
