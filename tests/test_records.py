@@ -165,6 +165,12 @@ LEFT_OUT = {
     "summary.json: another metric is a text": ("summary.json", key("summary.json", test_top5_final="70.0")),
     "summary.json: the noise estimate is a text": ("summary.json", key("summary.json", noise_estimate="0.4")),
     "summary.json: the noise estimate above 1": ("summary.json", key("summary.json", noise_estimate=40.0)),
+    "summary.json: half of another headline": ("summary.json", key("summary.json", headline_name="rmse")),
+    "summary.json: a headline without its name": ("summary.json", key("summary.json", headline_digits=3)),
+    "summary.json: a headline that is null": (
+        "summary.json",
+        key("summary.json", headline_name=None, headline_words="test RMSE"),
+    ),
     "summary.json: another status": ("summary.json", key("summary.json", status="done")),
     "summary.json: a list for a status": ("summary.json", key("summary.json", status=["finished"])),
     "summary.json: a failure without its error": ("summary.json", key("summary.json", status="failed")),
@@ -255,6 +261,7 @@ HARMLESS = {  # with the reason why
     "no samples: tables do not read them": lambda run: (run / "samples.parquet").unlink(),
     "no number of samples: older versions did not write it": key("summary.json", samples=...),
     "an unknown commit: a package outside a checkout has none": key("summary.json", commit=None),
+    "planned epochs that are null: as many as there were": key("summary.json", planned_epochs=None),
     "a checkpoint: it is for going on": lambda run: (run / "checkpoint-a.pt").write_bytes(b"x"),
     "a damaged lock: the run has ended": lambda run: (run / "lock").write_text('{"host": 1, "pid": "x"}'),
 }

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -87,7 +87,7 @@ ACCURACY = Metric("accuracy", "test accuracy", "%")  # the headline of a record 
 
 def headline(summary: Mapping[str, Any]) -> Metric:
     """Return the metric that a run is judged by."""
-    named = {key.removeprefix("headline_"): value for key, value in summary.items() if key.startswith("headline_")}
+    named = {key.name: summary[told] for key in fields(Metric) if (told := f"headline_{key.name}") in summary}
     return Metric(**named) if named else ACCURACY
 
 
@@ -165,6 +165,9 @@ class Finished(Values):
     @model_validator(mode="after")
     def _check_headline(self) -> Finished:
         values = self.model_dump(exclude_unset=True)
+        for key in ("headline_name", "headline_words"):
+            if values.get(key) is None and any(other.startswith("headline_") for other in values):
+                raise ValueError(f"{key} is missing")
         for key in (f"test_{headline(values).name}_{which}" for which in ("final", "best")):
             if values.get(key) is None:
                 raise ValueError(f"{key} is missing")
@@ -265,7 +268,7 @@ def finished_configs(results: Path) -> dict[str, set[str]]:
 
 def planned_epochs(summary: Mapping[str, Any]) -> int:
     """Return the epochs on everything that what a run saves is counted against."""
-    return summary.get("planned_epochs", summary["epochs"])
+    return summary.get("planned_epochs") or summary["epochs"]
 
 
 def _retold(record: Record) -> Iterator[tuple[str, float | None]]:
