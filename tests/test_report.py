@@ -603,6 +603,19 @@ def test_accuracy_over_ratio_is_drawn_at_what_was_really_saved(tmp_path):
     assert (band.min(), band.max()) == (50, 52)  # from the lowest seed to the highest
 
 
+def test_settings_that_saved_the_same_are_points_of_their_own(tmp_path):
+    def values(axes):
+        return 100 * float(axes["pruner.ratio"]) + {"loss": 0, "das": 5}[axes["score"]], 0.25
+
+    table = _suite_records(tmp_path, "ratio", ["pruner.ratio=0.3,0.5,0.7", "seed=0"], values)
+    drawing = draw(table)["ratio_smoke_against"]
+    assert {name: sorted(points) for name, points in _lines(drawing).items()} == {
+        "loss": [(0.25, 30), (0.25, 50), (0.25, 70)],
+        "das": [(0.25, 35), (0.25, 55), (0.25, 75)],
+    }
+    assert "from 30.0 (loss at 0.25) to 75.0 (das at 0.25)" in drawing.alt
+
+
 def test_what_is_saved_is_drawn_and_told_where_there_are_two_shares_of_it(tmp_path):
     def values(axes):
         ahead = {"shorter": 0, "rs2": -1, "sieve": 1 if axes["saved"] == "0.3" else -2}[axes["method"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -216,10 +216,11 @@ def _title(table: Table, figure: Figure, what: str) -> None:
     figure.suptitle(text, fontsize=min(12.0, 125 * figure.get_figwidth() / len(text)))
 
 
-def _from_to(values: Mapping[str, float], form: str) -> str:
-    """Return the least and the largest value, with their names."""
-    least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-    return f"from {values[least]:{form}} ({least}) to {values[most]:{form}} ({most})"
+def _from_to(named: Iterable[tuple[str, float]], form: str) -> str:
+    """Return the least and the largest of some values, with their names."""
+    ordered = sorted(named, key=lambda pair: pair[1])
+    (least, low), (most, high) = ordered[0], ordered[-1]
+    return f"from {low:{form}} ({least}) to {high:{form}} ({most})"
 
 
 def differences(table: Table) -> Drawing | None:
@@ -243,7 +244,7 @@ def differences(table: Table) -> Drawing | None:
         axis.set_yticks(range(len(rows)), rows if place % 2 == 0 else [""] * len(rows))
         axis.set(title=table.headed(column), ylim=(len(rows) - 0.5, -0.5))
         means = {row: mean for row, (mean, *_) in pairs.items()}
-        told.append(f"{table.headed(column)}: {_from_to(means, f'+.{table.metric.digits}f')}")
+        told.append(f"{table.headed(column)}: {_from_to(means.items(), f'+.{table.metric.digits}f')}")
     what = f"difference to {baseline} in {table.points}"
     _title(table, figure, what)
     caption = (
@@ -286,14 +287,14 @@ def against(table: Table) -> Drawing | None:
     number = next((name for name in AGAINST if len(values.get(name, ())) > 1), None)
     if number is None:
         return None
-    lines: dict[str, dict[str, dict[float, pd.Series]]] = {}
+    lines: dict[str, dict[str, list[tuple[float, pd.Series]]]] = {}  # two points may stand at one share
     for row, column, axes in table.places:
         if (runs := table.runs(row, column)).empty:
             continue
         x = float(runs["saved"].mean()) if number in REALISED else float(axes[number])
         panel = label(axes, [name for name in suite.columns if name != number])
         line = label(axes, [name for name in suite.rows if name != number])
-        lines.setdefault(panel, {}).setdefault(line, {})[x] = runs[table.key]
+        lines.setdefault(panel, {}).setdefault(line, []).append((x, runs[table.key]))
     lines = {panel: drawn for panel, drawn in lines.items() if any(len(points) > 1 for points in drawn.values())}
     if not lines:
         return None
@@ -303,13 +304,12 @@ def against(table: Table) -> Drawing | None:
     told = []
     for axis, (panel, drawn) in zip(axes_of_figure, lines.items(), strict=True):
         for name, points in drawn.items():
-            _line(axis, names.index(name), pd.DataFrame(points).T.sort_index(), marker="o")
+            by_seed = pd.DataFrame([values for _, values in points], index=[x for x, _ in points])
+            _line(axis, names.index(name), by_seed.sort_index(kind="stable"), marker="o")
         axis.set(title=panel, xlabel=AGAINST[number], ylabel=table.measured)
         if number == "reference.size":
             axis.set_xscale("log")
-        ends = {
-            f"{name} at {x:g}".strip(): float(values.mean()) for name, p in drawn.items() for x, values in p.items()
-        }
+        ends = [(f"{name} at {x:g}".strip(), float(v.mean())) for name, points in drawn.items() for x, v in points]
         told.append(f"{panel}: {_from_to(ends, f'.{table.metric.digits}f')}".removeprefix(": "))
     if several:
         _legend(figure, {name: place for place, name in enumerate(names)})
@@ -381,7 +381,7 @@ def _told(panels: Sequence[tuple[str, Mapping[str, pd.DataFrame]]], form: str, l
     for what, curves in panels:
         means = {row: values.mean(axis=1) for row, values in curves.items()}
         of_rows = {row: float(mean.iloc[-1] if last else mean.mean()) for row, mean in means.items()}
-        told.append(f"{what} {_from_to(of_rows, form)}")
+        told.append(f"{what} {_from_to(of_rows.items(), form)}")
     return "; ".join(told)
 
 
