@@ -200,6 +200,7 @@ LEFT_OUT = {
     "metrics.jsonl: seconds are a text": ("metrics.jsonl", row(1, seconds="6.0")),
     "metrics.jsonl: seconds below 0": ("metrics.jsonl", row(1, seconds_select=-0.1)),
     "metrics.jsonl: other seconds": ("metrics.jsonl", row(1, seconds_test=1.0)),
+    "metrics.jsonl: a part of the seconds above their sum": ("metrics.jsonl", row(0, seconds_score=6.5)),
     "metrics.jsonl: AUROC above 1": ("metrics.jsonl", row(3, auroc_loss=1.1)),
     "metrics.jsonl: AUROC is a text": ("metrics.jsonl", row(3, auroc_loss="0.1")),
     "metrics.jsonl: AUROC is true": ("metrics.jsonl", row(3, auroc_loss=True)),

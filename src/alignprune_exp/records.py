@@ -220,6 +220,13 @@ class Row(Values):
     seconds_score: Seconds
     seconds_test: Seconds
 
+    @model_validator(mode="after")
+    def _check_parts(self) -> Row:
+        for part in ("train", "refresh", "reference", "score", "test"):  # a static choice's selection came before it
+            if (spent := getattr(self, f"seconds_{part}")) > self.seconds * (1 + 1e-9):
+                raise ValueError(f"seconds_{part} is {_shown(spent)}, of {_shown(self.seconds)} seconds in all")
+        return self
+
 
 @dataclass(frozen=True)
 class Record:
