@@ -279,6 +279,7 @@ GOOD = (torch.tensor([0, 1]), torch.zeros(2, C), torch.tensor([0, 1]))
         (None, torch.tensor([[0.0] * C, [torch.nan] * C]), None, ValueError, "NaN or infinite"),
         (None, None, torch.tensor([0, C]), ValueError, "labels go from 0 to 4"),
         (None, None, torch.tensor([0, 2]), ValueError, "sample 1 has label 2 and had 1 before"),
+        (torch.tensor([9, 9]), None, None, ValueError, "sample 9 has labels . and . in one batch"),
     ],
 )
 def test_a_wrong_update_gets_its_sentence_and_changes_nothing(index, logits, labels, kind, words):

@@ -75,8 +75,8 @@ class TrajectoryLog:
             labels: (B,) classes, as given.
 
         Raises:
-            ValueError: other shapes, a logit that is not finite, a label that is no class or not the one that the
-                sample had before.
+            ValueError: other shapes, a logit that is not finite, a label that is no class, or not the only one
+                that the sample has, here and before.
             IndexError: an index out of range.
         """
         index, labels = torch.as_tensor(index), torch.as_tensor(labels)
@@ -92,6 +92,13 @@ class TrajectoryLog:
             which = int(changed.nonzero()[0])
             raise ValueError(
                 f"sample {int(samples[of[which]])} has label {int(y[which])} and had {int(before[which])} before; pass "
+                "the index that came with the batch, and the labels as given"
+            )
+        one = torch.empty_like(samples).index_copy_(0, of, y)[of]
+        if (another := one != y).any():
+            which = int(another.nonzero()[0])
+            raise ValueError(
+                f"sample {int(samples[of[which]])} has labels {int(y[which])} and {int(one[which])} in one batch; pass "
                 "the index that came with the batch, and the labels as given"
             )
         own = logits.gather(1, y[:, None])[:, 0]
