@@ -1,6 +1,7 @@
 """Which labels to look at, and how sure one may be: in a loop of one's own, and from a log that prunes nothing."""
 
 import io
+import math
 
 import numpy as np
 import pandas as pd
@@ -125,6 +126,13 @@ def test_labels_may_be_texts_and_a_sample_never_seen_comes_last():
         ({"checked": {1.5: 1}}, r"checked has sample 1\.5; there are 30"),
         ({"checked": {3: "0"}}, "sample 3 is '0', where its label is .*give both as texts or both as numbers"),
         ({"labels": ["cat"] * 30, "checked": {3: 0}}, "sample 3 is 0, where its label is .*both as texts"),
+        ({"labels": ["cat"] * 28 + [None, None]}, "labels has None for sample 28, and none for 2 in all"),
+        ({"labels": [None] * 30}, "labels has None for sample 0"),
+        ({"labels": [0.0] * 29 + [math.nan]}, "labels has nan for sample 29"),
+        ({"labels": pd.array([0] * 29 + [None], dtype="Int64")}, r"labels has (<NA>|nan) for sample 29"),
+        ({"labels": pd.Series(["cat"] * 29 + [3], dtype=object)}, "labels are of int and str, which cannot"),
+        ({"checked": {4: None}}, "sample 4 is None; leave it out where you do not know"),
+        ({"checked": {4: math.nan}}, "sample 4 is nan; leave it out"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments, words):
@@ -133,6 +141,14 @@ def test_mistakes_get_one_sentence(arguments, words):
     pruning.end_epoch()
     with pytest.raises(ValueError, match=words):
         pruning.suspects(**{"labels": [0] * 30, **arguments})
+
+
+@pytest.mark.parametrize("labels", [[0, 1, None], [0.0, 1.0, math.nan], np.array([0, "1", 2], object)])
+def test_missing_labels_and_such_as_cannot_be_compared_are_refused_wherever_they_are_given(labels):
+    pruning = DynamicPruning(range(3), 8, "full", "loss")
+    for take in (pruning.report, lambda labels: DynamicPruning(range(3), 8, "full", "loss", labels=labels)):
+        with pytest.raises(ValueError, match=r"labels (has|are of) "):
+            take(labels)
 
 
 # ---- how sure one may be -------------------------------------------------------------------------------------

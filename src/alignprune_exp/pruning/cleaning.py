@@ -24,13 +24,12 @@ def within_class(scores: NDArray[np.floating], labels: NDArray) -> NDArray[np.fl
     """Return ``scores`` (n,) less the mean of their class, over its standard deviation; so no class is suspect whole.
 
     NaN, where a sample has no score, does not count and stays. A class with one score, or with equal ones, gets 0.
-    Raises ValueError unless there is one of ``labels`` (n,), the given ones, for each score.
+    Raises ValueError unless there is one of ``labels`` (n,), the given ones, for each score; see `check_classes`.
 
     >>> within_class(np.array([1.0, 3.0, 8.0, 8.0, 7.0]), np.array([0, 0, 1, 1, 2]))
     array([-1.,  1.,  0.,  0.,  0.])
     """
-    if labels.shape != scores.shape:
-        raise ValueError(f"labels has shape {labels.shape}; it must be {scores.shape}, one a sample")
+    check_classes(labels, len(scores))
     known = ~np.isnan(scores)
     classes, of = np.unique(labels[known], return_inverse=True)
     values, members = scores[known].astype(np.float64), np.bincount(of)
@@ -42,6 +41,31 @@ def within_class(scores: NDArray[np.floating], labels: NDArray) -> NDArray[np.fl
     found = np.full(len(scores), np.nan)
     found[known] = np.divide(away, deviation, out=np.zeros_like(away), where=deviation > 0)
     return found
+
+
+def check_classes(labels: NDArray, n: int) -> None:
+    """Raise ValueError unless there are n labels (n,), none of which is missing, and all can be compared."""
+    check_one_a_sample("labels", labels, n)
+    if labels.dtype.kind not in "fO":
+        return
+    if missing := [place for place, label in enumerate(labels.tolist()) if _is_missing(label)]:
+        raise ValueError(
+            f"labels has {labels[missing[0]]} for sample {missing[0]}, and none for {len(missing)} in all; give each "
+            "sample its label, or leave out those without"
+        )
+    try:
+        np.unique(labels)
+    except TypeError:
+        kinds = " and ".join(sorted({type(label).__name__ for label in labels}))
+        raise ValueError(f"labels are of {kinds}, which cannot be compared; give texts or whole numbers") from None
+
+
+def _is_missing(label: Any) -> bool:
+    """Whether it is None, NaN, or pandas' NA, which does not say whether it equals itself."""
+    try:
+        return label is None or not bool(label == label)
+    except TypeError:
+        return True
 
 
 def wrong_probability(
@@ -124,18 +148,21 @@ def table(
         checked: the right label of each sample that somebody has looked at, by its index.
         by: another score (n,) to list by, lowest first, standardised within the given class as well.
 
-    Raises ValueError where these are not one a sample, or of samples that there are not.
+    Raises ValueError where these are not one a sample, missing, or of samples that there are not.
     """
     import pandas as pd
 
     n = len(settled)
-    for name, values in {"labels": labels, "losses": losses, "likely": likely, "by": by}.items():
+    check_classes(labels, n)
+    for name, values in {"losses": losses, "likely": likely, "by": by}.items():
         if values is not None:
             check_one_a_sample(name, values, n)
     known = np.full(n, np.nan)
     for index, right in (checked or {}).items():
         if not isinstance(index, int | np.integer) or not 0 <= index < n:
             raise ValueError(f"checked has sample {index!r}; there are {n}, counted from 0")
+        if _is_missing(right):
+            raise ValueError(f"checked says that sample {index} is {right}; leave it out where you do not know")
         if isinstance(right, str) != isinstance(labels[index], str):
             raise ValueError(
                 f"checked says that sample {index} is {right!r}, where its label is {labels[index]!r}: give both as "

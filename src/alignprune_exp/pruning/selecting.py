@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .bank import Trajectories
-from .cleaning import array, check_one_a_sample, first, table, within_class
+from .cleaning import array, check_classes, first, table, within_class
 from .named import make_pruner, make_score
 from .noise_rate import NoiseRate
 from .processes import Exchange
@@ -80,7 +80,7 @@ class Selecting(Indexed):
         self.told, self.told_in = torch.full((self.n,), torch.nan, device=device), -1
         self.labels = None if labels is None else array(labels)
         if self.labels is not None:
-            check_one_a_sample("labels", self.labels, self.n)
+            check_classes(self.labels, self.n)
         self._classes = 0 if self.labels is None else len(np.unique(self.labels))
         if self.pruner.needs_noise_rate and self._classes < 2:
             raise ValueError(
@@ -285,7 +285,7 @@ class Selecting(Indexed):
             times_selected: and trained on, in finished epochs.
 
         NaN where a sample was never seen; ``score`` and ``ranking`` are as of the latest ``end_epoch``.
-        Raises ValueError for another number of labels.
+        Raises ValueError for another number of labels, and for missing ones.
         """
         import pandas as pd
 
@@ -329,7 +329,7 @@ class Selecting(Indexed):
                 label by now; ``never seen``; else empty.
             score: what they are listed by, lowest first: ``settled``, standardised `within_class`.
 
-        Raises ValueError for another number of labels, and for samples that there are not.
+        Raises ValueError for another number of labels, for missing ones, and for samples that there are not.
         """
         bank = self.trajectories
         scores = settled(bank.sum_N, bank.count_N).cpu().numpy()
