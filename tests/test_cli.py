@@ -209,6 +209,8 @@ MISTAKES = [
     ("pruner=seta pruner.groups=0", "groups=0 1"),
     ("pruner=seta pruner.alpha=1.2", "alpha=1.2"),
     ("pruner=topk pruner.warmup=-1", "warmup=-1 0"),
+    ("pruner=topk pruner.warmup=20 epochs=12", "warmup=20 12 epochs delta"),
+    ("method=query epochs=4", "every=4 none of 4 epochs"),
     ("epochs=0", "epochs=0 1"),
     ("batch_size=0", "batch_size=0 1"),
     ("seed=-1", "seed=-1 0"),

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -742,6 +743,26 @@ def test_a_window_must_leave_das_an_epoch_to_act_in(epochs, delta, longest):
         make(score=score, epochs=epochs, delta=delta, window=longest + 1)
     for pruner in ("full", "random"):
         make(pruner, epochs=epochs, window=longest + 1)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "settings", "said"),
+    [
+        ("topk", {"warmup": 4}, "TopK: warmup=4 and delta=1.0 leave"),
+        ("ucb", {"warmup": 2, "delta": 0.5}, "UCB: warmup=2 and delta=0.5 leave"),
+        ("epsilon_greedy", {"warmup": 5}, "EpsilonGreedy: warmup=5 and delta=1.0 leave"),
+        ("sieve", {"warmup": 4}, "Sieve: warmup=4 leaves"),
+        ("sieve", {"warmup": 0.9}, "Sieve: warmup=0.9 leaves"),
+        ("query", {"every": 4}, "Query: every=4 leaves"),
+        ("infobatch", {"delta": 0.2}, "InfoBatch: delta=0.2 leaves"),
+        ("seta", {"delta": 0.25}, "SeTa: delta=0.25 leaves"),
+    ],
+)
+def test_a_pruner_must_leave_scores_an_epoch_to_choose_in(pruner, settings, said):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)} scores none of 4 epochs to choose in; use more epochs"):
+        make(pruner, "loss", epochs=4, **settings)
+    ranked = [ranked for *_, ranked in selections_of(make(pruner, "loss", epochs=8, **settings))]
+    assert ranked.count("loss") >= 1
 
 
 def test_the_longest_window_lets_das_rank_exactly_one_epoch():

@@ -36,7 +36,7 @@ RUNS = {  # between them every learner, score, pruner, kind of reference set and
     "refurbish, sieve": ("learner=refurbish", "learner.history=2", "pruner=sieve", "score=cleaning"),
     "query": ("pruner=query", "pruner.start=0.2", "pruner.budget=0.6", "pruner.every=1", "score=loss"),
     "query, curriculum": ("pruner=query", "pruner.start=0.2", "pruner.budget=0.6", "score=curriculum"),
-    "topk, settled, float16": ("pruner=topk", "score=settled", "score.bank=float16"),
+    "topk, settled, float16": ("pruner=topk", "pruner.warmup=2", "score=settled", "score.bank=float16"),
     "sieve, odds": ("pruner=sieve", "score=settled", "pruner.exclude=0.3", "pruner.warmup=2", "recorded=odds"),
     "random, smoothed": ("pruner=random", "label_smoothing=0.1", "recorded=smoothed"),
     "full, population": ("pruner=full", "reference=population"),

@@ -30,13 +30,14 @@ def asked(n, epoch, epochs, every, start, budget):
 @settings(max_examples=60)
 @given(
     st.integers(5, 60),
-    st.integers(1, 12),
+    st.integers(1, 11),
     st.integers(1, 6),
     st.integers(1, 50),
     st.integers(0, 50),
     st.integers(0, 99),
 )
-def test_rounds_ask_for_the_best_scored_of_the_others_and_forget_nothing(n, epochs, every, start, more, seed):
+def test_rounds_ask_for_the_best_scored_of_the_others_and_forget_nothing(n, later, every, start, more, seed):
+    epochs = every + later
     shares = start / 100, (start + more) / 100
     rng = np.random.default_rng(seed)
     pruning = DynamicPruning(

@@ -187,6 +187,9 @@ class Sieve(RandomSubset):
     def informed(self, noise_rate: float) -> Self:
         return replace(self, exclude=0.0 if math.isnan(noise_rate) else min(AUTOMATIC * noise_rate, MAX_RATIO))
 
+    def ranked(self, epochs: int) -> range:
+        return range(epochs_of(self.warmup, epochs), epochs)
+
     def sizes(self, epoch: int, epochs: int, n: int) -> tuple[int, int, int]:
         """Return how many samples are out, and how many are drawn from the rest and from these."""
         size = self.size(n)
@@ -302,6 +305,9 @@ class SeTa(Pruner):
     def beside(self, epochs: int) -> float:
         return (1 - self.ratio) * super().beside(epochs)
 
+    def ranked(self, epochs: int) -> range:
+        return self.pruned(epochs)[1:]
+
     @property
     def width(self) -> int:
         """Number of clusters kept; halves round to even, as the authors' do."""
@@ -407,6 +413,9 @@ class Query(Pruner):
         rounds = (epochs - 1) // self.every
         asked = epoch // self.every / rounds if rounds else 0.0
         return share(n, self.start + asked * (self.budget - self.start))
+
+    def ranked(self, epochs: int) -> range:
+        return range(self.every, epochs)
 
     def looks_around(self, epoch: int, epochs: int) -> bool:
         return (epoch + 1) % self.every == 0 and epoch + 1 < epochs

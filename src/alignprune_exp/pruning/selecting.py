@@ -75,6 +75,7 @@ class Selecting(Indexed):
             raise ValueError(f"bank is of {self.trajectories.n} samples, and the data set has {self.n}; pass its own")
         device = self.trajectories.last_N.device
         self.first, self.epochs = self.epoch, self.epoch + epochs
+        self.pruner.check(epochs)
         self._check_window()
         self.clean = None if clean is None else _mask(array(clean), self.n).to(device)
         self.told, self.told_in = torch.full((self.n,), torch.nan, device=device), -1

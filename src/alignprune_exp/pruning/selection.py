@@ -163,6 +163,21 @@ class Pruner(Plan):
     uses_scores: ClassVar[bool] = True
     memory: ClassVar[int] = 0  # numbers a sample that it carries from epoch to epoch, for ``digest``
 
+    def ranked(self, epochs: int) -> range:
+        """Return the epochs whose samples the scores are to choose, where it uses them."""
+        return self.pruned(epochs)
+
+    def check(self, epochs: int) -> None:
+        """Raise ValueError where in a run of so many epochs no score would ever choose."""
+        if self.uses_scores and not self.ranked(epochs):
+            causes = [key for key in ("warmup", "every", "delta") if hasattr(self, key)]
+            settings = " and ".join(f"{key}={getattr(self, key)}" for key in causes)
+            leaves = "leaves" if len(causes) == 1 else "leave"
+            raise ValueError(
+                f"{type(self).__name__}: {settings} {leaves} scores none of {epochs} epochs to choose in; use more "
+                f"epochs, or another {' or '.join(causes)}"
+            )
+
     def informed(self, noise_rate: float) -> Self:
         """Return this pruner as it selects at an estimated noise rate, in [0, 1]; NaN where that is not known yet."""
         return self
