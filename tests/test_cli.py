@@ -504,12 +504,21 @@ def test_what_people_type_is_accepted(trained, place, arguments):
         ("pruner=random score=loss", "score"),
         ("noise=clean noise.rate=0.3", "noise.rate"),
         ("pruner=full saved=0.5", "saved"),
+        ("pruner=shorter saved=0", "saved"),
+        ("pruner=shorter saved=0.01", "saved"),  # of 36 epochs that is none
         ("noise.file=/nowhere", "noise.file"),
     ],
 )
 def test_a_key_without_effect_is_named(trained, capsys, arguments, key):
     main(arguments.split())
     assert f"{key} has no effect" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", ["pruner=shorter saved=0.5", "method=shorter saved=0.5", "pruner=rs2 saved=0.5"])
+def test_what_saves_as_much_as_is_asked_is_not_said_to_have_no_effect(trained, capsys, arguments):
+    main(arguments.split())
+    assert len(trained) == 1
+    assert "no effect" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["-m", "seed=1,2", "paths.results=r"], ["paths.results=r", "seed=1,2", "-m"]])

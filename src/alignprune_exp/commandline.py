@@ -289,12 +289,12 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     """Say which keys of the command line have no effect."""
     notes = []
     given = sorted({override.split("=")[0].lstrip("+") for override in overrides})
-    pruner = config.pruner.name
+    pruner, plan = config.pruner.name, PRUNER.make(config.pruner)
     signal = any(map(_records_a_signal, overrides))
     scores = [key for key in given if key.partition(".")[0] == "score" or (signal and key == "recorded")]
-    if scores and not PRUNER.make(config.pruner).uses_scores:
+    if scores and not plan.uses_scores:
         notes.append(f"{', '.join(scores)} has no effect under pruner={pruner}, which ranks nothing")
-    if "saved" in given and PRUNER.make(config.pruner).keeps is None:
+    if "saved" in given and plan.keeps is None and plan.planned(config.epochs) == config.epochs:
         notes.append(f"saved has no effect under pruner={pruner}, which saves nothing")
     smoothing = [key for key in given if key == "label_smoothing" or (key == "recorded" and not signal)]
     if smoothing and not LEARNER.find(config.learner.name).smooths:
