@@ -456,6 +456,23 @@ def test_a_failed_run_says_why_and_force_tries_again(tmp_path, capsys, monkeypat
     assert summary_of(folder)["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("score=supervised noise=clean", ["score=supervised learns from 5 wrong labels and right ones, and 0 of "]),
+        ("score=oracle noise=clean", ["score=oracle ranks all samples alike, since 0 of "]),
+        ("score=supervised noise=sym0.5", []),
+        ("score=oracle noise=sym0.5", []),
+        ("score=settled noise=clean", []),
+        ("score=oracle noise=clean pruner=full", []),
+    ],
+)
+def test_a_score_that_the_labels_leave_nothing_to_go_by_is_said(tmp_path, line, said):
+    notes = Run(config_of(tmp_path, *line.split())).setup.notes
+    assert len(notes) == len(said)
+    assert all(note.startswith(words) for note, words in zip(notes, said, strict=True))
+
+
 def test_a_batch_of_one_sample_that_batch_norm_cannot_take_is_said(tmp_path, capsys):
     line = ("model=resnet18", "batch_size=1", "dataset.subset=30", "reference.size=8", "epochs=1", "pruner=full")
     assert launch(tmp_path, *line, "score=loss") == 1

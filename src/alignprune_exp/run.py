@@ -178,7 +178,7 @@ class Run:
         values = config.model_dump() | {"environment": environment}
         mirrored = Mirrored(setup.id, group, folder.path, values, self.done)
         mirror = Mirror(tracker, mirrored, say)
-        for note in setup.task.notes:
+        for note in setup.notes:
             say(f"note: {note}")
         say(self._beginning())
         try:

@@ -15,7 +15,8 @@ from .data.split import reference_count
 from .distributed import Processes
 from .errors import UsageError
 from .pruning import Criterion, DynamicPruning, Full, Plan, Pruner, Score, Trajectories
-from .pruning.scores import HeldOut, Readout
+from .pruning.logistic import PARTS
+from .pruning.scores import HeldOut, Oracle, Readout, Supervised
 from .pruning.seeding import generator
 from .pruning.signals import SIGNALS
 from .runs import run_id
@@ -107,6 +108,21 @@ class Setup:
     def times_before(self) -> int:
         """How many of the epochs before train on a sample."""
         return self.before - self.holdout
+
+    @property
+    def notes(self) -> list[str]:
+        """What is said before training: of the data, and of a score that they leave nothing to go by."""
+        notes, score, noisy = [*self.task.notes], SCORE.make(self.config.score), self.noisy
+        if noisy is None or not (self.plan.uses_scores and score.by_truth):
+            return notes
+        name, there = self.config.score.name, f"{int(noisy.sum())} of {self.n} labels are wrong"
+        if isinstance(score, Supervised) and min(noisy.sum(), (~noisy).sum()) < PARTS:
+            notes.append(
+                f"score={name} learns from {PARTS} wrong labels and right ones, and {there}: it ranks as settled"
+            )
+        elif isinstance(score, Oracle) and noisy.all() == noisy.any():
+            notes.append(f"score={name} ranks all samples alike, since {there}")
+        return notes
 
     @property
     def n(self) -> int:
