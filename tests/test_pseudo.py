@@ -382,6 +382,24 @@ def test_what_is_forwarded_for_the_reference_is_counted(watched, kind):
     assert all(row["seconds_reference"] > 0 for row in run.rows)
 
 
+@pytest.mark.parametrize(
+    ("line", "before", "chosen_before"),
+    [
+        (("pruner=static_el2n", "pruner.warmup=12"), [12], [[3, 5, 7, 9, 11]]),
+        (("pruner=static_el2n", "pruner.warmup=4"), [4], [[3]]),
+        (("method=rho_loss", "score.holdout=2"), [2, 2], [[], []]),
+    ],
+)
+def test_the_epochs_of_each_network_count_for_themselves(tmp_path, line, before, chosen_before):
+    rows = rows_of(trained(Run(config_of(tmp_path, *line, *METHODS["small_loss"], base=SMALL))))
+    expected, there = [], False
+    for epochs, after in zip([*before, EPOCHS], [*chosen_before, CHOSEN_AFTER], strict=True):
+        for done in range(1, epochs + 1):
+            expected.append(30 * there + 30 * (done in after))
+            there |= done in after
+    assert [row["samples_reference"] for row in rows] == expected
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_record_says_how_noisy_the_set_was(watched, kind):
     run = watched[kind]

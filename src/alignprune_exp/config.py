@@ -102,7 +102,7 @@ class Pseudo(Node):
     aligns: ClassVar[bool] = True
 
     def due(self, done: int, epochs: int) -> bool:
-        """Whether the set is chosen anew after ``done`` of ``epochs`` epochs."""
+        """Whether the set is chosen anew after ``done`` of the ``epochs`` epochs that one network trains."""
         return self.warmup <= done < epochs and (done - self.warmup) % self.every == 0
 
 

@@ -53,7 +53,8 @@ class Reference:
         """Choose a pseudo set anew where that is due; return how many samples were forwarded for it."""
         setup, config = self.setup, self.setup.config
         reference = config.reference
-        if not isinstance(reference, Pseudo) or not reference.due(pruning.epoch, config.epochs):
+        done, epochs = pruning.epoch - pruning.first, pruning.epochs - pruning.first
+        if not isinstance(reference, Pseudo) or not reference.due(done, epochs):
             return 0
         by_quality = reference.method == "cleanlab"
         if by_quality:
