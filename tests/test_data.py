@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import ExifTags, Image
 
 from alignprune_exp.config import Trusted
 from alignprune_exp.data.datasets import DATASETS
+from alignprune_exp.data.images import Array
 from alignprune_exp.data.noise import NOISES
-from alignprune_exp.data.source import stratified
+from alignprune_exp.data.source import Images, Source, stratified
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
 
@@ -441,6 +442,15 @@ def test_image_folder_mistakes_name_file_and_folder(tmp_path):
 def test_split_mistakes_say_what_to_type(changes, message):
     with pytest.raises(UsageError, match=message):
         _prepare(_load("digits"), **changes)
+
+
+@pytest.mark.parametrize("changes", [{"subset": 4, "reference_size": 0}, {"subset": None, "reference_size": 15}])
+def test_what_is_left_to_train_on_is_of_two_classes_or_more(changes):
+    few = Images(np.array([0] * 15 + [1]), Array(_noise_images(16).transpose(0, 3, 1, 2)))
+    source = Source("own", ("cat", "dog"), few, few, "", labels_clean=True)
+    with pytest.raises(UsageError, match=r"own to train on is of class .* alone, .*larger dataset.subset"):
+        _prepare(source, **changes)
+    assert set(_prepare(source, reference_size=8, reference_train=True).train.labels) == {0, 1}
 
 
 # ---- the split -------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def prepare(
     if reference.train:
         _check_joins(source)
         train_rows, labels = np.concatenate([train_rows, reference_rows]), np.concatenate([labels, trusted])
+    _check_classes(source, train_rows)
     known = source.labels_clean or (not isinstance(noise, Clean) and not source.as_shipped)
     clean_labels = source.train.labels[train_rows] if known else None
 
@@ -152,6 +153,15 @@ def prepare(
         std=std,
         skipped=source.skipped,
     )
+
+
+def _check_classes(source: Source, rows: np.ndarray) -> None:
+    there = np.unique(source.train.labels[rows])
+    if len(there) < 2:
+        raise UsageError(
+            f"what is left of dataset={source.name} to train on is of class {source.classes[there[0]]} alone, where 2 "
+            "classes or more are needed: type a larger dataset.subset, or a smaller reference.size"
+        )
 
 
 def _check_joins(source: Source) -> None:
