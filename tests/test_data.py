@@ -305,6 +305,22 @@ def test_images_that_are_not_taken_are_named_or_listed(tmp_path, place):
     assert (source.skipped, source.fingerprint) == ((said,), before)
 
 
+@pytest.mark.parametrize("place", ["train/mouse", "test/dogs", "train/mice.png", "train/cat/more"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_that_leads_nowhere_where_a_folder_of_images_may_be_meant_is_named_or_listed(tmp_path, place, target):
+    _image_folder(tmp_path / "set")
+    before = _load("image_folder", tmp_path / "set", image_size=8).fingerprint
+    link = tmp_path / "set" / place
+    link.symlink_to(link if target == "itself" else tmp_path / target)
+    said = f"{link} is a link to what is not there"
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}: .*, or type dataset.on_error=skip to train without"):
+        _load("image_folder", tmp_path / "set", image_size=8)
+    source = _load("image_folder", tmp_path / "set", image_size=8, on_error="skip")
+    assert (source.skipped, source.fingerprint) == ((said,), before)
+    (tmp_path / "set/notes").symlink_to(tmp_path / "nowhere")  # nobody looks for images there
+    assert _load("image_folder", tmp_path / "set", image_size=8, on_error="skip").skipped == (said,)
+
+
 def test_image_folder_is_listed_anew_each_time(tmp_path):
     _image_folder(tmp_path)
     for path in [tmp_path, *tmp_path.rglob("*")]:

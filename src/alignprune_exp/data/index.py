@@ -125,7 +125,7 @@ class Survey:
 
     def folders(self, parent: str) -> list[str]:
         """Return the names of the folders in ``parent``, in order."""
-        return [os.fsdecode(entry.name) for entry in self._entries(parent) if entry.is_dir()]
+        return [os.fsdecode(entry.name) for entry in self._entries(parent) if _is_folder(entry)]
 
     def files(self, folder: str, nested: bool = False) -> Iterator[bytes]:
         """Yield the paths of the images in a folder, in order; with ``nested`` also in those below.
@@ -134,17 +134,24 @@ class Survey:
         """
         for entry in self._entries(folder):
             path, name = os.fsencode(folder) + b"/" + entry.name, entry.name.lower()
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 if name.endswith(_SUFFIXES):
                     yield path
                 elif name.endswith(_UNREAD):
                     what = f"{self.root / os.fsdecode(path)} is of a kind that is not read"
                     self.refuse(what, f"write it as {', '.join(IMAGE_SUFFIXES)}")
+                elif nested:
+                    self._leads_somewhere(entry)
             elif nested and entry.is_symlink():
                 what = f"{self.root / os.fsdecode(path)} is a link to a folder, which is not followed"
                 self.refuse(what, "put the folder itself there")
             elif nested:
                 yield from self.files(os.fsdecode(path), nested)
+
+    def _leads_somewhere(self, entry: os.DirEntry[bytes]) -> None:
+        """Refuse a link that leads nowhere, which may be meant for a folder of images."""
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            self.refuse(f"{os.fsdecode(entry.path)} is a link to what is not there", "mend or delete it")
 
     def _entries(self, folder: str) -> list[os.DirEntry[bytes]]:
         """Return what a folder has, in order, but for what is hidden."""
@@ -168,6 +175,8 @@ class Survey:
         ``nested`` takes those of folders in these as well. Each class must have one, unless not ``every`` one must.
         """
         there = set(self.folders(parent))
+        for entry in self._entries(parent):
+            self._leads_somewhere(entry)
         folders = [f"{parent}/{name}{below}" for name in names]
         found = (
             (path, size, label)
@@ -211,6 +220,11 @@ class Survey:
         if not len(images):
             raise UsageError(f"{where} has no image: set dataset.root to the folder that has them")
         return images
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    """Return whether it is one, or a link to one, and not in a circle."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 @contextmanager
