@@ -249,6 +249,16 @@ def test_image_folder_lists_decodes_and_resizes(tmp_path):
     assert [path.encode() for path in split.paths] == source.train.paths[split.rows].tolist()
 
 
+def test_pixels_are_taken_as_they_are_stored_however_exif_has_them_shown(tmp_path):
+    _image_folder(tmp_path)
+    sideways, place = Image.Exif(), tmp_path / "train/cat/0.png"
+    sideways[ExifTags.Base.Orientation] = 6
+    with Image.open(tmp_path / "train/cat/1.png") as wide:
+        wide.crop((0, 0, 12, 9)).save(place, exif=sideways)
+    ours = _load("image_folder", tmp_path).train.pixels(np.array([0]))[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(ours, np.asarray(torchvision.datasets.folder.default_loader(place)))
+
+
 def test_names_that_are_not_of_utf8_are_read_and_can_be_written(tmp_path):
     _image_folder(tmp_path)
     for split in ("train", "test"):
