@@ -3,20 +3,24 @@
 import inspect
 import pickle
 import re
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
+from alignprune_exp.commandline import next_commands, refuse_clashes
 from alignprune_exp.config import MODEL, PRUNER, REGISTRIES, Config, identity, validate
 from alignprune_exp.errors import UsageError
 from alignprune_exp.models import MODELS
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Pruner
-from alignprune_exp.registry import settings
-from alignprune_exp.setup import make_pruning
+from alignprune_exp.registry import settings as settings_of
+from alignprune_exp.setup import check_pruning, make_pruning
 from harness import FINGERPRINT, composed, id_of, ids_of
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -73,7 +77,7 @@ def test_score_yaml_holds_the_defaults_of_the_plug_in(name):
     values = yaml.safe_load((CONF / "score" / f"{name}.yaml").read_text())
     parameters = inspect.signature(DynamicPruning).parameters
     defaults = {key: parameters[key].default for key in ("window", "unseen")}
-    defaults |= {key: default for key, (_, default) in settings(SCORES[name]).items()}
+    defaults |= {key: default for key, (_, default) in settings_of(SCORES[name]).items()}
     assert values == {"name": name, "bank": str(parameters["bank_dtype"].default).removeprefix("torch.")} | defaults
 
 
@@ -450,3 +454,58 @@ def test_values_beyond_the_edge_are_refused(overrides):
 def test_a_config_arrives_in_another_process_as_it_was():
     config = composed("learner=elr", "pruner=seta", "saved=0.2", "reference=pseudo")
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+# --- what is proposed to type next
+
+ranking = st.sampled_from(sorted(SCORES)).map(lambda name: f"score={name}")
+choosing = st.sampled_from(sorted(PRUNERS)).map(lambda name: f"pruner={name}")
+methods = st.sampled_from(sorted(path.stem for path in (CONF / "method").glob("*.yaml"))).map("method={}".format)
+sized = st.tuples(st.integers(1, 12).map("epochs={}".format), st.sampled_from([3, 5, 10]).map("score.window={}".format))
+others = st.lists(
+    st.sampled_from(
+        ["saved=0.5", "reference=none", "reference=population", "recorded=odds", "learner=elr", "seed=4", "force=true"]
+    ),
+    unique_by=lambda line: line.partition("=")[0],
+)
+
+
+def accepted(words):
+    """The config that overrides choose, with all that can be looked at before the data; None where it is refused."""
+    try:
+        refuse_clashes(words)
+        config = composed(*words)
+        check_pruning(config)
+    except UsageError:
+        return None
+    return config
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.one_of(methods.map(lambda method: [method]), st.tuples(choosing, ranking).map(list)), sized, others)
+@example(["pruner=infobatch", "score=loss"], ("epochs=4", "score.window=3"), [])
+@example(["method=sieve_supervised"], ("epochs=12", "score.window=3"), ["saved=0.5"])
+def test_whatever_is_proposed_next_is_accepted_and_is_what_it_says(chosen, size, others):
+    words = ["dataset=cifar10", *chosen, *size, *others]
+    assume((config := accepted(words)) is not None)
+    proposed = next_commands(config, words, fits=lambda words: accepted(words) is not None)
+    seeds = 0
+    for line, meaning in proposed:
+        other = accepted(shlex.split(line)[3:])
+        assert other is not None, line
+        for key in ("task", "dataset", "noise", "reference", "learner", "model", "optimizer", "batch_size"):
+            assert getattr(other, key) == getattr(config, key)
+        assert not other.force
+        if meaning == "another seed":
+            seeds += 1
+            assert other.model_copy(update={"seed": config.seed, "force": config.force}) == config
+        elif meaning == "the same without pruning":
+            assert other.pruner.name == "full"
+        elif meaning.startswith("the same, ranked by "):
+            assert (other.pruner, other.epochs, other.seed) == (config.pruner, config.epochs, config.seed)
+            assert other.score.name == meaning.split()[-1] != config.score.name
+            assert other.score.window == config.score.window
+        else:
+            assert other.pruner.name == "infobatch"
+            assert other.score.name == ("loss" if meaning.endswith("as it is") else meaning.split()[-1])
+    assert seeds == 1

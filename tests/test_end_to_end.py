@@ -225,6 +225,8 @@ def _next_commands(out):
         "method=sieve_settled recorded=odds",
         "method=rho_loss score.holdout=1",
         "score=das score.name=alignprune_exp.pruning.scores.Loss",
+        "score=loss epochs=4",  # which das would leave none to act in
+        "pruner=full epochs=3",
     ],
 )
 def test_next_commands_are_runs_of_their_own(cli, choice, monkeypatch):

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import yaml
 from alignprune_exp.commandline import config_dir
 from alignprune_exp.config import OPTIMIZER, REGISTRIES
 from alignprune_exp.errors import UsageError
+from alignprune_exp.records import read_config
 from alignprune_exp.report.tables import blocks, make_table, markdown, read_records
 from alignprune_exp.suites import load_suite
 from alignprune_exp.train import main
@@ -204,6 +208,41 @@ def test_one_of_everything_from_outside_runs_and_is_a_row_of_a_table(own, tmp_pa
     accuracies = [run["test_accuracy_final"] for run in table.long.to_dict("records")]
     assert max(accuracies) > 60
     assert "| best capped |" in markdown(table)
+
+
+@pytest.mark.parametrize(
+    "choice", ["pruner=best score=powered", "pruner=best score=powered pruner.part=0.3 score.power=3", "method=mine"]
+)
+@pytest.mark.parametrize("place", ["own", "my own", "hydra.searchpath"])
+def test_what_a_run_says_to_type_and_was_typed_finds_what_is_of_ones_own(
+    own, tmp_path, monkeypatch, capsys, choice, place
+):
+    monkeypatch.chdir(tmp_path)
+    (own / "method").mkdir()
+    defaults = [{"override /pruner": "best"}, {"override /score": "powered"}]
+    values = {"defaults": defaults, "method": "mine", "pruner": {"part": 0.7}}
+    (own / "method" / "mine.yaml").write_text("# @package _global_\n" + yaml.safe_dump(values))
+    if place == "hydra.searchpath":
+        folder = f"hydra.searchpath=[file://{own}]"
+    else:
+        own.rename(tmp_path / place)
+        folder = f"--config-dir={place}"
+    line = [folder, "dataset=bars", "noise=next", "model=flat", *choice.split(), "epochs=6", "threads=1"]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    (environment,) = (json.loads(file.read_text()) for file in Path("results/runs").glob("*/environment.json"))
+    (config,) = map(read_config, Path("results/runs").iterdir())
+    assert main(shlex.split(environment["command"])[3:]) == 0
+    assert "has finished already" in capsys.readouterr().out
+    commands = [shlex.split(words)[3:] for words in re.findall(r"(\S+ -m alignprune_exp.train .*?) +# ", out)]
+    assert len(commands) == 3
+    for number, command in enumerate(commands):
+        assert main([*command, f"paths.results={number}"]) == 0
+    full, by_loss, seed = (read_config(next(Path(f"{number}/runs").iterdir())) for number in range(3))
+    assert full["pruner"] == {"name": "full"}
+    assert by_loss["pruner"] == config["pruner"]
+    assert by_loss["score"]["name"] == "loss"
+    assert seed == {**config, "seed": 1, "paths": seed["paths"]}
 
 
 def test_a_task_from_outside_is_judged_by_its_own_metric(own, tmp_path, capsys):

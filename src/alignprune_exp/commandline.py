@@ -10,12 +10,13 @@ import shutil
 import sys
 import unicodedata
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
@@ -305,18 +306,32 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     return notes
 
 
+def _ranks(override: str) -> bool:
+    """Return whether an override has a say in nothing but a ranking."""
+    return _key(override).partition(".")[0] == "score" or _records_a_signal(override)
+
+
 def _records_a_signal(override: str) -> bool:
     """Return whether an override has trajectories made of something else than losses."""
     key, _, value = override.lstrip("+").partition("=")
     return key == "recorded" and value.strip("'\"") in SIGNALS
 
 
+def own_folders(hydra: HydraConf | DictConfig) -> tuple[str, ...]:
+    """Return the words of the command line that Hydra has read by which it finds options of one's own."""
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    searched = [line for line in hydra.overrides.hydra if line.partition("=")[0] == "hydra.searchpath"]
+    return *(f"--config-dir={_from_here(folder)}" for folder in folders), *searched
+
+
+def _from_here(path: str) -> str:
+    here = os.path.relpath(path)
+    return path if here.startswith("..") else here
+
+
 def interpreter() -> str:
     """Return how to call this interpreter from here: ``python`` where that is it."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    here = os.path.relpath(sys.executable)
-    return sys.executable if here.startswith("..") else here
+    return "python" if shutil.which("python") == sys.executable else _from_here(sys.executable)
 
 
 def _shell(words: Sequence[str]) -> str:
@@ -334,44 +349,66 @@ def _of_method(config: Config, given: set[str]) -> list[str]:
     return [f"{key}={shown(value)}" for key, (value, default) in own.items() if value != default and key not in chosen]
 
 
-def next_commands(config: Config, overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """Return three commands worth typing after this one, each with what it does."""
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+~")
 
-    def command(pruner: str, score: str | None, *more: str) -> str:
-        asked = SCORE.schema(score).model_fields if score else {}
-        changed = {change.split("=")[0] for change in more} | {"method", "pruner", "score", "score.name", "force"}
-        same = pruner == config.pruner.name
-        of_losses = score is None or (score == "loss" and not (ranks and config.score.name == "loss"))
-        kept = [
-            override
-            for override in overrides
-            if (key := override.split("=")[0].lstrip("+~")) not in changed
-            and (same or not (key.startswith("pruner.") or key == "saved"))
-            and (not key.startswith("score.") or key.removeprefix("score.") in asked)
-            and not (of_losses and _records_a_signal(override))
-        ]
-        choice = [f"pruner={pruner}", *([f"score={score}"] if score else [])]
-        given = {override.split("=")[0].lstrip("+~") for override in kept}
-        implied = _of_method(config, given) if same else []
-        return _shell([*program, *kept, *choice, *implied, *more])
 
-    program = [interpreter(), *PROGRAM.split()[1:]]
-    pruner, score = config.pruner.name, config.score.name
+def _otherwise(
+    config: Config, overrides: Sequence[str], choices: Mapping[str, str], pruner: str | None, score: str | None
+) -> list[str]:
+    """Return what to type for the same run with another pruner, or with its own one for None, and another score."""
+    asked = SCORE.schema(score).model_fields if score else {}
     ranks = PRUNER.make(config.pruner).uses_scores
-    aligns = config.reference.aligns
-    commands = []
-    if not ranks:
-        best = "das" if aligns else "small_loss"
-        commands.append((command("infobatch", best), f"the same, pruned by InfoBatch with {best}"))
-        commands.append((command("infobatch", "loss"), "the same, pruned by InfoBatch as it is"))
+    of_losses = score is None or (score == "loss" and not (ranks and config.score.name == "loss"))
+    kept = [
+        override
+        for override in overrides
+        if (key := _key(override)) not in ("method", "pruner", "score", "score.name", "force")
+        and (pruner is None or not (key.startswith("pruner.") or key == "saved"))
+        and (not key.startswith("score.") or key.removeprefix("score.") in asked)
+        and not (of_losses and _records_a_signal(override))
+    ]
+    choice = [f"pruner={pruner or choices.get('pruner', config.pruner.name)}", *([f"score={score}"] if score else [])]
+    of_method = pruner is None and "method" in map(_key, overrides)
+    return [*kept, *choice, *(_of_method(config, {*map(_key, kept)}) if of_method else [])]
+
+
+def next_commands(
+    config: Config,
+    overrides: Sequence[str],
+    own: Sequence[str] = (),
+    choices: Mapping[str, str] | None = None,
+    fits: Callable[[list[str]], bool] = lambda words: True,
+) -> list[tuple[str, str]]:
+    """Return three commands worth typing after a run, each with what it does; fewer where some would be refused.
+
+    Args:
+        config: of the run.
+        overrides: that chose it.
+        own: see `own_folders`.
+        choices: the option of each group that they chose.
+        fits: whether a run of some overrides would be accepted.
+    """
+    program = [interpreter(), *PROGRAM.split()[1:], *own]
+    score, ranks = config.score.name, PRUNER.make(config.pruner).uses_scores
+    others = ["loss", *(["das"] if config.reference.aligns else []), "small_loss"]
+    proposed: list[tuple[str, list[str]] | None] = []
+
+    def propose(pruner: str | None, scores: Sequence[str | None], meaning: str) -> None:
+        """Propose another pruner, or the same for None, with the first of some scores that fits."""
+        lines = ((each, _otherwise(config, overrides, choices or {}, pruner, each)) for each in scores)
+        proposed.append(next(((meaning.format(each), words) for each, words in lines if fits(words)), None))
+
+    if ranks:
+        propose("full", [None], "the same without pruning")
+        propose(None, [each for each in others if each != score], "the same, ranked by {}")
     else:
-        other = "loss" if score != "loss" else "das" if aligns else "small_loss"
-        commands.append((command("full", None), "the same without pruning"))
-        commands.append((command(pruner, other), f"the same, ranked by {other}"))
+        propose("infobatch", others[1:], "the same, pruned by InfoBatch with {}")
+        propose("infobatch", ["loss"], "the same, pruned by InfoBatch as it is")
     if config.dataset.name == "digits":
-        commands.append(
-            (_shell([*program, "dataset=cifar10", "dataset.download=true", "scale=cpu"]), "real images, in minutes")
-        )
+        proposed.append(("real images, in minutes", ["dataset=cifar10", "dataset.download=true", "scale=cpu"]))
     else:
-        commands.append((command(pruner, score if ranks else None, f"seed={config.seed + 1}"), "another seed"))
-    return commands
+        inert = () if ranks else [line for line in overrides if _ranks(line)]
+        seeded = [line for line in overrides if _key(line) not in ("seed", "force") and line not in inert]
+        proposed.append(("another seed", [*seeded, f"seed={config.seed + 1}"]))
+    return [(_shell([*program, *words]), meaning) for meaning, words in filter(None, proposed)]

@@ -276,6 +276,11 @@ def _check_trusted(config: Config, plan: Plan) -> None:
         )
 
 
+def check_pruning(config: Config) -> None:
+    """Raise UsageError for settings of the pruning that do not go together, whatever the data are."""
+    make_pruning(config, range(2), clean=np.ones(2, bool), labels=np.arange(2))
+
+
 def make_pruning(
     config: Config,
     dataset: Any,

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
@@ -27,12 +26,14 @@ class Job:
         overrides: the arguments that chose it.
         config: what it runs.
         group: the suite that it belongs to, if any.
+        own: the words that name folders of one's own options; see `own_folders`.
     """
 
     number: int | None
     overrides: tuple[str, ...]
     config: Config
     group: str | None
+    own: tuple[str, ...] = ()
 
     @property
     def config_id(self) -> str:
@@ -40,7 +41,9 @@ class Job:
         return run_id(identity(self.config, ""))
 
 
-def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictConfig], here: bool) -> list[Job]:
+def jobs_of(
+    grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictConfig], here: bool, own: tuple[str, ...] = ()
+) -> list[Job]:
     """Compose and check every job; return those that are runs of their own and not yet finished, in order.
 
     Where they run ``here``, on this machine, their data is opened as well, and their network made, once for each that
@@ -56,7 +59,7 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
     for number, overrides in enumerate(grid):
         progress.show(f"checking runs: {number}/{len(grid)}")
         with _named(overrides):
-            job = _composed(len(seen) + 1, tuple(overrides), compose)
+            job = _composed(len(seen) + 1, tuple(overrides), compose, own)
         id, results = job.config_id, job.config.paths.results
         if results not in done:
             done[results] = finished_configs(Path(results))
@@ -76,18 +79,20 @@ def jobs_of(grid: Sequence[Sequence[str]], compose: Callable[[list[str]], DictCo
     return list(seen.values())
 
 
-def _composed(number: int, overrides: tuple[str, ...], compose: Callable[[list[str]], DictConfig]) -> Job:
+def _composed(
+    number: int, overrides: tuple[str, ...], compose: Callable[[list[str]], DictConfig], own: tuple[str, ...]
+) -> Job:
     """Return a job, whose config has been checked, and what it prunes by made."""
     from .commandline import checked, composing, explained, group_of, refuse_clashes
-    from .setup import make_pruning
+    from .setup import check_pruning
 
     refuse_clashes(overrides)
     with composing(overrides):
         composed = compose(list(overrides))
     with explained(overrides):
         config = checked(composed)
-    make_pruning(config, range(2), clean=np.ones(2, bool), labels=np.arange(2))
-    return Job(number, overrides, config, group_of(composed))
+    check_pruning(config)
+    return Job(number, overrides, config, group_of(composed), own)
 
 
 @dataclass(frozen=True)

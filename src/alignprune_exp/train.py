@@ -28,6 +28,7 @@ if __name__ == "__main__":
         sys.exit(Stopped.status)
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -41,6 +42,7 @@ from .commandline import (
     group_of,
     inert_keys,
     next_commands,
+    own_folders,
     read_line,
     refuse_clashes,
 )
@@ -79,7 +81,7 @@ def _single(composed: DictConfig, overrides: tuple[str, ...]) -> Job:
     if launcher != "basic" and hydra_config.mode is RunMode.RUN:
         raise UsageError(f"hydra/launcher={launcher} launches sweeps; add -m")
     refuse_clashes(overrides)
-    return Job(None, overrides, checked(composed), group_of(composed))
+    return Job(None, overrides, checked(composed), group_of(composed), own_folders(hydra_config))
 
 
 def perform(job: Callable[[], Job]) -> int:
@@ -105,9 +107,30 @@ def _run(job: Job) -> None:
         say(f"[{job.number}] {' '.join(overrides)}")
     for note in inert_keys(config, overrides):
         say(f"note: {note}")
-    summary, folder = run(config, shlex.join([*PROGRAM.split(), *overrides]), job.group)
-    commands = [] if job.number is not None else next_commands(config, overrides)
+    summary, folder = run(config, shlex.join([*PROGRAM.split(), *job.own, *overrides]), job.group)
+    commands = _next(job) if job.number is None else []
     say(closing(summary, headline(summary), str(folder), commands))
+
+
+def _next(job: Job) -> list[tuple[str, str]]:
+    """Return commands worth typing next; where Hydra has read the job's own, with its options, and tried as it was."""
+    if not GlobalHydra.instance().is_initialized():
+        return next_commands(job.config, job.overrides)
+    searched = [word for word in job.own if not word.startswith("-")]
+
+    def fits(words: list[str]) -> bool:
+        from .setup import check_pruning
+
+        try:
+            refuse_clashes(words)
+            with composing(words):
+                composed = hydra.compose("train", [*searched, *words])
+            check_pruning(checked(composed))
+        except UsageError:
+            return False
+        return True
+
+    return next_commands(job.config, job.overrides, job.own, HydraConfig.get().runtime.choices, fits)
 
 
 def _requeue() -> None:
