@@ -245,6 +245,22 @@ def test_what_a_run_says_to_type_and_was_typed_finds_what_is_of_ones_own(
     assert seed == {**config, "seed": 1, "paths": seed["paths"]}
 
 
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("pruner=best pruner.prt=0.5", "unknown key pruner.prt; did you mean part?; pruner=outside.Best has part"),
+        (
+            "score=powered score.powr=1",
+            "unknown key score.powr; did you mean power?; score=outside.Powered has bank, power",
+        ),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--config-dir={}", "--config-dir {}", "-cd {}"])
+def test_an_unknown_key_is_said_of_the_option_of_ones_own(own, tmp_path, capsys, line, sentence, flag):
+    assert main([*flag.format(own).split(), *line.split(), f"paths.results={tmp_path / 'none'}"]) == 2
+    assert capsys.readouterr().err.startswith(sentence)
+
+
 def test_a_task_from_outside_is_judged_by_its_own_metric(own, tmp_path, capsys):
     suite_of(own, "lines", {"task": ["line"], "pruner": ["full", "infobatch"], "score": ["das"]}, ["pruner"], ["task"])
     table = table_of(own, "lines", tmp_path, "score.window=3", "optimizer.lr=0.05")

@@ -12,6 +12,7 @@ import unicodedata
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -259,10 +260,11 @@ def _flat(error: Exception) -> str:
 def _unknown_key(key: str, arguments: Sequence[str]) -> str:
     """Say which keys there are beside the unknown one, in the config that the other arguments choose."""
     GlobalHydra.instance().clear()
+    folders = _folders_typed([*arguments, *sys.argv[1:]])
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         choices = [a for a in arguments if "=" in a and "." not in a.split("=")[0] and not a.startswith("-")]
         try:
-            node: Any = compose("train", [a for a in choices if a.split("=")[0].lstrip("+~") != key])
+            node: Any = compose("train", [*folders, *(a for a in choices if _key(a) != key)])
         except Exception:  # it may be anything that Hydra raises over the other arguments
             node = compose("train")
     *parents, last = key.split(".")
@@ -284,6 +286,13 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
     having = [file.stem for file in files if f"\n{last}:" in f"\n{file.read_text()}"]
     hint = f"; it belongs to {parents[0]}={', '.join(having)}" if having else suggest(last, known)
     return f"unknown key {key}{hint}; {where} has {', '.join(known) or 'no keys'}"
+
+
+def _folders_typed(arguments: Sequence[str]) -> list[str]:
+    """Return the override that finds what a command line's ``--config-dir`` finds, or none."""
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("-") else [word])]
+    named = [folder for flag, folder in pairwise(words) if flag in ("--config-dir", "-cd")]
+    return [f"hydra.searchpath=[{_in_quotes(f'file://{os.path.abspath(named[0])}')}]"] if named else []
 
 
 def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
