@@ -521,6 +521,20 @@ def test_what_saves_as_much_as_is_asked_is_not_said_to_have_no_effect(trained, c
     assert "no effect" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "line", ["pruner=topk,ucb pruner.warmup=2", "method=topk_das,topk_settled pruner.warmup=2 pruner.ratio=0.5,0.6"]
+)
+def test_a_grid_of_choices_takes_a_key_that_the_default_lacks_and_all_of_them_have(trained, line):
+    assert main(["-m", *line.split(), "score.window=3", "paths.results=r"]) == 1
+    assert len(trained) == (4 if "," in line.split()[-1] else 2)
+
+
+def test_a_key_that_one_choice_of_a_grid_lacks_is_said_of_that_one(refused):
+    sentence = refused("-m", "pruner=topk,infobatch", "pruner.warmup=2")
+    assert "in the job pruner=infobatch pruner.warmup=2" in sentence
+    assert "topk, ucb; pruner=infobatch has ratio, delta" in sentence
+
+
 @pytest.mark.parametrize("arguments", [["-m", "seed=1,2", "paths.results=r"], ["paths.results=r", "seed=1,2", "-m"]])
 def test_a_sweep_is_started_by_its_flag_before_or_after_the_keys(trained, capsys, arguments):
     assert main(arguments) == 1

@@ -96,7 +96,18 @@ def read_line(arguments: Sequence[str]) -> list[str]:
     refuse_clashes(flags.overrides)
     for override in overrides:
         _check_override(override, sweeping)
+    if sweeping:
+        swept = {_key(str(override.input_line)) for override in overrides if override.is_sweep_override()}
+        swept |= {"pruner", "score"} if "method" in swept else set()
+        read |= {line: _of_each(typed) for line, typed in read.items() if _key(line).partition(".")[0] in swept}
     return [read.get(argument, argument) for argument in arguments]
+
+
+def _of_each(line: str) -> str:
+    """Return a setting of what a grid has several of as an axis of one value: of the first choice it may be none."""
+    key, equals, value = line.partition("=")
+    alone = "." in key and equals and not OverridesParser.create().parse_override(line).is_sweep_override()
+    return f"{key}=choice({value})" if alone else line
 
 
 def _check_flags(flags: Namespace) -> None:
