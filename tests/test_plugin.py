@@ -615,6 +615,14 @@ def test_a_seed_that_would_not_repeat_is_refused(seed):
         make(seed=seed)
 
 
+@pytest.mark.parametrize("epochs", [0, -1, 8.5, 8.0, "8", None])
+def test_epochs_that_are_no_whole_number_are_refused(epochs):
+    with pytest.raises(
+        ValueError, match=f"^epochs={re.escape(repr(epochs))} is out of range; use a whole number, 1 or"
+    ):
+        make("infobatch", "loss", epochs=epochs)
+
+
 def test_a_mask_of_clean_labels_is_no_list_of_classes():
     with pytest.raises(ValueError, match="clean has values other than 0 and 1"):
         make("topk", "oracle", warmup=0, clean=np.arange(N) % 3)

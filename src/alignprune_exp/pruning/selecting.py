@@ -59,8 +59,8 @@ class Selecting(Indexed):
         self.n = len(dataset)
         if self.n == 0:
             raise ValueError("the data set is empty")
-        if epochs < 1:
-            raise ValueError(f"epochs={epochs} is out of range; use 1 or more")
+        if not isinstance(epochs, int | np.integer) or epochs < 1:
+            raise ValueError(f"epochs={epochs!r} is out of range; use a whole number, 1 or more")
         if not isinstance(seed, int | np.integer) or seed < 0:
             raise ValueError(f"seed={seed!r} is out of range; use a whole number, 0 or more")
         self.seed, self.divide = seed, divide
