@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .bank import Trajectories
-from .cleaning import array, check_classes, first, table, within_class
+from .cleaning import array, check_classes, check_one_a_sample, first, table, within_class
 from .named import make_pruner, make_score
 from .noise_rate import NoiseRate
 from .processes import Exchange
