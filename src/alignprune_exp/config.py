@@ -184,7 +184,7 @@ NOTHING_HELD_OUT = Trusted(size=0.0, per_class=False, noise=0.0, train=False)
 FORMER_SCALES = {"quick": "cpu"}  # what a scale was called when its first runs were published
 
 # Keys whose text is a path, and so may hold anything.
-PATHS = ("paths.results", "paths.data", "dataset.root", "dataset.imagenet_root", "noise.file")
+PATHS = ("paths.results", "paths.data", "dataset.root", "dataset.imagenet_root", "noise.file", "score.file")
 
 
 def validate(values: Mapping[str, Any]) -> Config:
@@ -253,6 +253,8 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
     values["noise"] = {key: value for key, value in noise.items() if key == "name" or key in taken}
     if not config.reference.aligns:
         values["reference"] = {"size": 0.0}
+    if fingerprint:
+        values["score"].pop("file", None)  # the data's fingerprint knows what is in it
     pruner = PRUNER.make(config.pruner)
     for key in pruner.inert():
         del values["pruner"][key]

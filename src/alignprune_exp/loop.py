@@ -18,7 +18,8 @@ from .errors import Stopped
 from .learners import Step
 from .network import Network
 from .pruning import DynamicPruning, NonFiniteLossError, Selection, WarmUpLog
-from .pruning.readout import readout
+from .pruning.readout import RIDGE, WEAK, readout
+from .pruning.scores import Features
 from .reference import Reference
 from .setup import Setup
 
@@ -116,7 +117,12 @@ class Loop:
         """Train one epoch and return what is to be recorded of it; ``save`` is called where ``stop`` interrupts it."""
         setup, pruning, network = self.setup, self.pruning, self.network
         config, clock = setup.config, Clock(self.elapsed)
+        if foretells := isinstance(pruning.score, Features):
+            if pruning.due:
+                self._foretell()
+            clock.lap("refresh")
         now = Epoch(pruning.epoch, pruning.ranked_by, pruning.selection, pruning.ranking)
+        now.refreshed = setup.n if foretells and pruning.told_in == pruning.epoch else 0
         if pruning.pruner.asks:
             setup.task.answer(now.selection.indices)
         order = pruning.order()
@@ -137,7 +143,7 @@ class Loop:
         network.learner.eval()
         around = pruning.pruner.looks_around(now.number - pruning.first, pruning.epochs - pruning.first)
         if config.score.unseen == "refresh" or around:
-            now.refreshed = self._refresh()
+            now.refreshed += self._refresh()
         if pruning.due:
             now.refreshed += self._read_out()
         clock.lap("refresh")
@@ -218,16 +224,23 @@ class Loop:
             self.pruning.exchange()
         return len(unseen)
 
+    def _foretell(self) -> None:
+        """Tell what a readout of all samples' features foretells of their labels."""
+        self._tell(self.setup.task.features(self.setup.own), WEAK)
+
     def _read_out(self) -> int:
-        """Tell what a readout of all samples' embeddings foretells of their labels; return how many samples."""
-        setup = self.setup
-        _, own = setup.task.outputs(self.network, setup.task.train.evaluation(setup.own))
-        embeddings = setup.processes.gather(own)
-        if not embeddings.isfinite().all():
+        """Tell the same of the network's embeddings as they are now; return how many samples."""
+        own = self.setup.task.train.evaluation(self.setup.own)
+        self._tell(self.setup.task.outputs(self.network, own)[1], RIDGE)
+        return self.setup.n
+
+    def _tell(self, own: Tensor, ridge: float) -> None:
+        """Tell a `readout` of all samples' features, of which this process has its ``own`` share (k, d)."""
+        features = self.setup.processes.gather(own)
+        if not features.isfinite().all():
             raise NonFiniteLossError(self.pruning.epoch, what="an embedding")
-        assert setup.task.strata is not None
-        self.pruning.tell(readout(embeddings, torch.from_numpy(setup.task.strata)))
-        return setup.n
+        assert self.setup.task.strata is not None
+        self.pruning.tell(readout(features, torch.from_numpy(self.setup.task.strata), ridge))
 
     def recorded(self, samples: Tensor) -> Tensor:
         """Return what trajectories are made of, of samples (k,) under the network, in eval mode."""

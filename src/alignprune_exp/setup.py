@@ -16,7 +16,7 @@ from .distributed import Processes
 from .errors import UsageError
 from .pruning import Criterion, DynamicPruning, Full, Plan, Pruner, Score, Trajectories
 from .pruning.logistic import PARTS
-from .pruning.scores import HeldOut, Oracle, Readout, Supervised
+from .pruning.scores import Features, HeldOut, Oracle, Readout, Supervised
 from .pruning.seeding import generator
 from .pruning.signals import SIGNALS
 from .runs import run_id
@@ -208,10 +208,10 @@ def check_labels(config: Config, classes: bool, clean: bool) -> None:
     told = any(score.due(epoch, config.epochs) for epoch in range(config.epochs))
     if score.by_truth and not clean:
         raise UsageError(f"score={config.score.name} needs clean labels, and this data set has none; use another score")
-    if told and not isinstance(score, HeldOut | Readout):
+    if told and not isinstance(score, Features | HeldOut | Readout):
         raise UsageError(
-            f"score={config.score.name} is told what a run cannot tell; let it subclass HeldOut or Readout, of "
-            "alignprune_exp.pruning.scores"
+            f"score={config.score.name} is told what a run cannot tell; let it subclass Features, HeldOut or Readout, "
+            "of alignprune_exp.pruning.scores"
         )
     if plan.asks:
         _check_asking(config, score.by_class or score.by_truth or told, clean)

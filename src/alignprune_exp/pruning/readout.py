@@ -1,7 +1,8 @@
-"""What a linear readout of the network's embeddings foretells of each label, out of all the other samples' labels."""
+"""What a linear readout of embeddings foretells of each label, out of all the other samples' labels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -10,11 +11,12 @@ from torch.nn import functional as F
 
 from .bank import exact
 
-RIDGE = 0.01  # of the mean variance of an embedding's dimension
+RIDGE = 0.01  # for embeddings that the labels have shaped
+WEAK = 0.1  # for features that are many, and of which each says little
 ROWS = 8192  # that are in double precision at a time
 
 
-def readout(embeddings: Tensor, labels: Tensor) -> Tensor:
+def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Tensor:
     r"""Return by how much each label is foretold above all other classes, were the sample itself left out.
 
     With X the centred embeddings, Y the centred indicators of the C classes and one ridge λ, least squares without
@@ -28,17 +30,21 @@ def readout(embeddings: Tensor, labels: Tensor) -> Tensor:
     Args:
         embeddings: (n, d) of the network's last layer but one, in eval mode.
         labels: (n,) as given, integers from 0.
+        ridge: λ, above 0, over the mean of the diagonal of XᵀX: `RIDGE`, or `WEAK`.
 
     Returns:
         (n,) float32, where the embeddings lie; higher means that the label fits what the others say.
 
-    Raises ValueError for labels of one class or of other samples, and for embeddings that are not finite.
+    Raises ValueError for labels of one class or of other samples, a ridge that is not above 0, and for embeddings that
+    are not finite.
     """
     n = len(embeddings)
     labels = torch.as_tensor(labels, device=embeddings.device)
     whole = labels.shape == (n,) and not labels.is_floating_point() and n > 0
     if not whole or labels.min() < 0 or labels.max() < 1:
         raise ValueError(f"a readout needs {n} labels, one a sample, whole numbers from 0, of two classes or more")
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"ridge={ridge} is out of range; use a number above 0")
     labels, d, classes = labels.long(), embeddings.shape[1], int(labels.max()) + 1
     mean_D = embeddings.mean(0, dtype=exact(embeddings.device))
     shares_C = F.one_hot(labels, classes).to(mean_D.dtype).mean(0)
@@ -54,8 +60,8 @@ def readout(embeddings: Tensor, labels: Tensor) -> Tensor:
         cross_DC += x_BD.T @ y_BC
     if not gram_DD.isfinite().all():
         raise ValueError("the embeddings are not finite")
-    ridge = (RIDGE * gram_DD.diagonal().mean()).clamp(min=torch.finfo(gram_DD.dtype).tiny)
-    inverse_DD = torch.linalg.inv(gram_DD + ridge * torch.eye(d, dtype=gram_DD.dtype, device=gram_DD.device))
+    penalty = (ridge * gram_DD.diagonal().mean()).clamp(min=torch.finfo(gram_DD.dtype).tiny)
+    inverse_DD = torch.linalg.inv(gram_DD + penalty * torch.eye(d, dtype=gram_DD.dtype, device=gram_DD.device))
     margins = []
     for x_BD, y_BC, label_B1 in blocks():
         h_B = 1 / n + ((x_BD @ inverse_DD) * x_BD).sum(1)

@@ -276,6 +276,28 @@ class Readout(Cleaning):
         return scores_N if told_N.isnan().all() else scores_N + self.standardised(told_N, history)
 
 
+class Features(Cleaning):
+    """`Cleaning`, and what a `readout` of features that no label had a say in foretells of each, within the class too.
+
+    They are `Patches` of images, or what a network that others have trained makes of the samples, and so there before
+    anything is trained. A sample without losses yet goes by them alone.
+
+    Attributes:
+        file: where whoever trains finds them, (n, d); None for `Patches`.
+    """
+
+    name = "features"
+
+    def __init__(self, *, file: str | None = None) -> None:
+        self.file = file
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        return epoch == 0
+
+    def __call__(self, history: History) -> Tensor:
+        return super().__call__(history).nan_to_num(nan=0.0) + self.standardised(told(history), history)
+
+
 class HeldOut(Score):
     """A score by the irreducible losses: of each sample under a network that has not trained on it, told at first.
 
@@ -366,6 +388,7 @@ SCORES: dict[str, type[Score]] = {
         Cleaning,
         Curriculum,
         Readout,
+        Features,
         Reducible,
         Irreducible,
         Oracle,

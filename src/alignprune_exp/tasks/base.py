@@ -194,6 +194,10 @@ class Task:
         """Return the first network's probabilities (n, C) and embeddings (n, d) of samples."""
         raise self._no_classes()
 
+    def features(self, samples: Tensor) -> Tensor:
+        """Return features (k, d) of training samples (k,) that no label has had a say in."""
+        raise self._no_classes()
+
     def answer(self, samples: np.ndarray) -> None:
         """Let training samples (K,) have their clean labels from now on."""
         raise self._no_classes()

@@ -5,6 +5,7 @@ Shape legend: n samples, B samples of a batch, C classes, d dimensions of an emb
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from functools import cached_property
@@ -19,8 +20,11 @@ from torch.nn import functional as F
 from .. import models
 from ..config import MODEL, NOISE, NOTHING_HELD_OUT, Config, Trusted
 from ..data.batches import Batch, Batches, ImageBatches
+from ..data.features import read_features
 from ..data.split import Split, prepare
+from ..pruning.patches import Patches
 from ..pruning.reference import confident_thresholds, label_quality
+from ..pruning.seeding import generator
 from ..records import ACCURACY
 from .base import Task
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from ..network import Network
 
 
+PATCHED = 2000  # samples whose patches are drawn from
 EVALUATED = {"cpu": 256, "cuda": 1000}  # samples of a batch without augmentation
 
 
@@ -51,7 +56,11 @@ class Classification(Task):
             test_subset=dataset.test_subset,
             root=Path(place).expanduser() if place is not None else None,
         )
-        self.n, self.fingerprint = len(data.train), data.fingerprint
+        self.n, self.fingerprint, self._features = len(data.train), data.fingerprint, None
+        if (file := getattr(config.score, "file", None)) is not None:
+            self._features = read_features(file, len(data.train.source), data.train.rows)
+            content = hashlib.sha256(data.fingerprint.encode() + self._features.tobytes())
+            self.fingerprint = content.hexdigest()
         self.corrupted = data.train.wrong
         self.strata, self.classes = data.train.labels, data.classes
         self.chance_loss = math.log(len(data.classes))
@@ -124,6 +133,16 @@ class Classification(Task):
     def reference_noise(self) -> float | None:
         wrong = None if self.data.reference is None else self.data.reference.wrong
         return None if wrong is None else float(wrong.mean())
+
+    @torch.no_grad()
+    def features(self, samples: Tensor) -> Tensor:
+        if self._features is not None:
+            return torch.from_numpy(self._features)[samples].to(self.device)
+        rng = generator(self.config.seed, "patches")
+        drawn = np.sort(rng.permutation(self.n)[:PATCHED])
+        some = torch.cat([images for _, images, _ in self.train.evaluation(drawn)])
+        patches = Patches(some, self.config.dataset.flip, rng)
+        return torch.cat([patches(images) for _, images, _ in self.train.evaluation(samples)])
 
     def answer(self, samples: np.ndarray) -> None:
         clean = self.data.train.clean_labels

@@ -1,0 +1,34 @@
+"""Features of samples that somebody has computed already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UsageError
+
+
+def read_features(file: str, n: int, rows: np.ndarray) -> np.ndarray:
+    """Return the features (k, d), float32, of the samples ``rows`` (k,) out of a file in NumPy's format.
+
+    It is mapped, not read whole, and unpickles nothing. Raises UsageError unless it has one row for each of ``n``
+    training samples, as the data set has them, and numbers alone, finite ones where they are asked for.
+    """
+    path, wanted = Path(file).expanduser(), f"one row for each of the data set's {n:,} training samples"
+    try:
+        held = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = "it is not there" if not path.exists() else f"{error}"
+        raise UsageError(
+            f"score.file={file} cannot be read ({reason}); write it with numpy.save, {wanted}, or leave it out"
+        ) from None
+    if not isinstance(held, np.ndarray) or held.ndim != 2 or held.dtype.kind not in "fiu" or held.shape[1] == 0:
+        what = f"{held.dtype} of shape {held.shape}" if isinstance(held, np.ndarray) else "several arrays"
+        raise UsageError(f"score.file={file} has {what}; write numbers (n, d), {wanted}")
+    if len(held) != n:
+        raise UsageError(f"score.file={file} has {len(held):,} rows; write {wanted}, in its order")
+    features = held[rows].astype(np.float32)
+    if not (finite := np.isfinite(features).all(1)).all():
+        raise UsageError(f"score.file={file} is not finite in row {rows[int(finite.argmin())]}; mend it")
+    return features

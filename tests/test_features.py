@@ -1,0 +1,228 @@
+"""Features that no label has had a say in, and what ranks by them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from alignprune_exp.pruning import DynamicPruning, within_class
+from alignprune_exp.pruning import patches as module
+from alignprune_exp.pruning.patches import Patches
+from alignprune_exp.pruning.readout import WEAK, readout
+from alignprune_exp.run import Run
+from harness import SMALL, config_of, rows_of, same_bits_when_stopped, summary_of, trained
+
+LINE = ("method=sieve_features", "noise=sym0.5", "pruner.exclude=0.3")
+
+
+def made(images, mirrored=False, seed=0):
+    return Patches(images, mirrored, np.random.default_rng(seed))
+
+
+def plainly(images, mirrored, seed):
+    """The features (n, K) of the images that the patches are from, patch by patch, in double precision."""
+    x, rng = images.double().numpy(), np.random.default_rng(seed)
+    n, _, height, width = x.shape
+    h, w = min(module.PATCH, height), min(module.PATCH, width)
+    image, top, left = (rng.integers(bound, size=module.DRAWN) for bound in (n, height - h + 1, width - w + 1))
+
+    def taken(patch):
+        patch = patch.ravel() - patch.mean()
+        return patch / np.sqrt(np.square(patch).mean() + module.FLOOR)
+
+    drawn = np.stack([taken(x[i, :, y : y + h, z : z + w]) for i, y, z in zip(image, top, left, strict=True)])
+    mean = drawn.mean(0)
+    u, s, _ = np.linalg.svd(np.cov(drawn.T), hermitian=True)
+    whiten = u @ np.diag(1 / np.sqrt(s + module.SMOOTH)) @ u.T
+    filters = (drawn[: module.FILTERS] - mean) @ whiten
+    filters /= np.maximum(np.linalg.norm(filters, axis=1, keepdims=True), 1e-12)
+
+    def features(one):
+        rows, columns = (range(0, side - length + 1, module.STRIDE) for side, length in ((height, h), (width, w)))
+        response = np.array(
+            [[filters @ whiten @ (taken(one[:, y : y + h, z : z + w]) - mean) for z in columns] for y in rows]
+        )
+        shrunk = np.sign(response) * np.maximum(np.abs(response) - module.THRESHOLD, 0)
+        cells = [
+            [part[a0:a1, b0:b1].mean((0, 1)) for a0, a1 in halves(len(rows)) for b0, b1 in halves(len(columns))]
+            for part in (shrunk, np.abs(shrunk))
+        ]
+        return np.concatenate([np.stack(cell, 1) for cell in cells]).ravel()
+
+    raw = np.stack([features(one) for one in x])
+    if mirrored:
+        raw = (raw + np.stack([features(one[:, :, ::-1]) for one in x])) / 2
+    spread = raw.std(0)
+    return (raw - raw.mean(0)) / np.where(spread > 0, spread, 1)
+
+
+def halves(length):
+    return [(0, -(-length // 2)), (length // 2, length)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(7, 14),
+    st.integers(7, 14),
+    st.booleans(),
+    st.integers(0, 99),
+    st.sampled_from([1, 40]),
+)
+def test_features_are_the_mean_responses_to_whitened_patches(channels, height, width, mirrored, seed, scale):
+    rng = np.random.default_rng(seed)
+    images = torch.from_numpy(rng.normal(2.0, scale, (6, channels, height, width)).astype(np.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FILTERS", 5)
+        patch.setattr(module, "DRAWN", 300)
+        patch.setattr(module, "AT_ONCE", 4)
+        found = made(images, mirrored, seed)(images)
+        expected = plainly(images, mirrored, seed)
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@given(st.booleans(), st.integers(0, 99))
+def test_an_image_has_its_features_whatever_others_come_with_it(mirrored, seed):
+    images = torch.rand(9, 3, 12, 10, generator=torch.Generator().manual_seed(seed))
+    features = made(images, mirrored)
+    together = features(images)
+    assert together.shape == (9, 2 * 4 * module.FILTERS)
+    torch.testing.assert_close(torch.cat([features(images[:4]), features(images[4:])]), together, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features(3 * images + 7).shape, together.shape)
+
+
+def test_mirror_images_are_alike_where_they_mean_the_same():
+    images = torch.rand(20, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    alike, apart = made(images, mirrored=True), made(images)
+    torch.testing.assert_close(alike(images.flip(3)), alike(images), rtol=1e-4, atol=1e-4)
+    assert (apart(images.flip(3)) - apart(images)).abs().max() > 0.5
+
+
+def test_large_images_are_averaged_down_and_small_ones_taken_as_they_are():
+    images = torch.rand(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    large = images.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    torch.testing.assert_close(made(large)(large), made(images)(images), rtol=1e-3, atol=1e-3)
+    tiny = images[:, :, :3, :5]
+    assert made(tiny)(tiny).isfinite().all()
+
+
+def test_images_of_one_colour_have_no_features():
+    assert (made(torch.full((4, 3, 9, 9), 5.0))(torch.full((4, 3, 9, 9), 5.0)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (torch.rand(3, 8, 8), "images are float32 of shape .3, 8, 8.; pass floating point of shape"),
+        (torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "images are uint8 of shape"),
+        (torch.zeros(0, 1, 8, 8), "images are float32 of shape .0, 1, 8, 8."),
+        (torch.full((2, 1, 8, 8), torch.nan), "the images are not finite"),
+    ],
+)
+def test_what_has_no_patches_is_refused(images, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        made(images)
+
+
+# ---- the score --------------------------------------------------------------------------------------------
+
+
+@given(st.integers(8, 30), st.integers(0, 99))
+def test_features_rank_alone_at_first_and_beside_the_losses_then(n, seed):
+    rng = np.random.default_rng(seed)
+    labels, margins = np.arange(n) % 2, rng.normal(size=n).astype(np.float32)
+    pruning = DynamicPruning(range(n), 8, "sieve", "features", labels=labels, warmup=1, seed=seed)
+    assert pruning.due
+    pruning.tell(margins)
+    assert not pruning.due
+    np.testing.assert_allclose(pruning.ranking, within_class(margins, labels), rtol=1e-5)
+    index = torch.from_numpy(pruning.order())
+    pruning.update(index, torch.from_numpy(rng.exponential(size=n).astype(np.float32))[index])
+    pruning.end_epoch()
+    assert not pruning.due
+    both = np.nan_to_num(pruning.scores("cleaning")) + within_class(margins, labels)
+    np.testing.assert_allclose(pruning.ranking, both, rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_were_not_told_are_asked_for():
+    pruning = DynamicPruning(range(4), 8, "sieve", "features", labels=[0, 0, 1, 1])
+    pruning.update(torch.from_numpy(pruning.order()), torch.ones(len(pruning.order())))
+    with pytest.raises(ValueError, match="score='features' goes by what you tell of every sample"):
+        pruning.end_epoch()
+
+
+# ---- runs -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_knows_wrong_labels_before_it_has_trained(tmp_path):
+    one = Run(config_of(tmp_path, "pruner=topk", "pruner.warmup=0", "score=features", "noise=sym0.5", "dataset.subset=null"))
+    train = one.setup.task.data.train
+    one.loop._foretell()
+    assert roc_auc_score(train.wrong, -one.loop.pruning.told.numpy()) > 0.95
+    assert train.wrong[one.loop.pruning.selection.indices].mean() < train.wrong.mean() - 0.1
+
+
+def test_a_run_goes_by_the_file_it_is_given(tmp_path):
+    path = tmp_path / "given" / "of everything.npy"
+    path.parent.mkdir()
+    total = len(Run(config_of(tmp_path)).setup.task.data.train.source)
+    given_ = np.random.default_rng(0).normal(size=(total, 5))
+    np.save(path, given_)
+    one = Run(config_of(tmp_path, *LINE, f"score.file='{path}'"))
+    one.loop._foretell()
+    train = one.setup.task.data.train
+    expected = readout(torch.from_numpy(given_[train.rows]).float(), torch.from_numpy(train.labels), WEAK)
+    assert torch.equal(one.loop.pruning.told, expected)
+
+
+def test_a_run_is_what_is_in_its_file_of_features(tmp_path):
+    total = len(Run(config_of(tmp_path)).setup.task.data.train.source)
+    for name, seed in {"a.npy": 0, "b.npy": 0, "c.npy": 1}.items():
+        np.save(tmp_path / name, np.random.default_rng(seed).normal(size=(total, 3)).astype(np.float32))
+    a, b, c = (Run(config_of(tmp_path, *LINE, f"score.file={tmp_path / name}.npy")).setup.id for name in "abc")
+    assert a == b != c
+
+
+def test_a_pass_for_features_is_counted_in_the_first_epoch(undisturbed):
+    folder = undisturbed(*LINE)
+    n, rows = summary_of(folder)["samples"], rows_of(folder)
+    assert [row["samples_refreshed"] for row in rows] == [n, *[0] * (len(rows) - 1)]
+    assert {row["ranked_by"] for row in rows} == {None, "features"}
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):
+    same_bits_when_stopped(tmp_path, 3, *LINE, base=SMALL)
+
+
+def test_a_run_ranks_by_features_in_every_pruner(tmp_path):
+    folder = trained(Run(config_of(tmp_path, "pruner=infobatch", "score=features", "noise=sym0.5")))
+    assert {row["ranked_by"] for row in rows_of(folder)} <= {None, "features"}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read (it is not there); write it with numpy.save, one row for each of the data set's"),
+        (b"no array", "cannot be read ("),
+        (np.zeros(4), "has float64 of shape (4,); write numbers (n, d)"),
+        (np.zeros((4, 2)), "has 4 rows; write one row for each of the data set's 1,438 training samples, in its order"),
+        (np.full((1438, 2), np.nan), "is not finite in row"),
+        (np.array([["a"]] * 1438), "has <U1 of shape"),
+        (np.array([[{}]] * 1438), "cannot be read ("),
+    ],
+)
+def test_a_file_that_cannot_be_it_is_refused(refused, tmp_path, content, sentence):
+    path = tmp_path / "features.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    assert f"score.file={path} {sentence}" in refused("method=sieve_features", f"score.file={path}")
+
+
+def test_features_need_class_labels(refused):
+    assert "score=features needs class labels, and task=regression has none" in refused(
+        "method=sieve_features", "task=regression"
+    )
