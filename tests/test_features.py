@@ -157,7 +157,9 @@ def test_features_that_were_not_told_are_asked_for():
 
 
 def test_a_run_knows_wrong_labels_before_it_has_trained(tmp_path):
-    one = Run(config_of(tmp_path, "pruner=topk", "pruner.warmup=0", "score=features", "noise=sym0.5", "dataset.subset=null"))
+    one = Run(
+        config_of(tmp_path, "pruner=topk", "pruner.warmup=0", "score=features", "noise=sym0.5", "dataset.subset=null")
+    )
     train = one.setup.task.data.train
     one.loop._foretell()
     assert roc_auc_score(train.wrong, -one.loop.pruning.told.numpy()) > 0.95
