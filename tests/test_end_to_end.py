@@ -153,7 +153,11 @@ def test_every_option_runs_on_digits(tmp_path, capfd, group, option, monkeypatch
     without_reference = ["score=loss"] if (group, option) == ("reference", "none") else []
     # In bf16 oneDNN makes NaN of the gradients of ResNet-50's strided convolutions on 1x1 maps, as 8x8 images give.
     exact = ["precision=fp32"] if option.startswith("resnet50") else []
-    special = {"dividemix": ["learner.warmup=2"], "resnet50_large": ["optimizer.lr=0.01"]}.get(option, [])
+    special = {
+        "dividemix": ["learner.warmup=2"],
+        "topk": ["pruner.warmup=2"],
+        "resnet50_large": ["optimizer.lr=0.01"],
+    }.get(option, [])
     assert launch(tmp_path, *without_reference, *exact, *special, f"{group}={option}", base=tuple(size)) == 0
     out, err = capfd.readouterr()
     assert err == ""

@@ -231,4 +231,4 @@ class Demanding(SCORES["loss"]):
 
 def test_a_score_that_no_run_can_tell_anything_is_refused(refused):
     sentence = refused("pruner=topk", "score=loss", f"score.name={__name__}.Demanding")
-    assert "is told what a run cannot tell; let it subclass HeldOut or Readout" in sentence
+    assert "is told what a run cannot tell; let it subclass Features, HeldOut or Readout" in sentence

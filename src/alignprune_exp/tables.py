@@ -65,12 +65,12 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     records = read_records(results)
     for error, _ in records.damaged:
         print(f"left out: {error}", file=sys.stderr)
-    for place in arguments.results:
-        if place not in RESULTS and not run_folders(place):
-            print(f"no runs under {place}, which has neither runs/ nor published records in it", file=sys.stderr)
     if not records:
         places = [*map(str, arguments.results), *([arguments.wandb] if arguments.wandb else [])]
         raise UsageError(f"no finished runs under {', '.join(places)}; run a suite first")
+    for place in arguments.results:
+        if place not in RESULTS and not run_folders(place):
+            print(f"no runs under {place}, which has neither runs/ nor published records in it", file=sys.stderr)
     scales = sorted({record.summary["scale"] for record in records.values()})
     for scale in sorted(set(scales) - set(option_names("scale", arguments.config_dir))):
         ids = ", ".join(record.folder.name for record in records.values() if record.summary["scale"] == scale)
