@@ -16,6 +16,7 @@ from . import fast
 from .bank import History
 from .cleaning import within_class
 from .logistic import told_by_others
+from .noise_rate import PASSES
 from .seeding import generator
 from .selection import check_epochs, epochs_of
 
@@ -280,7 +281,8 @@ class Features(Cleaning):
     """`Cleaning`, and what a `readout` of features that no label had a say in foretells of each, within the class too.
 
     They are `Patches` of images, or what a network that others have trained makes of the samples, and so there before
-    anything is trained. A sample without losses yet goes by them alone.
+    anything is trained. The losses of the first `PASSES` over the data, which know less, count by the share of these
+    that is done; a sample without losses goes by the features alone.
 
     Attributes:
         file: where whoever trains finds them, (n, d); None for `Patches`.
@@ -295,7 +297,8 @@ class Features(Cleaning):
         return epoch == 0
 
     def __call__(self, history: History) -> Tensor:
-        return super().__call__(history).nan_to_num(nan=0.0) + self.standardised(told(history), history)
+        known = min(1.0, history.count_N.double().mean().item() / PASSES)
+        return known * super().__call__(history).nan_to_num(nan=0.0) + self.standardised(told(history), history)
 
 
 class HeldOut(Score):
