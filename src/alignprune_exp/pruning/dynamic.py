@@ -64,7 +64,7 @@ class DynamicPruning(Selecting):
         saved: share of the training that the whole run is to save, by `Pruner.saving`.
         seed: seed of every random choice.
         clean: mask (n,), true where the label is clean; needed by ``score="oracle"`` alone.
-        labels: the given ones (n,), of any type; needed by ``score="cleaning"`` and ``"readout"``.
+        labels: the given ones (n,), of any type; needed by ``score="cleaning"``, ``"readout"`` and ``"features"``.
         device: where losses, trajectories and weights lie; without one that of the first loss.
         bank_dtype: of the trajectories; ``torch.float16`` halves their memory.
         bank: the ``trajectories`` of an earlier phase of training, to go on with: its epochs count on, so that no
@@ -167,8 +167,9 @@ class DynamicPruning(Selecting):
     def tell(self, values: Sequence[float] | np.ndarray | Tensor) -> None:
         """Tell, in the running epoch, what the score goes by beside the losses, wherever `due` asks for it.
 
-        That is the irreducible losses for ``score="reducible"`` and ``"irreducible"``, before the first epoch, and
-        every few epochs a `readout` for ``score="readout"``. Several processes tell the same.
+        That is, before the first epoch, the irreducible losses for ``score="reducible"`` and ``"irreducible"``, and a
+        `readout` of features for ``"features"``; every few epochs one of the network's embeddings for ``"readout"``.
+        Several processes tell the same.
 
         Args:
             values: (n,) one a sample, NaN where it is not known.

@@ -40,7 +40,7 @@ class Patches:
         if not images.isfinite().all():
             raise ValueError("the images are not finite")
         self.mirrored = mirrored
-        patches_PCHW = _patches(_small(images), rng)
+        patches_PCHW = _patches(small(images), rng)
         patches_PD = patches_PCHW.flatten(1)
         patches_PD = patches_PD - patches_PD.mean(1, keepdim=True)
         patches_PD = patches_PD / (patches_PD.square().mean(1, keepdim=True) + FLOOR).sqrt()
@@ -63,7 +63,7 @@ class Patches:
 
     def _responses(self, images: Tensor) -> Tensor:
         """(B, K). Filters are whitened twice, so that no patch need be, and their means put right afterwards."""
-        x, mean_of = _small(images), torch.full_like(self._filters[:1], 1 / self._filters[0].numel())
+        x, mean_of = small(images), torch.full_like(self._filters[:1], 1 / self._filters[0].numel())
         mean, square, found = (
             F.conv2d(values, kernels, stride=STRIDE)
             for values, kernels in ((x, mean_of), (x.square(), mean_of), (x, self._filters))
@@ -75,8 +75,8 @@ class Patches:
         return torch.cat([shrunk_BFL @ cells_L4, shrunk_BFL.abs() @ cells_L4], 1).flatten(1)
 
 
-def _small(images: Tensor) -> Tensor:
-    """Return images (B, C, H, W), float32, in which no side is longer than ``SIDE``."""
+def small(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W), float32, in which no side is longer than ``SIDE``: all that `Patches` look at."""
     height, width = images.shape[2:]
     return F.adaptive_avg_pool2d(images.float(), (min(height, SIDE), min(width, SIDE)))
 

@@ -22,7 +22,7 @@ from ..config import MODEL, NOISE, NOTHING_HELD_OUT, Config, Trusted
 from ..data.batches import Batch, Batches, ImageBatches
 from ..data.features import read_features
 from ..data.split import Split, prepare
-from ..pruning.patches import Patches
+from ..pruning.patches import Patches, small
 from ..pruning.reference import confident_thresholds, label_quality
 from ..pruning.seeding import generator
 from ..records import ACCURACY
@@ -140,7 +140,7 @@ class Classification(Task):
             return torch.from_numpy(self._features)[samples].to(self.device)
         rng = generator(self.config.seed, "patches")
         drawn = np.sort(rng.permutation(self.n)[:PATCHED])
-        some = torch.cat([images for _, images, _ in self.train.evaluation(drawn)])
+        some = torch.cat([small(images) for _, images, _ in self.train.evaluation(drawn)])
         patches = Patches(some, self.config.dataset.flip, rng)
         return torch.cat([patches(images) for _, images, _ in self.train.evaluation(samples)])
 
