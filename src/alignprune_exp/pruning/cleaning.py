@@ -30,6 +30,11 @@ def within_class(scores: NDArray[np.floating], labels: NDArray) -> NDArray[np.fl
     array([-1.,  1.,  0.,  0.,  0.])
     """
     check_classes(labels, len(scores))
+    return standardised(scores, labels)
+
+
+def standardised(scores: NDArray[np.floating], labels: NDArray) -> NDArray[np.float64]:
+    """Return the same of labels that have been checked."""
     known = ~np.isnan(scores)
     classes, of = np.unique(labels[known], return_inverse=True)
     values, members = scores[known].astype(np.float64), np.bincount(of)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import fast
 from .bank import History
-from .cleaning import within_class
+from .cleaning import standardised
 from .logistic import told_by_others
 from .noise_rate import PASSES
 from .seeding import generator
@@ -226,7 +226,7 @@ class Cleaning(Score):
     def standardised(self, values_N: Tensor, history: History) -> Tensor:
         if history.labels is None:
             raise ValueError(f"score={self.name!r} standardises within the class of the given label; pass labels=(n,)")
-        found = within_class(values_N.cpu().numpy(), history.labels)
+        found = standardised(values_N.cpu().numpy(), history.labels)
         return torch.from_numpy(found.astype(np.float32)).to(values_N.device)
 
 
