@@ -101,7 +101,7 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
             master = compose("train", [*search, f"suite={name}"], return_hydra_config=True)
         jobs = grid_of(master, overrides)
         groups = set(master.hydra.runtime.choices)
-        chosen = cache(lambda choices: _chosen([*search, *choices])) if own else _chosen_of_ours
+        chosen = cache(lambda choices: _chosen(choices, search)) if own else _chosen_of_ours
         cells = []
         for job in jobs:
             refuse_clashes(job)
@@ -129,10 +129,10 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
     )
 
 
-def _chosen(choices: Sequence[str]) -> DictConfig:
+def _chosen(choices: Sequence[str], search: Sequence[str] = ()) -> DictConfig:
     """Return what options of groups compose, Hydra being initialised, which takes a fifth of a second."""
     with composing(choices):
-        return compose("train", list(choices))
+        return compose("train", [*search, *choices])
 
 
 @cache
@@ -178,7 +178,8 @@ def grid_of(master: DictConfig, overrides: Sequence[str], loader: ConfigLoader |
     if "suite" in master and jobs:
         layout = _layout(master)
         in_full = [line for line in overrides if line.partition("=")[0] not in layout["rows"]]
-        _check_layout(layout, jobs, [*jobs, *_jobs(master, in_full, loader)])
+        narrowed = len(in_full) < len(overrides)
+        _check_layout(layout, jobs, [*jobs, *(_jobs(master, in_full, loader) if narrowed else [])])
     return jobs
 
 

@@ -59,7 +59,7 @@ def jobs_of(
     for number, overrides in enumerate(grid):
         progress.show(f"checking runs: {number}/{len(grid)}")
         with _named(overrides):
-            job = _composed(len(seen) + 1, tuple(overrides), compose, own)
+            job = job_of(len(seen) + 1, tuple(overrides), compose, own)
         id, results = job.config_id, job.config.paths.results
         if results not in done:
             done[results] = finished_configs(Path(results))
@@ -79,10 +79,10 @@ def jobs_of(
     return list(seen.values())
 
 
-def _composed(
-    number: int, overrides: tuple[str, ...], compose: Callable[[list[str]], DictConfig], own: tuple[str, ...]
+def job_of(
+    number: int | None, overrides: tuple[str, ...], compose: Callable[[list[str]], DictConfig], own: tuple[str, ...]
 ) -> Job:
-    """Return a job, whose config has been checked, and what it prunes by made."""
+    """Return a job, whose config has been checked, and what it prunes by made. Raises UsageError."""
     from .commandline import checked, composing, explained, group_of, refuse_clashes
     from .setup import check_pruning
 

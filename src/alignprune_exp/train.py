@@ -119,13 +119,10 @@ def _next(job: Job) -> list[tuple[str, str]]:
     searched = [word for word in job.own if not word.startswith("-")]
 
     def fits(words: list[str]) -> bool:
-        from .setup import check_pruning
+        from .sweep import job_of
 
         try:
-            refuse_clashes(words)
-            with composing(words):
-                composed = hydra.compose("train", [*searched, *words])
-            check_pruning(checked(composed))
+            job_of(None, tuple(words), lambda typed: hydra.compose("train", [*searched, *typed]), job.own)
         except UsageError:
             return False
         return True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, reason_of
 
 
 def read_features(file: str, n: int, rows: np.ndarray) -> np.ndarray:
@@ -19,7 +19,7 @@ def read_features(file: str, n: int, rows: np.ndarray) -> np.ndarray:
     try:
         held = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        reason = "it is not there" if not path.exists() else f"{error}"
+        reason = reason_of(error) if path.exists() else "it is not there"
         raise UsageError(
             f"score.file={file} cannot be read ({reason}); write it with numpy.save, {wanted}, or leave it out"
         ) from None
