@@ -337,7 +337,7 @@ def _records_a_signal(override: str) -> bool:
     return key == "recorded" and value.strip("'\"") in SIGNALS
 
 
-def own_folders(hydra: HydraConf | DictConfig) -> tuple[str, ...]:
+def own_options(hydra: HydraConf | DictConfig) -> tuple[str, ...]:
     """Return the words of the command line that Hydra has read by which it finds options of one's own."""
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     searched = [line for line in hydra.overrides.hydra if line.partition("=")[0] == "hydra.searchpath"]
@@ -405,7 +405,7 @@ def next_commands(
     Args:
         config: of the run.
         overrides: that chose it.
-        own: see `own_folders`.
+        own: see `own_options`.
         choices: the option of each group that they chose.
         fits: whether a run of some overrides would be accepted.
     """

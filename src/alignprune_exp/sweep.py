@@ -26,7 +26,7 @@ class Job:
         overrides: the arguments that chose it.
         config: what it runs.
         group: the suite that it belongs to, if any.
-        own: the words that name folders of one's own options; see `own_folders`.
+        own: the words that name folders of one's own options; see `own_options`.
     """
 
     number: int | None

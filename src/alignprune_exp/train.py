@@ -42,7 +42,7 @@ from .commandline import (
     group_of,
     inert_keys,
     next_commands,
-    own_folders,
+    own_options,
     read_line,
     refuse_clashes,
 )
@@ -81,7 +81,7 @@ def _single(composed: DictConfig, overrides: tuple[str, ...]) -> Job:
     if launcher != "basic" and hydra_config.mode is RunMode.RUN:
         raise UsageError(f"hydra/launcher={launcher} launches sweeps; add -m")
     refuse_clashes(overrides)
-    return Job(None, overrides, checked(composed), group_of(composed), own_folders(hydra_config))
+    return Job(None, overrides, checked(composed), group_of(composed), own_options(hydra_config))
 
 
 def perform(job: Callable[[], Job]) -> int:

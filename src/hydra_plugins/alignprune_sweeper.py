@@ -25,7 +25,7 @@ class CheckedSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the grid. Raises UsageError for the first job that is a mistake, and Failed if any job failed."""
-        from alignprune_exp.commandline import own_folders
+        from alignprune_exp.commandline import own_options
         from alignprune_exp.errors import Failed, UsageError
         from alignprune_exp.suites import grid_of
         from alignprune_exp.sweep import failures, jobs_of
@@ -47,7 +47,7 @@ class CheckedSweeper(BasicSweeper):
         if not grid:
             raise UsageError("the grid is empty; give every axis at least one value")
         here = not isinstance(self.launcher, SlurmLauncher)
-        jobs = jobs_of(grid, lambda job: loader.load_sweep_config(master, job), here, own_folders(master.hydra))
+        jobs = jobs_of(grid, lambda job: loader.load_sweep_config(master, job), here, own_options(master.hydra))
         if not jobs:
             return []
         self.task.jobs = {job.overrides: job for job in jobs}
