@@ -167,23 +167,29 @@ def test_a_run_knows_wrong_labels_before_it_has_trained(tmp_path):
     assert train.wrong[one.loop.pruning.selection.indices].mean() < train.wrong.mean() - 0.1
 
 
+def embedded(one, seed):
+    """Features (n, 40) of all training images of a run's data set: random projections, which say something of them."""
+    images, rng = one.setup.task.data.train.source, np.random.default_rng(seed)
+    pixels = images.pixels(np.arange(len(images))).flatten(1).numpy() / 255
+    return (pixels @ rng.normal(size=(pixels.shape[1], 40))).astype(np.float32)
+
+
 def test_a_run_goes_by_the_file_it_is_given(tmp_path):
     path = tmp_path / "given" / "of everything.npy"
     path.parent.mkdir()
-    total = len(Run(config_of(tmp_path)).setup.task.data.train.source)
-    given_ = np.random.default_rng(0).normal(size=(total, 5))
+    given_ = embedded(Run(config_of(tmp_path)), 0)
     np.save(path, given_)
     one = Run(config_of(tmp_path, *LINE, f"score.file='{path}'"))
     one.loop._foretell()
     train = one.setup.task.data.train
-    expected = readout(torch.from_numpy(given_[train.rows]).float(), torch.from_numpy(train.labels), WEAK)
+    expected = readout(torch.from_numpy(given_[train.rows]), torch.from_numpy(train.labels), WEAK)
     assert torch.equal(one.loop.pruning.told, expected)
 
 
 def test_a_run_is_what_is_in_its_file_of_features(tmp_path):
-    total = len(Run(config_of(tmp_path)).setup.task.data.train.source)
+    plain = Run(config_of(tmp_path))
     for name, seed in {"a.npy": 0, "b.npy": 0, "c.npy": 1}.items():
-        np.save(tmp_path / name, np.random.default_rng(seed).normal(size=(total, 3)).astype(np.float32))
+        np.save(tmp_path / name, embedded(plain, seed))
     a, b, c = (Run(config_of(tmp_path, *LINE, f"score.file={tmp_path / name}.npy")).setup.id for name in "abc")
     assert a == b != c
 
@@ -223,6 +229,20 @@ def test_a_file_that_cannot_be_it_is_refused(refused, tmp_path, content, sentenc
     elif content is not None:
         np.save(path, content)
     assert f"score.file={path} {sentence}" in refused("method=sieve_features", f"score.file={path}")
+
+
+@pytest.mark.parametrize("noise", ["clean", "sym0.5", "sym0.8"])
+def test_features_of_other_images_are_refused_and_their_own_are_not(refused, tmp_path, noise):
+    own = embedded(Run(config_of(tmp_path)), 0)
+    np.save(tmp_path / "own.npy", own)
+    line = ("method=sieve_features", f"noise={noise}", "dataset.subset=null")
+    task = Run(config_of(tmp_path, *line, f"score.file={tmp_path}/own.npy")).setup.task
+    assert torch.equal(task.features(torch.arange(task.n)), torch.from_numpy(own[task.data.train.rows]))
+    for seed in range(3):
+        np.save(tmp_path / "other.npy", np.random.default_rng(seed).permutation(own))
+        sentence = refused(*line, f"score.file={tmp_path}/other.npy")
+        assert "of the labels, and of shuffled ones" in sentence
+        assert "give its rows the order of the data set's images" in sentence
 
 
 def test_features_need_class_labels(refused):

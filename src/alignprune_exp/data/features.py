@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..errors import UsageError, reason_of
+from ..pruning.readout import WEAK, readout
+
+TRIED = 5_000  # samples by which it is told whether features foretell labels
+LEAST = 3.0  # standard deviations by which they have to, over what they foretell of shuffled labels
 
 
 def read_features(file: str, n: int, rows: np.ndarray) -> np.ndarray:
@@ -32,3 +37,20 @@ def read_features(file: str, n: int, rows: np.ndarray) -> np.ndarray:
     if not (finite := np.isfinite(features).all(1)).all():
         raise UsageError(f"score.file={file} is not finite in row {rows[int(finite.argmin())]}; mend it")
     return features
+
+
+def check_foretells(file: str, features: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> None:
+    """Raise UsageError where features (n, d) foretell labels (n,) no better than shuffled ones, as in another order."""
+    some = rng.permutation(len(labels))[:TRIED]
+    known = torch.from_numpy(features[some])
+    right, wrong = (
+        readout(known, torch.from_numpy(given), WEAK) > 0 for given in (labels[some], rng.permutation(labels[some]))
+    )
+    share, by_chance = right.double().mean().item(), wrong.double().mean().item()
+    deviation = np.sqrt((share * (1 - share) + by_chance * (1 - by_chance)) / len(some))
+    if share - by_chance <= LEAST * deviation:
+        raise UsageError(
+            f"score.file={file} foretells {100 * share:.0f} % of the labels, and of shuffled ones "
+            f"{100 * by_chance:.0f} %, which is no better; give its rows the order of the data set's images, as "
+            "alignprune embed does"
+        )

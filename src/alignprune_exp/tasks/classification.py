@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .. import models
 from ..config import MODEL, NOISE, NOTHING_HELD_OUT, Config, Trusted
 from ..data.batches import Batch, Batches, ImageBatches
-from ..data.features import read_features
+from ..data.features import check_foretells, read_features
 from ..data.split import Split, prepare
 from ..pruning.patches import Patches, small
 from ..pruning.reference import confident_thresholds, label_quality
@@ -59,6 +59,7 @@ class Classification(Task):
         self.n, self.fingerprint, self._features = len(data.train), data.fingerprint, None
         if (file := getattr(config.score, "file", None)) is not None:
             self._features = read_features(file, len(data.train.source), data.train.rows)
+            check_foretells(file, self._features, data.train.labels, generator(config.seed, "features tried"))
             content = hashlib.sha256(data.fingerprint.encode() + self._features.tobytes())
             self.fingerprint = content.hexdigest()
         self.corrupted = data.train.wrong
