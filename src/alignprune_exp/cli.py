@@ -1,4 +1,4 @@
-"""Everything that can be typed, behind one name: alignprune train|status|suspects|export|keep|curate|tables"""
+"""Everything that can be typed, behind one name: alignprune train|status|suspects|export|keep|embed|curate|tables"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {  # module, and what it does; imported only when typed
     "suspects": ("suspects", "the labels of a run to look at, most suspect first"),
     "export": ("export", "a run's samples for cleanlab, Label Studio, or as one Parquet table"),
     "keep": ("keep", "which samples of a run to keep, as a list to join"),
+    "embed": ("embed", "the features of a data set's images by a network of another, for score.file"),
     "curate": ("curate.command", "which ids to keep, of any number, from losses that were logged elsewhere"),
     "tables": ("tables", "every suite's tables, figures and report, from run records"),
 }

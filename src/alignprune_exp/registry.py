@@ -50,11 +50,11 @@ class Registry(Generic[Thing]):
 
     @cached_property
     def base(self) -> type[Thing]:
-        return _imported(self._base)
+        return imported(self._base)
 
     @property
     def builtin(self) -> Mapping[str, Callable[..., Thing] | str]:
-        return _imported(self._builtin)
+        return imported(self._builtin)
 
     def glance(self, values: Any) -> None:
         """Check the common keys alone, without importing anything. Raises UsageError."""
@@ -100,9 +100,9 @@ class Registry(Generic[Thing]):
                     f"{self.kind}.name={name} is unknown{suggest(name, self.builtin)}; use {self._known()}"
                 )
             found = self.builtin[name]
-            return _imported(f"{__package__}.{found}") if isinstance(found, str) else found
+            return imported(f"{__package__}.{found}") if isinstance(found, str) else found
         try:
-            found = _imported(name)
+            found = imported(name)
         except Exception as error:  # a module of one's own may raise any
             raise UsageError(
                 f"{self.kind}.name={name} cannot be imported ({type(error).__name__}: {error}); use {self._known()} of "
@@ -174,6 +174,7 @@ def _takes_more(found: Callable[..., Any]) -> bool:
     )
 
 
-def _imported(path: str) -> Any:
+def imported(path: str) -> Any:
+    """Return what an import path names. Raises whatever importing does, and AttributeError."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
