@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from alignprune_exp import embed, records
-from alignprune_exp.config import validate
+from alignprune_exp import embed
 from alignprune_exp.data.sources.digits import Digits
 from alignprune_exp.run import Run
-from harness import config_of, contents, only_run, rows_of, sentence_of, trained
+from harness import checkpoint_of, config_of, contents, only_run, rows_of, sentence_of, trained
 
+LINE = ("keep_checkpoints=true", "method=full", "noise=clean", "precision=fp32")
 DIGITS = Digits(name="digits").open().train
 
 
@@ -19,7 +19,7 @@ DIGITS = Digits(name="digits").open().train
 def results(tmp_path_factory):
     """Where a run of digits has left its network."""
     place = tmp_path_factory.mktemp("kept")
-    trained(Run(config_of(place, "keep_checkpoints=true", "method=full", "noise=clean", "precision=fp32")))
+    trained(Run(config_of(place, *LINE)))
     return place
 
 
@@ -78,10 +78,12 @@ def test_a_runs_features_are_what_its_last_layer_is_given(results, tmp_path):
     found = np.load(out, allow_pickle=False)
     assert found.shape[0] == len(DIGITS)
     assert found.dtype == np.float32
-    network = Run(validate(records.read_config(folder))).kept(folder).learner.networks[0]
+    one = Run(config_of(results, *LINE))
+    one.loop.network.learner.load_state_dict(checkpoint_of(folder)["model"])
+    network = one.loop.network.learner.networks[0].eval()
     images = DIGITS.pixels(np.arange(len(DIGITS))).float() / 255
-    train = Run(config_of(tmp_path, "noise=clean")).setup.task.data
-    images = (images - torch.tensor(train.mean).view(-1, 1, 1)) / torch.tensor(train.std).view(-1, 1, 1)
+    data = one.setup.task.data
+    images = (images - torch.tensor(data.mean).view(-1, 1, 1)) / torch.tensor(data.std).view(-1, 1, 1)
     *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
         logits = network(images.float())

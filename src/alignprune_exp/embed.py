@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from .console import Parser, Progress, command, duration
+from .console import Parser, Progress, command, duration, say
 from .errors import UsageError, is_of_memory, reason_of
 from .files import refuse_target, write_atomically
 from .suspects import run_folder
@@ -158,18 +158,33 @@ def _of_run(folder: Path) -> Embedder:
     import torch
 
     from .config import validate
-    from .records import read_config
-    from .run import Run
+    from .distributed import Processes
+    from .network import Network
+    from .records import read_config, read_summary
+    from .runs import RunFolder
+    from .setup import Setup
     from .tasks.classification import Classification
 
-    one = Run(validate(read_config(folder)))
-    setup, task = one.setup, one.setup.task
+    if (read_summary(folder) or {}).get("status") != "finished":
+        raise UsageError(f"{folder} is of a run that has not finished; the command that began it goes on")
+    setup = Setup.of(validate(read_config(folder)), Processes())
+    task, data_set = setup.task, setup.config.dataset.name
     if not isinstance(task, Classification):
         raise UsageError(f"{folder} is of task={setup.config.task.name}; give a run of task=classification")
-    network = one.kept(folder)
+    if folder.name != setup.id:
+        raise UsageError(f"{folder} was trained on other data than {data_set} has now; train it again on these")
+    state = RunFolder(folder.parents[1], folder.name).load_checkpoint(say)
+    if state is None:
+        raise UsageError(f"{folder} keeps no network; train it again with force=true keep_checkpoints=true")
+    network = Network(setup, "model")
+    try:
+        network.learner.load_state_dict(state["model"])
+    except (KeyError, RuntimeError):
+        raise UsageError(f"the network in {folder} is of another version; train it again with force=true") from None
+    network.learner.eval()
     dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
-    data = task.data
-    return Embedder(lambda batches: task.outputs(network, batches)[1], setup.device, dtype, data.mean, data.std)
+    mean, std = task.data.mean, task.data.std
+    return Embedder(lambda batches: task.outputs(network, batches)[1], setup.device, dtype, mean, std)
 
 
 def _anyones(path: str, config: Config) -> Embedder:

@@ -40,7 +40,7 @@ from .pruning.seeding import generator
 from .record import Row
 from .records import PROBABILITIES, read_summary
 from .reference import Reference
-from .runs import CHECKPOINTS, RunFolder, Writing, owner_alive, write_json, write_text
+from .runs import RunFolder, Writing, owner_alive, write_json, write_text
 from .setup import Setup, make_pruning
 from .trackers import Mirror, Mirrored, Tracker
 
@@ -204,21 +204,6 @@ class Run:
         if writes and not config.keep_checkpoints:
             folder.remove_checkpoints()
         return summary
-
-    def kept(self, folder: Path) -> Network:
-        """Return the network, in eval mode, as the checkpoint that the run's folder keeps has it.
-
-        Raises UsageError where it keeps none, and for a folder of another run or of other data.
-        """
-        if folder.name != self.setup.id:
-            raise UsageError(f"{folder} was trained on other data than {self.setup.config.dataset.name} has now")
-        place = RunFolder(folder.parents[1], folder.name)
-        if not any((place.path / name).exists() for name in CHECKPOINTS):
-            raise UsageError(f"{folder} keeps no network; train it again with force=true keep_checkpoints=true")
-        self._resume(place)
-        network = self._running.network
-        network.learner.eval()
-        return network
 
     @property
     def _running(self) -> Loop:
