@@ -146,7 +146,7 @@ def read_out(report: Report, n: int, dimensions: int = 128, classes: int = 10) -
         foretold, own = fit.cv_results_[..., 0], np.eye(classes, dtype=bool)[labels]
         return foretold[own] - np.where(own, -np.inf, foretold).max(1)
 
-    margins, seconds, peak = measured(lambda: readout(torch.from_numpy(x), torch.from_numpy(labels)))
+    margins, seconds, peak = measured(lambda: readout(torch.from_numpy(x), torch.from_numpy(labels)).margins)
     expected, plain_seconds, _ = measured(plain, 1)
     report.check(bool(np.abs(margins.numpy() - expected).max() <= TOLERANCE), "readout: other margins than RidgeCV's")
     report.add("readout", n, seconds, peak, "scikit-learn's RidgeCV", plain_seconds)

@@ -182,7 +182,7 @@ def test_a_run_goes_by_the_file_it_is_given(tmp_path):
     one = Run(config_of(tmp_path, *LINE, f"score.file='{path}'"))
     one.loop._foretell()
     train = one.setup.task.data.train
-    expected = readout(torch.from_numpy(given_[train.rows]), torch.from_numpy(train.labels), WEAK)
+    expected = readout(torch.from_numpy(given_[train.rows]), torch.from_numpy(train.labels), WEAK).margins
     assert torch.equal(one.loop.pruning.told, expected)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from alignprune_exp.pruning import PRUNERS, DynamicPruning
 from alignprune_exp.pruning.noise_rate import PASSES, NoiseRate, probability, wrong_share
+from alignprune_exp.pruning.readout import readout
 from harness import summary_of, through_disk
 
 N, CLASSES = 600, 5
@@ -140,6 +141,55 @@ def test_what_the_estimate_lacks_is_said():
     assert math.isnan(sieved(0.3).noise_rate)
 
 
+def foretelling(rng, wrong):
+    """What a readout makes of embeddings that know the right classes."""
+    right = (LABELS - wrong * rng.integers(1, CLASSES, N)) % CLASSES
+    embeddings = np.eye(CLASSES)[right] + 0.4 * rng.standard_normal((N, CLASSES))
+    return readout(torch.from_numpy(embeddings), torch.from_numpy(LABELS))
+
+
+def test_what_is_foretold_is_taken_where_no_trusted_losses_are():
+    rng = np.random.default_rng(0)
+    wrong = rng.random(N) < 0.4
+    told = foretelling(rng, wrong)
+    assert told.noise_rate == pytest.approx(wrong.mean(), abs=0.1)
+
+    def begun():
+        return DynamicPruning(
+            range(N), 16, "sieve", "features", exclude="auto", warmup=0.4, ratio=0.6, labels=LABELS, window=3
+        )
+
+    pruning = begun()
+    pruning.tell(told)
+    for epoch in range(8):
+        pruning.update(torch.from_numpy(pruning.order()), torch.ones(len(pruning.order())))
+        pruning.end_epoch()
+        assert pruning.noise_rate == told.noise_rate
+        if epoch == 3:
+            state = through_disk(pruning.state_dict())
+    assert pruning.selection.low_fraction == math.floor(0.9 * told.noise_rate * N) / N
+    resumed = begun()
+    resumed.load_state_dict(state)
+    assert resumed.noise_rate == told.noise_rate
+
+    trusting = begun()
+    trusting.tell(told)
+    for epoch in range(3):
+        losses = losses_of(np.random.default_rng(epoch), wrong, 0.5)
+        trusting.update(torch.from_numpy(trusting.order()), losses[trusting.order()])
+        trusting.end_epoch(losses_of(np.random.default_rng(epoch), np.zeros(N, bool), 0.5))
+    assert trusting.noise_rate == pytest.approx(wrong.mean(), abs=0.05)
+    assert trusting.noise_rate != told.noise_rate
+
+
+def test_margins_alone_do_not_tell_the_rate():
+    pruning = DynamicPruning(range(N), 16, "sieve", "features", exclude="auto", labels=LABELS)
+    pruning.tell(torch.zeros(N))
+    pruning.update(torch.from_numpy(pruning.order()), torch.ones(len(pruning.order())))
+    with pytest.raises(ValueError, match=r"needs the noise rate: tell\(\) what readout\(\) returns as it is"):
+        pruning.end_epoch()
+
+
 def in_every_process(rank, size, wrong):
     import torch.distributed
 
@@ -168,6 +218,14 @@ def test_digits_with_half_of_the_labels_wrong_are_seen_to_be_so(undisturbed):
     assert summary_of(undisturbed(*line, "noise=clean"))["noise_estimate"] < 0.1
 
 
+@pytest.mark.parametrize("method", ["sieve_features", "sieve_readout"])
+def test_digits_need_no_trusted_labels_for_that_where_a_score_foretells_them(undisturbed, method):
+    line = (f"method={method}", "reference=none", "saved=0.4", "epochs=12", "dataset.subset=null")
+    for noise, rate in {"noise=sym0.5": 0.5, "noise=clean": 0.0}.items():
+        summary = summary_of(undisturbed(*line, noise))
+        assert summary["noise_estimate"] == pytest.approx(rate, abs=0.1)
+
+
 def test_smoothed_losses_are_not_compared_with_the_plain_ones_of_trusted_labels(undisturbed):
     line = ("pruner=rs2", "noise=sym0.5", "label_smoothing=0.1", "dataset.subset=null")
     assert 0 <= summary_of(undisturbed(*line))["noise_estimate"] <= 1
@@ -177,9 +235,15 @@ def test_smoothed_losses_are_not_compared_with_the_plain_ones_of_trusted_labels(
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("reference.size=0", "set reference=trusted, or a number for pruner.exclude"),
-        ("reference=pseudo", "set reference=trusted, or a number for pruner.exclude"),
-        ("recorded=smoothed label_smoothing=0.1", "set recorded=plain, or a number for pruner.exclude"),
+        (
+            "reference.size=0",
+            "set reference=trusted, score=readout or score=features, which need none, or a number for",
+        ),
+        (
+            "reference=pseudo",
+            "set reference=trusted, score=readout or score=features, which need none, or a number for",
+        ),
+        ("recorded=smoothed label_smoothing=0.1", "set recorded=plain, score=readout or score=features, which need"),
         ("pruner.exclude=automatic", "pruner.exclude=automatic"),
         ("pruner.exclude=0.95", "exclude=0.95 is out of range; use a number from 0 to 0.9, or auto"),
     ],

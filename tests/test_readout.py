@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import rankdata
 from sklearn.linear_model import Ridge
 
 from alignprune_exp.errors import Failed
@@ -21,16 +22,30 @@ LINE = ("method=sieve_readout", "noise=sym0.5", "pruner.warmup=0.25", "pruner.ex
 
 
 def by_refitting(embeddings, labels):
-    """The margins (n,), each by a regression that has seen all other samples, with the ridge of all of them."""
+    """What is foretold (n, C), each by a regression that has seen all other samples, with the ridge of all of them."""
     x, n = embeddings.astype(np.float64), len(labels)
     indicators = np.eye(labels.max() + 1)[labels]
     alpha = RIDGE * np.square(x - x.mean(0)).sum(0).mean()
-    margins = np.empty(n)
+    foretold = np.empty(indicators.shape)
     for i in range(n):
         others = np.arange(n) != i
-        foretold = Ridge(alpha=alpha).fit(x[others], indicators[others]).predict(x[i : i + 1])[0]
-        margins[i] = foretold[labels[i]] - np.delete(foretold, labels[i]).max()
-    return margins
+        foretold[i] = Ridge(alpha=alpha).fit(x[others], indicators[others]).predict(x[i : i + 1])[0]
+    return foretold
+
+
+def margins_of(foretold, labels):
+    return np.array([row[label] - np.delete(row, label).max() for row, label in zip(foretold, labels, strict=True)])
+
+
+def rate_of(foretold, labels):
+    """The noise rate by the ranks of SciPy, of the classes that there are."""
+    there = np.unique(labels)
+    last = max(1, len(there) // 10)
+    highest = np.sort(foretold, 1)
+    sure = highest[:, -1] - highest[:, -2]
+    ranks = rankdata(foretold[:, there], axis=1, method="min")[np.arange(len(labels)), np.searchsorted(there, labels)]
+    median = np.sort(sure)[(len(sure) - 1) // 2]
+    return min(1, (ranks[sure >= median] <= last).mean() * (len(there) - 1) / last)
 
 
 @st.composite
@@ -47,17 +62,22 @@ def embedded(draw, least=4):
 @given(embedded())
 def test_each_label_is_foretold_by_a_regression_on_all_the_other_samples(pair):
     x, labels = pair
-    found = readout(torch.from_numpy(x), torch.from_numpy(labels))
-    np.testing.assert_allclose(found, by_refitting(x, labels), rtol=1e-4, atol=1e-4)
+    found, expected = readout(torch.from_numpy(x), torch.from_numpy(labels)), by_refitting(x, labels)
+    np.testing.assert_allclose(found.margins, margins_of(expected, labels), rtol=1e-4, atol=1e-4)
+    gaps = np.diff(
+        np.sort(np.concatenate([expected, np.sort(expected, 1)[:, -1:] - np.sort(expected, 1)[:, -2:-1]], 1))
+    )
+    assume(gaps.min() > 1e-4)  # no ties
+    assert found.noise_rate == pytest.approx(rate_of(expected, labels))
 
 
 @given(embedded(), st.integers(0, 99))
 def test_rows_at_a_time_order_and_unit_make_no_difference(pair, seed):
     x, labels = map(torch.from_numpy, pair)
-    expected, order = readout(x, labels), torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    expected, order = readout(x, labels).margins, torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ROWS", 3)
-        torch.testing.assert_close(readout(4 * x[order], labels[order]), expected[order], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(readout(4 * x[order], labels[order]).margins, expected[order], rtol=1e-4, atol=1e-4)
 
 
 def test_a_wrong_label_among_right_ones_is_told():
@@ -66,15 +86,36 @@ def test_a_wrong_label_among_right_ones_is_told():
     x = np.eye(5)[labels] + 0.3 * rng.standard_normal((500, 5))
     wrong = rng.random(500) < 0.4
     given_ = np.where(wrong, (labels + rng.integers(1, 5, 500)) % 5, labels)
-    margins = readout(torch.from_numpy(x).float(), torch.from_numpy(given_)).numpy()
+    margins = readout(torch.from_numpy(x).float(), torch.from_numpy(given_)).margins.numpy()
     assert margins[wrong].max() < np.median(margins[~wrong])
     assert (margins[wrong] < 0).mean() > 0.95
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 30])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4])
+def test_how_many_labels_are_wrong_is_told_without_trusted_ones(classes, share):
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, classes, 6000)
+    x = np.eye(classes)[labels] + 0.5 * rng.standard_normal((6000, classes))
+    wrong = rng.random(6000) < share
+    given_ = np.where(wrong, (labels + rng.integers(1, classes, 6000)) % classes, labels)
+    found = readout(torch.from_numpy(x).float(), torch.from_numpy(given_))
+    assert found.noise_rate == pytest.approx(wrong.mean(), abs=0.05)
+
+
+def test_classes_that_nobody_has_are_not_last():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 3000)
+    x = torch.from_numpy(np.eye(10)[labels] + 0.5 * rng.standard_normal((3000, 10))).float()
+    wrong = np.where(rng.random(3000) < 0.3, (labels + rng.integers(1, 10, 3000)) % 10, labels)
+    few, many = (readout(x, torch.from_numpy(wrong * step)) for step in (1, 7))
+    assert many.noise_rate == few.noise_rate == pytest.approx(0.3, abs=0.05)
 
 
 def test_embeddings_that_are_all_the_same_foretell_the_shares_of_the_others():
     labels = torch.tensor([0, 0, 0, 1, 1])
     expected = torch.tensor([2 / 4 - 2 / 4] * 3 + [1 / 4 - 3 / 4] * 2)
-    torch.testing.assert_close(readout(torch.full((5, 3), 7.0), labels), expected)
+    torch.testing.assert_close(readout(torch.full((5, 3), 7.0), labels).margins, expected)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +136,7 @@ def test_what_cannot_be_read_out_is_refused(x, labels, sentence):
 def test_labels_may_be_an_array_of_any_whole_numbers():
     x, labels = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), np.arange(40) % 3
     for numbers in (labels.astype(np.int32), labels.astype(np.uint8), labels.tolist()):
-        assert torch.equal(readout(x, numbers), readout(x, torch.from_numpy(labels)))
+        assert torch.equal(readout(x, numbers).margins, readout(x, torch.from_numpy(labels)).margins)
 
 
 # ---- the score --------------------------------------------------------------------------------------------
@@ -158,7 +199,9 @@ def test_a_run_reads_out_the_network_as_it_is_when_the_epoch_ends(tmp_path):
     mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (data.mean, data.std))
     with torch.no_grad():
         hidden = one.loop.network.learner.networks[0].eval()[:-1]((split.images.float() / 255 - mean) / std)
-    np.testing.assert_allclose(one.loop.pruning.told, by_refitting(hidden.numpy(), split.labels), atol=1e-3)
+    np.testing.assert_allclose(
+        one.loop.pruning.told, margins_of(by_refitting(hidden.numpy(), split.labels), split.labels), atol=1e-3
+    )
 
 
 def test_a_pass_for_a_readout_is_counted(undisturbed):

@@ -268,11 +268,12 @@ def _check_trusted(config: Config, plan: Plan) -> None:
     name, trusted = config.pruner.name, isinstance(config.reference, Trusted) and config.reference.size > 0
     if isinstance(plan, Criterion) and "reference" in plan.needs and not trusted:
         raise UsageError(f"pruner={name} chooses by trusted labels, and there are none held out; set reference=trusted")
-    if plan.needs_noise_rate and not (trusted and config.recorded == "plain"):
+    foretells = SCORE.make(config.score).foretells
+    if plan.needs_noise_rate and not foretells and not (trusted and config.recorded == "plain"):
         lacks = "recorded=plain" if trusted else "reference=trusted"
         raise UsageError(
-            f"pruner={name} estimates the noise by the plain losses of trusted labels; set {lacks}, or a number for "
-            "pruner.exclude"
+            f"pruner={name} estimates the noise by the plain losses of trusted labels; set {lacks}, score=readout or "
+            "score=features, which need none, or a number for pruner.exclude"
         )
 
 

@@ -44,7 +44,8 @@ def check_foretells(file: str, features: np.ndarray, labels: np.ndarray, rng: np
     some = rng.permutation(len(labels))[:TRIED]
     known = torch.from_numpy(features[some])
     right, wrong = (
-        readout(known, torch.from_numpy(given), WEAK) > 0 for given in (labels[some], rng.permutation(labels[some]))
+        readout(known, torch.from_numpy(given), WEAK).margins > 0
+        for given in (labels[some], rng.permutation(labels[some]))
     )
     share, by_chance = right.double().mean().item(), wrong.double().mean().item()
     deviation = np.sqrt((share * (1 - share) + by_chance * (1 - by_chance)) / len(some))

@@ -28,7 +28,8 @@ def needs_reference(pruning: DynamicPruning) -> str:
     """Return why epochs cannot end without a reference set, as the beginning of a sentence; empty where they can."""
     if pruning.score.aligned and pruning.pruner.uses_scores:
         return f"score={pruning.score.name!r} compares with"
-    return "the pruner learns the noise rate from" if pruning.pruner.needs_noise_rate else ""
+    learns = pruning.pruner.needs_noise_rate and not pruning.score.foretells
+    return "the pruner learns the noise rate from" if learns else ""
 
 
 def gathered(pruning: DynamicPruning, parts: list[Tensor]) -> Tensor:

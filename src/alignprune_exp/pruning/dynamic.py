@@ -14,6 +14,7 @@ from torch import Tensor
 from .bank import check_version
 from .losses import one_a_sample, weighted_mean
 from .processes import DisagreementError
+from .readout import Foretold
 from .reference import ReferenceLoss, shared_loss
 from .running import NonFiniteLossError
 from .selecting import Selecting
@@ -164,7 +165,7 @@ class DynamicPruning(Selecting):
         self._follow(losses.device)
         self.running.record(self.trajectories.place(torch.as_tensor(index)), losses.detach())
 
-    def tell(self, values: Sequence[float] | np.ndarray | Tensor) -> None:
+    def tell(self, values: Sequence[float] | np.ndarray | Tensor | Foretold) -> None:
         """Tell, in the running epoch, what the score goes by beside the losses, wherever `due` asks for it.
 
         That is, before the first epoch, the irreducible losses for ``score="reducible"`` and ``"irreducible"``, and a
@@ -172,15 +173,19 @@ class DynamicPruning(Selecting):
         Several processes tell the same.
 
         Args:
-            values: (n,) one a sample, NaN where it is not known.
+            values: (n,) one a sample, NaN where it is not known; or what `readout` returns, whose first estimate of the
+                noise rate a pruner goes by that needs one, where no trusted set tells it.
 
         Raises ValueError for another number of them, and for infinite ones.
         """
-        told = torch.as_tensor(values, dtype=torch.float32, device=self.told.device)
+        margins = values.margins if isinstance(values, Foretold) else values
+        told = torch.as_tensor(margins, dtype=torch.float32, device=self.told.device)
         if told.shape != (self.n,) or told.isinf().any():
             what = f"of shape {tuple(told.shape)}" if told.shape != (self.n,) else "infinite in places"
             raise ValueError(f"what is told is {what}; tell ({self.n},) numbers, one a sample, NaN where unknown")
         self.told, self.told_in = told.clone(), self.epoch
+        if isinstance(values, Foretold) and math.isnan(self._noise.foretold):
+            self._noise.foretold = values.noise_rate
         if self.epoch == self.first and not self.trajectories.recorded:
             self._begin()
             self._scores = self._rank()
@@ -251,10 +256,7 @@ class DynamicPruning(Selecting):
         if self.trajectories.last_N.device.type != "cpu":
             self._check_selected(seen)
         self._check_divided_once(len(seen))
-        if math.isnan(trusted) and self.pruner.needs_noise_rate:
-            raise ValueError(
-                "the pruner needs the noise rate: pass the losses (R,) of a trusted set to end_epoch(), or exclude=0.3"
-            )
+        self._check_noise_rate(trusted)
         self.trajectories.end_epoch(reference)
         self.times_selected[seen] += 1
         self.sizes.append(len(selected))
@@ -366,6 +368,16 @@ class DynamicPruning(Selecting):
             self.clean, self.told = None if self.clean is None else self.clean.to(device), self.told.to(device)
             self._weights = None
         self._follows = False
+
+    def _check_noise_rate(self, trusted: float) -> None:
+        """Raise ValueError where the pruner needs the noise rate, and nothing will tell it."""
+        waits = self.score.foretells and (self.told_in < 0 or not math.isnan(self._noise.foretold))
+        if self.pruner.needs_noise_rate and math.isnan(trusted) and not waits:
+            tell = "tell() what readout() returns as it is, " if self.score.foretells else ""
+            raise ValueError(
+                f"the pruner needs the noise rate: {tell}pass the losses (R,) of a trusted set to end_epoch(), or "
+                "exclude=0.3"
+            )
 
     def _check_selected(self, seen: np.ndarray) -> None:
         """Raise ValueError where a sample was trained on that is not selected: only the CPU looks at each at once."""

@@ -1,4 +1,4 @@
-"""How many labels are wrong, by what a network makes early on of the given ones beside trusted ones.
+"""How many labels are wrong, by what a network makes early on of the given ones beside trusted ones; or as foretold.
 
 Shape legend: n samples, E epochs, R samples of a trusted reference set, C classes.
 """
@@ -47,9 +47,13 @@ class NoiseRate:
 
     The first epoch only begins: losses of an epoch are met all through it, so that the trusted ones are taken between
     its beginning and its end.
+
+    Attributes:
+        foretold: the rate that a `readout` estimates, which is taken where no epoch counts; NaN before it has.
     """
 
     def __init__(self) -> None:
+        self.foretold = math.nan
         self._pairs: list[tuple[float, float]] = []
         self._before = math.nan  # r at the end of the last epoch, where the next one counts
 
@@ -69,14 +73,15 @@ class NoiseRate:
         self._before = trusted if counts else math.nan
 
     def estimate(self, classes: int) -> float:
-        """Return the `wrong_share` by the epochs so far; NaN where none counts."""
+        """Return the `wrong_share` by the epochs so far, or where none counts what is foretold; NaN before either."""
         given, trusted = self._tensor()[:-1].T
-        return wrong_share(given, trusted, classes)
+        return wrong_share(given, trusted, classes) if len(given) else self.foretold
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pairs": self._tensor()}
+        return {"pairs": self._tensor(), "foretold": self.foretold}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.foretold = state["foretold"]
         *pairs, (self._before, _) = state["pairs"].tolist()
         self._pairs = [(given, trusted) for given, trusted in pairs]
 

@@ -162,7 +162,7 @@ class Sieve(RandomSubset):
     Attributes:
         exclude: the share; best somewhat less than you take the noise for, and little where wrong labels are hard to
             tell. ``auto`` is `AUTOMATIC` of what the noise rate seems to be at the end of the warm-up, which takes
-            the losses of a trusted set; nothing where nothing seems wrong.
+            the losses of a trusted set, or else a score that is told a `readout`; nothing where nothing seems wrong.
     """
 
     exclude: float | Literal["auto"] = 0.3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,10 +15,24 @@ from .bank import exact
 RIDGE = 0.01  # for embeddings that the labels have shaped
 WEAK = 0.1  # for features that are many, and of which each says little
 ROWS = 8192  # that are in double precision at a time
+LAST = 10  # a label comes last where no more than a tenth of the classes, or one, are foretold less
 
 
-def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Tensor:
-    r"""Return by how much each label is foretold above all other classes, were the sample itself left out.
+@dataclass(frozen=True)
+class Foretold:
+    """What the other samples' labels foretell of each.
+
+    Attributes:
+        margins: (n,) float32, where the embeddings lie; higher means that the label fits what the others say.
+        noise_rate: which share of the labels seems wrong, in [0, 1].
+    """
+
+    margins: Tensor
+    noise_rate: float
+
+
+def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Foretold:
+    r"""Foretell each label out of all the others, and estimate how many are wrong, with no trusted one.
 
     With X the centred embeddings, Y the centred indicators of the C classes and one ridge λ, least squares without
     sample i foretell of it what they foretell with it, corrected by its leverage (Allen, 1974):
@@ -27,13 +42,18 @@ def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Tensor:
 
     The margin is f_i at the label less the highest of the others; it is in units of a probability.
 
+    Where f_i is sure, its highest far above its second, hardly a right label is among the k classes that it puts last,
+    and a wrong one, drawn from the C - 1 other classes, is with probability k / (C - 1). So of the surer half
+
+    .. math:: \eta = \frac{C - 1}{k}\; P(\text{the label comes among the last } k)
+
+    estimates the noise rate, from above as estimates of the share of true null hypotheses do (Storey, 2002), which a
+    right label has a small part in. Wrong labels that look like right ones count for less or for nothing.
+
     Args:
         embeddings: (n, d) of the network's last layer but one, in eval mode.
         labels: (n,) as given, integers from 0.
         ridge: λ, above 0, over the mean of the diagonal of XᵀX: `RIDGE`, or `WEAK`.
-
-    Returns:
-        (n,) float32, where the embeddings lie; higher means that the label fits what the others say.
 
     Raises ValueError for labels of one class or of other samples, a ridge that is not above 0, and for embeddings that
     are not finite.
@@ -62,9 +82,16 @@ def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Tensor:
         raise ValueError("the embeddings are not finite")
     penalty = (ridge * gram_DD.diagonal().mean()).clamp(min=torch.finfo(gram_DD.dtype).tiny)
     inverse_DD = torch.linalg.inv(gram_DD + penalty * torch.eye(d, dtype=gram_DD.dtype, device=gram_DD.device))
-    margins = []
+    there_C = shares_C > 0
+    last = max(1, int(there_C.sum()) // LAST)
+    margins, sure, comes_last = [], [], []
     for x_BD, y_BC, label_B1 in blocks():
         h_B = 1 / n + ((x_BD @ inverse_DD) * x_BD).sum(1)
         f_BC = y_BC - (y_BC - x_BD @ (inverse_DD @ cross_DC)) / (1 - h_B)[:, None] + shares_C
-        margins.append(f_BC.gather(1, label_B1)[:, 0] - f_BC.scatter(1, label_B1, -torch.inf).amax(1))
-    return torch.cat(margins).float()
+        f_B1, (first_B, second_B) = f_BC.gather(1, label_B1), f_BC.topk(2).values.T
+        margins.append(f_B1[:, 0] - f_BC.scatter(1, label_B1, -torch.inf).amax(1))
+        sure.append(first_B - second_B)
+        comes_last.append(((f_BC < f_B1) & there_C).sum(1) < last)
+    sure_n = torch.cat(sure)
+    share = torch.cat(comes_last)[sure_n >= sure_n.median()].double().mean().item()
+    return Foretold(torch.cat(margins).float(), min(1.0, share * (int(there_C.sum()) - 1) / last))

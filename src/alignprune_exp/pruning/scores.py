@@ -103,13 +103,15 @@ class Score:
     A score with ``aligned = True`` compares with the reference trajectory: it needs a reference loss every
     epoch, and before its window is full all samples are ranked by `Loss` instead, as the paper says.
     One with ``by_class = True`` goes by the given labels, one with ``by_truth = True`` by which of them are clean: a
-    control, of what is best possible.
+    control, of what is best possible. One with ``foretells = True`` is told a `readout`, which estimates the noise
+    rate.
     """
 
     name: str
     aligned: bool = False
     by_class: bool = False
     by_truth: bool = False
+    foretells: bool = False
 
     def holdout_epochs(self, epochs: int) -> int:
         """Return how many epochs two networks are to train before a run of so many; see `HeldOut`."""
@@ -264,6 +266,7 @@ class Readout(Cleaning):
     """
 
     name = "readout"
+    foretells = True
 
     def __init__(self, *, every: float = 0.25) -> None:
         check_epochs("every", every)
@@ -289,6 +292,7 @@ class Features(Cleaning):
     """
 
     name = "features"
+    foretells = True
 
     def __init__(self, *, file: str | None = None) -> None:
         self.file = file

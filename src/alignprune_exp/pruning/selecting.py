@@ -145,7 +145,8 @@ class Selecting(Indexed):
     def noise_rate(self) -> float:
         """Share of wrong labels, as far as losses tell it: `wrong_share` of the first epochs that no score has chosen.
 
-        NaN before there are any, and where ``labels`` or the losses (R,) of a trusted set are not known.
+        Without the losses (R,) of a trusted set, that of the first `Foretold` that was told. NaN before there are any,
+        and where ``labels`` are not known.
         """
         return self._noise.estimate(self._classes) if self._classes > 1 else math.nan
 
