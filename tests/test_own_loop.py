@@ -208,9 +208,9 @@ def test_planned_steps_are_those_of_one_process_of_several():
 
 
 def test_a_batch_of_no_sample_is_refused():
-    with pytest.raises(ValueError, match="batch_size=0 is out of range; use 1 or more"):
+    with pytest.raises(ValueError, match="batch_size=0 is out of range; use a whole number, 1 or more"):
         make().planned_steps(0)
-    with pytest.raises(ValueError, match="accumulate=0 is out of range; use 1 or more"):
+    with pytest.raises(ValueError, match="accumulate=0 is out of range; use a whole number, 1 or more"):
         make().planned_steps(8, accumulate=0)
 
 

@@ -1,11 +1,12 @@
 """The plug-in as its user meets it: the loop, resuming, the report, and every mistake's sentence."""
 
+import itertools
 import math
 import pickle
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from alignprune_exp.pruning import (
     PRUNERS,
+    SCORES,
     DynamicPruning,
     Fixed,
     NonFiniteLossError,
     Pruner,
     Score,
     Selection,
+    TrajectoryLog,
+    WarmUpLog,
     within_class,
 )
 from harness import through_disk
@@ -332,6 +336,25 @@ def test_a_state_of_an_older_version_is_refused_in_a_sentence_and_changes_nothin
     assert pruning.report().equals(before)
 
 
+@pytest.mark.parametrize("state", [None, [], 7, {}, {"epoch": 1}], ids=repr)
+@pytest.mark.parametrize("make_one", [lambda: make(), lambda: TrajectoryLog(N), lambda: WarmUpLog(N)])
+def test_what_is_no_state_is_refused_in_a_sentence(make_one, state):
+    with pytest.raises(ValueError, match=r"pass what state_dict\(\) returned"):
+        make_one().load_state_dict(state)
+
+
+@pytest.mark.parametrize("part", ["arguments", "trajectories", "running", "noise"])
+def test_a_state_without_one_of_its_parts_parts_is_refused_and_changes_nothing(part):
+    pruning = make()
+    state = make().state_dict()
+    epoch_of(pruning)
+    before = pruning.report()
+    for damaged in (None, dict(list(state[part].items())[1:])):
+        with pytest.raises(ValueError, match=r"the state (was saved by an older|is no saved one but)"):
+            pruning.load_state_dict(state | {part: damaged})
+        assert pruning.report().equals(before)
+
+
 def test_the_memory_of_a_bad_step_survives_a_checkpoint():
     pruning = make()
     pruning.update(torch.arange(3), torch.tensor([1.0, math.nan, 1.0]))
@@ -613,6 +636,52 @@ def test_wrong_names_and_settings_are_refused_with_what_is_allowed(arguments, se
 def test_a_seed_that_would_not_repeat_is_refused(seed):
     with pytest.raises(ValueError, match=r"seed=.*whole number"):
         make(seed=seed)
+
+
+@pytest.mark.parametrize("name", list(PRUNERS))
+def test_a_number_of_a_pruner_is_a_number_and_a_switch_true_or_false(name):
+    """Every setting of every one, by its annotation: whatever is no number would end deep inside, or be a wrong one."""
+    wrong = {"int": [2.5, "2", True, None], "float": ["0.5", [0.5], True, math.nan, None], "bool": ["false", 0, None]}
+    kinds = {each.name: str(each.type).split(" | ") for each in fields(PRUNERS[name])}
+    for setting, allowed in kinds.items():
+        for value in itertools.chain(*(wrong.get(kind, []) for kind in allowed)):
+            if (value is None and "None" in allowed) or (value == 2.5 and "float" in allowed):
+                continue
+            with pytest.raises(ValueError, match=f": {setting}={re.escape(repr(value))} is out of range; use "):
+                PRUNERS[name](**{setting: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    pruning = make(ratio=np.float32(0.5), budget=np.float64(0.5), window=np.int64(4), epochs=np.int32(9))
+    assert len(pruning.order()) == N // 2
+
+
+@pytest.mark.parametrize("value", ["0.5", True, math.nan, None, [0.5]])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda value: make(window=value),
+        lambda value: PRUNERS["random"]().saving(value, T),
+        lambda value: make(seed=value),
+        lambda value: make("infobatch", "loss").planned_steps(value),
+        lambda value: SCORES["readout"](every=value),
+        lambda value: SCORES["reducible"](holdout=value),
+        lambda value: TrajectoryLog(value),
+    ],
+)
+def test_any_other_number_is_one_too(call, value):
+    with pytest.raises(ValueError, match="is out of range; use a "):
+        call(value)
+
+
+@pytest.mark.parametrize("top", [0, 2.5, "2", None])
+def test_how_many_suspects_is_a_whole_number(top):
+    pruning, log = make(), TrajectoryLog(N)
+    epoch_of(pruning)
+    log.update(torch.arange(N), torch.zeros(N, 2), torch.arange(N) % 2)
+    for listing in (lambda: pruning.suspects(np.arange(N) % 2, top), lambda: log.suspects(top)):
+        with pytest.raises(ValueError, match=f"^top={re.escape(repr(top))} is out of range; use a whole number, 1 or"):
+            listing()
 
 
 @pytest.mark.parametrize("epochs", [0, -1, 8.5, 8.0, "8", None])

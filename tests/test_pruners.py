@@ -435,7 +435,7 @@ def test_the_warm_ups_of_what_is_published_are_no_matter_of_rounding():
         ({"warmup": 0}, "warmup=0 is out of range"),
         ({"warmup": 2.7}, "warmup=2.7 is out of range"),
         ({"warmup": math.inf}, "warmup=inf is out of range"),
-        ({"exclude": "most"}, "exclude=most is out of range"),
+        ({"exclude": "most"}, "exclude='most' is out of range; use a finite number or auto"),
     ],
 )
 def test_the_sieve_refuses_what_it_cannot_do(settings, sentence):

@@ -7,13 +7,15 @@ is NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from .arguments import check_version, check_whole
 
 UNSEEN = ("carry", "mask", "refresh")
 BLOCK = 1 << 17  # samples: rows of it stay in the processor's cache, and are long enough for torch's threads to share
@@ -94,8 +96,7 @@ class Trajectories:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if window < 3:
-            raise ValueError(f"window={window} is too short for a correlation; use 3 or more")
+        check_whole("window", window, 3)
         if unseen not in UNSEEN:
             raise ValueError(f"unseen={unseen!r} is unknown; use one of {', '.join(UNSEEN)}")
         self.n, self.window, self.unseen = n, window, unseen
@@ -273,12 +274,3 @@ def outside(index: Tensor, n: int) -> IndexError:
         f"sample index {wrong} is out of range: there are {n} samples, counted from 0; "
         "pass the index that came with the batch"
     )
-
-
-def check_version(now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raise ValueError for a saved state without what a state has now."""
-    if missing := now.keys() - state.keys():
-        raise ValueError(
-            f"the state was saved by an older version of this package and lacks {', '.join(sorted(missing))}; "
-            "start the run again"
-        )

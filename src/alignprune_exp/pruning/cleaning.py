@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import check_whole
 from .logistic import likeliest, sigmoid
 
 if TYPE_CHECKING:
@@ -188,8 +189,7 @@ def table(
 
 def first(frame: pd.DataFrame, top: int, checked: Mapping[int, Any] | None = None) -> pd.DataFrame:
     """Return the ``top`` rows of a `table` that nobody has looked at. Raises ValueError for less than one."""
-    if top < 1:
-        raise ValueError(f"top={top} is no number of samples; use 1 or more")
+    check_whole("top", top, 1)
     return frame[~frame["index"].isin(list(checked or ()))].head(top).reset_index(drop=True)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bank import check_version
+from .arguments import check_version
 from .losses import one_a_sample, weighted_mean
 from .processes import DisagreementError
 from .readout import Foretold

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .bank import check_version, exact, outside
+from .arguments import check_version, check_whole
+from .bank import exact, outside
 from .cleaning import NEVER_SEEN, first, table
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ class TrajectoryLog:
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
-        if n < 1:
-            raise ValueError(f"n={n} is no number of samples; use len(dataset)")
+        check_whole("n", n, 1)
         self.n, self.classes = n, 0
 
         def column(value: float, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bank import Trajectories, check_version
+from .arguments import check_version
+from .bank import Trajectories
 from .processes import Exchange
 
 NO_STEP = torch.iinfo(torch.int64).max

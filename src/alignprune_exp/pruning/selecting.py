@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .arguments import check_whole
 from .bank import Trajectories
 from .cleaning import array, check_classes, check_one_a_sample, first, table, within_class
 from .named import make_pruner, make_score
@@ -59,10 +60,8 @@ class Selecting(Indexed):
         self.n = len(dataset)
         if self.n == 0:
             raise ValueError("the data set is empty")
-        if not isinstance(epochs, int | np.integer) or epochs < 1:
-            raise ValueError(f"epochs={epochs!r} is out of range; use a whole number, 1 or more")
-        if not isinstance(seed, int | np.integer) or seed < 0:
-            raise ValueError(f"seed={seed!r} is out of range; use a whole number, 0 or more")
+        check_whole("epochs", epochs, 1)
+        check_whole("seed", seed, 0)
         self.seed, self.divide = seed, divide
         self._processes = Exchange.given(rank, world_size)
         self.pruner = make_pruner(pruner, **pruner_settings)
@@ -190,8 +189,7 @@ class Selecting(Indexed):
             accumulate: batches of an optimizer step; the last one of an epoch may be of fewer.
         """
         for name, value in {"batch_size": batch_size, "accumulate": accumulate}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} is out of range; use 1 or more")
+            check_whole(name, value, 1)
         epochs, ranks = self.epochs - self.first, self.processes.size if self.divide else 1
         sizes = self.sizes + ([len(self.selection.indices)] if self.epoch < self.epochs else [])
         sizes += [self.pruner.at_most(self.n, epoch, epochs) for epoch in range(len(sizes), epochs)]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import check_kinds, is_number
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -70,6 +72,7 @@ class Plan:
     asks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         name = type(self).__name__
         ratio, budget = getattr(self, "ratio", 0), getattr(self, "budget", None)
         if not 0 <= ratio <= MAX_RATIO:
@@ -121,8 +124,8 @@ class Plan:
         name = type(self).__name__
         if self.keeps is None:
             raise ValueError(f"{name} has no setting for how much it keeps, and saves what it saves; leave out saved")
-        if not 0 < saved < 1:
-            raise ValueError(f"saved={saved} is out of range; use a number above 0 and below 1")
+        if not (is_number(saved) and 0 < saved < 1):
+            raise ValueError(f"saved={saved!r} is out of range; use a number above 0 and below 1")
         pruned, beside = len(self.pruned(epochs)), self.beside(epochs)
         least = 1 - MAX_RATIO if self.keeps == "ratio" else 0.0
         left = epochs - saved * epochs - beside
@@ -239,8 +242,8 @@ def share(n: int, budget: float) -> int:
 
 def check_epochs(setting: str, value: float, none: bool = False) -> None:
     """Raise ValueError for what is neither a number of epochs, ``none`` among them or not, nor a share below 1."""
-    if value < 0 or (value == 0 and not none) or (value >= 1 and value % 1):
-        raise ValueError(f"{setting}={value} is out of range; use a number of epochs, or a share of them below 1")
+    if not is_number(value) or value < 0 or (value == 0 and not none) or (value >= 1 and value % 1):
+        raise ValueError(f"{setting}={value!r} is out of range; use a number of epochs, or a share of them below 1")
 
 
 def epochs_of(warmup: float, epochs: int) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arguments import check_version
 from ..cleaning import array
 from ..selection import Floats, Ints, Plan, check_epochs, epochs_of, share
 
@@ -98,7 +99,8 @@ class WarmUpLog:
         return {"epochs": self.epochs, **arrays}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for a state of another number of samples."""
+        """Raises ValueError for a state of another number of samples, or of another version."""
+        check_version(self.state_dict(), state)
         if state["sums"].shape != self.sums.shape:
             raise ValueError(f"the state is of {len(state['sums'])} samples, this log of {len(self.sums)}")
         self.epochs = state["epochs"]
