@@ -17,11 +17,13 @@ from scipy import stats
 from alignprune_exp.config import PRUNER
 from alignprune_exp.errors import UsageError
 from alignprune_exp.records import Damaged, read_dynamics, read_record, read_samples
+from alignprune_exp.report.publish import main as publish
 from alignprune_exp.report.tables import make_table, markdown, paired_difference, read_records
 from alignprune_exp.status import main as status
 from alignprune_exp.suites import load_suite, option_names
 from alignprune_exp.suspects import main as suspects
 from alignprune_exp.sweep import jobs_of
+from alignprune_exp.tables import main as tables
 from alignprune_exp.train import main
 from harness import CONF, composed, sentence_of
 from recorded import edit_json, edit_rows, write_record
@@ -102,8 +104,16 @@ def test_a_suite_of_ones_own_runs_and_is_known_to_status(own, tmp_path, capsys):
     assert "4 done of 4 runs" in capsys.readouterr().out
     assert "mine" in option_names("suite", own)
     assert "mine" not in option_names("suite")
-    assert status([f"--config-dir={own / 'nowhere'}", "suite=mine"]) == 2
-    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", [["--config-dir", "nowhere"], ["--config-dir=nowhere"], ["--config-dir="]])
+@pytest.mark.parametrize("program", [main, status, publish, tables])
+def test_what_is_no_folder_of_ones_own_options_is_said_before_anything(program, typed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert program([*(["suite=main"] if program is not tables else []), *typed]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert re.match("--config-dir (nowhere)? ?is not a folder; give one with options of your own", sentence)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_suite_from_the_cache_is_the_suite(own, tmp_path, monkeypatch):

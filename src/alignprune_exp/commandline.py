@@ -53,6 +53,13 @@ def config_dir() -> Path:
     return source if (source / "train.yaml").is_file() else here / "conf"
 
 
+def own_folder(given: str | Path) -> Path:
+    """Return the folder that ``--config-dir`` gives. Raises UsageError where it is none."""
+    if not given or not Path(given).is_dir():
+        raise UsageError(f"--config-dir {given} is not a folder; give one with options of your own, such as suite/")
+    return Path(given)
+
+
 def checked(composed: DictConfig) -> Config:
     """Return the typed config of a composed job, or raise UsageError."""
     job = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in NOT_OF_A_RUN])
@@ -121,6 +128,8 @@ def _check_flags(flags: Namespace) -> None:
         raise UsageError(f"--shell-completion is not offered; {PROGRAM} --help shows what there is")
     if (place := flags.config_name or flags.config_path) is not None:
         raise UsageError(f"the config is this program's own, not {place}; --config-dir FOLDER adds options of your own")
+    if flags.config_dir is not None:
+        own_folder(flags.config_dir)
     if flags.help or flags.hydra_help:
         return
     for flag in ("resolve", "package"):

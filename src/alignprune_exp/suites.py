@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from .commandline import check_size, checked, composing, config_dir, explained, refuse_clashes, with_path
+from .commandline import check_size, checked, composing, config_dir, explained, own_folder, refuse_clashes, with_path
 from .config import Config, identity, validate
 from .errors import UsageError
 from .files import cache_folder, keep_cached
@@ -77,8 +77,6 @@ def load_suite(name: str, overrides: Sequence[str] = (), own: Path | None = None
 
     Raises UsageError for an unknown suite, a contradictory grid, or a mistake in any of its configs.
     """
-    if own is not None and not own.is_dir():
-        raise UsageError(f"--config-dir {own} is not a folder")
     place = cache_folder("suites") / f"{_cache_key(name, overrides, own)}.json"
     try:
         return _from_json(json.loads(place.read_bytes()))
@@ -278,7 +276,7 @@ def suite_of(arguments: Iterable[str]) -> Suite:
                 f"give suite=NAME and what differs, as scale=cpu; suites: {', '.join(option_names('suite', own))}"
             )
         if word.partition("=")[0] in ("--config-dir", "-cd"):
-            own = Path(word.partition("=")[2] or next(words, ""))
+            own = own_folder(word.partition("=")[2] or next(words, ""))
         elif word.startswith("suite="):
             chosen.append(word.partition("=")[2])
         else:

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .commandline import own_folder
 from .config import FORMER_SCALES
 from .console import Parser, command, one_line
 from .errors import UsageError
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         metavar="FILE",
         help="Markdown files with places for tables, to be filled",
     )
-    parser.add_argument("--config-dir", type=Path, help="a folder with suites of one's own, in suite/")
+    parser.add_argument("--config-dir", type=own_folder, help="a folder with suites of one's own, in suite/")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="finished runs of a Weights & Biases project as well")
     parser.add_argument("--data", type=Path, help="the folder of the data sets: the report then shows suspects' images")
 
