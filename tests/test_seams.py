@@ -255,7 +255,9 @@ def test_what_a_run_says_to_type_and_was_typed_finds_what_is_of_ones_own(
         ),
     ],
 )
-@pytest.mark.parametrize("flag", ["--config-dir={}", "--config-dir {}", "-cd {}"])
+@pytest.mark.parametrize(
+    "flag", ["--config-dir={}", "--config-dir {}", "-cd {}", "-m --config-dir={}", "hydra.searchpath=[file://{}]"]
+)
 def test_an_unknown_key_is_said_of_the_option_of_ones_own(own, tmp_path, capsys, line, sentence, flag):
     assert main([*flag.format(own).split(), *line.split(), f"paths.results={tmp_path / 'none'}"]) == 2
     assert capsys.readouterr().err.startswith(sentence)

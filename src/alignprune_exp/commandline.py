@@ -249,12 +249,15 @@ def composing(arguments: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def explained(arguments: Sequence[str] | None = None) -> Iterator[None]:
-    """Turn errors of Hydra and OmegaConf into a UsageError of one sentence; ``arguments`` chose the config."""
+def explained(arguments: Sequence[str]) -> Iterator[None]:
+    """Turn errors of Hydra and OmegaConf into a UsageError of one sentence; ``arguments`` chose the config.
+
+    Among them are the words that name folders of one's own options, whose keys are known then.
+    """
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, sys.argv[1:] if arguments is None else arguments)) from None
+        raise UsageError(_explain(error, arguments)) from None
 
 
 def _explain(error: Exception, arguments: Sequence[str]) -> str:
@@ -280,11 +283,10 @@ def _flat(error: Exception) -> str:
 def _unknown_key(key: str, arguments: Sequence[str]) -> str:
     """Say which keys there are beside the unknown one, in the config that the other arguments choose."""
     GlobalHydra.instance().clear()
-    folders = _folders_typed([*arguments, *sys.argv[1:]])
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         choices = [a for a in arguments if "=" in a and "." not in a.split("=")[0] and not a.startswith("-")]
         try:
-            node: Any = compose("train", [*folders, *(a for a in choices if _key(a) != key)])
+            node: Any = compose("train", [*_folders_typed(arguments), *(a for a in choices if _key(a) != key)])
         except Exception:  # it may be anything that Hydra raises over the other arguments
             node = compose("train")
     *parents, last = key.split(".")
@@ -309,10 +311,17 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
 
 
 def _folders_typed(arguments: Sequence[str]) -> list[str]:
-    """Return the override that finds what a command line's ``--config-dir`` finds, or none."""
+    """Return the override that finds what a command line's ``--config-dir`` or search path finds, or none."""
+    if searched := [word for word in arguments if _key(word) == "hydra.searchpath"]:
+        return searched
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("-") else [word])]
     named = [folder for flag, folder in pairwise(words) if flag in ("--config-dir", "-cd")]
-    return [f"hydra.searchpath=[{_in_quotes(f'file://{os.path.abspath(named[0])}')}]"] if named else []
+    return [searching(named[0])] if named else []
+
+
+def searching(folder: str | Path) -> str:
+    """Return the override by which Hydra finds options in a folder of one's own."""
+    return f"hydra.searchpath=[{_in_quotes(f'file://{os.path.abspath(folder)}')}]"
 
 
 def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:

@@ -17,7 +17,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from .commandline import check_size, checked, composing, config_dir, explained, own_folder, refuse_clashes, with_path
+from .commandline import (
+    check_size,
+    checked,
+    composing,
+    config_dir,
+    explained,
+    own_folder,
+    refuse_clashes,
+    searching,
+    with_path,
+)
 from .config import Config, identity, validate
 from .errors import UsageError
 from .files import cache_folder, keep_cached
@@ -92,10 +102,10 @@ def _names(node: Any) -> bool:
 
 
 def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
-    search = [f"hydra.searchpath=[file://{own.resolve()}]"] if own else []
+    search = [searching(own)] if own else []
     GlobalHydra.instance().clear()
-    with explained(overrides), initialize_config_dir(str(config_dir()), version_base="1.3"):
-        with composing(overrides):
+    with explained([*search, *overrides]), initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with composing([*search, *overrides]):
             master = compose("train", [*search, f"suite={name}"], return_hydra_config=True)
         jobs = grid_of(master, overrides)
         groups = set(master.hydra.runtime.choices)

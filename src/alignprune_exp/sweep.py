@@ -87,9 +87,9 @@ def job_of(
     from .setup import check_pruning
 
     refuse_clashes(overrides)
-    with composing(overrides):
+    with composing([*own, *overrides]):
         composed = compose(list(overrides))
-    with explained(overrides):
+    with explained([*own, *overrides]):
         config = checked(composed)
     check_pruning(config)
     return Job(number, overrides, config, group_of(composed), own)

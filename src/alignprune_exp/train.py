@@ -151,7 +151,7 @@ def _report(work: Callable[[], object]) -> int:
     """Do the work; print one sentence if it does not end well; return the exit status."""
 
     def explaining() -> None:
-        with explained():
+        with explained(sys.argv[1:]):
             work()
 
     return command(explaining, GOES_ON, STOPPED_AT_ONCE)
