@@ -18,12 +18,12 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 from numpy.typing import NDArray
 
-from .console import Parser, command
+from .console import command
 from .errors import UsageError
 from .files import csv, refuse_target, write_atomically
 from .records import PROBABILITIES, read_probabilities
 from .runs import write_text
-from .suspects import CLEANING, labelled, read_checked, run_folder, scores_of, suspects, write_table
+from .suspects import CLEANING, labelled, parser_of, read_checked, run_folder, scores_of, suspects, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,13 +167,9 @@ WRITERS: dict[str, Callable[[Samples, Path, bool], None]] = {
 
 def main(arguments: Sequence[str]) -> int:
     """Write the samples; return the exit status."""
-    parser = Parser(prog="python -m alignprune_exp.export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", help="a run's folder, or its id")
+    parser = parser_of("export", (__doc__ or "").splitlines()[0], checked=True)
     parser.add_argument("--to", choices=list(WRITERS), required=True, help="the tool")
     parser.add_argument("-o", "--out", type=Path, required=True, help="a .parquet file, or a folder of its own")
-    parser.add_argument("--checked", type=Path, help="a table with the right label of each index that was looked at")
-    parser.add_argument("--force", action="store_true", help="write over what is there")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where ids are looked up")
 
     def work() -> None:
         given = parser.parse_args(arguments)

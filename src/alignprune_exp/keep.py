@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import Parser, command
+from .console import command
 from .errors import UsageError
 from .files import refuse_target
 from .pruning.cleaning import within_class
 from .pruning.selection import floor
-from .suspects import CLEANING, check_known, labelled, run_folder, score_to_list_by, scores_of, write_table
+from .suspects import CLEANING, check_known, labelled, parser_of, run_folder, score_to_list_by, scores_of, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,13 +43,10 @@ def keep_list(samples: pd.DataFrame, fraction: float, by: str | None = None) -> 
 
 def main(arguments: Sequence[str]) -> int:
     """Write the list; return the exit status."""
-    parser = Parser(prog="python -m alignprune_exp.keep", description=__doc__)
-    parser.add_argument("run", help="a run's folder, or its id")
+    parser = parser_of("keep", __doc__)
     parser.add_argument("--fraction", type=float, required=True, help="share of the samples to keep, above 0 up to 1")
     parser.add_argument("--by", help=f"the score to keep by, highest first (default: {CLEANING[0]}, within the class)")
     parser.add_argument("-o", "--out", type=Path, required=True, help="where to, as .parquet or .csv")
-    parser.add_argument("--force", action="store_true", help="write over what is there")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where ids are looked up")
 
     def work() -> None:
         given = parser.parse_args(arguments)

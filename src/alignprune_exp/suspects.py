@@ -187,6 +187,19 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
         write_atomically(path, lambda file: frame.to_parquet(file, index=False))
 
 
+def parser_of(program: str, about: str | None, checked: bool = False) -> Parser:
+    """Return the parser of a program that writes something about a run, with the arguments that these share."""
+    parser = Parser(prog=f"python -m alignprune_exp.{program}", description=about)
+    parser.add_argument("run", help="a run's folder, or its id")
+    if checked:
+        parser.add_argument(
+            "--checked", type=Path, help="a table with the right label of each index that was looked at"
+        )
+    parser.add_argument("--force", action="store_true", help="write over what is there")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where ids are looked up")
+    return parser
+
+
 def run_folder(given: str, results: Path) -> Path:
     """Return the folder of a run that is given as a folder, or by its id under ``results``; raise UsageError."""
     for folder in (Path(given).resolve(), results / "runs" / given, results / "records" / "runs" / given):
@@ -255,15 +268,11 @@ def _dataset(folder: Path, data: Path | None = None) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """List the suspects, and write the sheet if asked for; return the exit status."""
-    parser = Parser(prog="python -m alignprune_exp.suspects", description=__doc__)
-    parser.add_argument("run", help="a run's folder, or its id")
+    parser = parser_of("suspects", __doc__, checked=True)
     parser.add_argument("--top", type=int, default=200, help="how many samples (default 200)")
     parser.add_argument("--by", help=f"the score to list by, lowest first (default: {', else '.join(CLEANING)})")
-    parser.add_argument("--checked", type=Path, help="a table with the right label of each index that was looked at")
     parser.add_argument("-o", "--out", type=Path, help="write them there, as .csv or .parquet, instead of showing them")
-    parser.add_argument("--force", action="store_true", help="write over what is there")
     parser.add_argument("--sheet", type=Path, help="write the images there, as a PNG")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where ids are looked up")
 
     def work() -> None:
         given = parser.parse_args(arguments)
