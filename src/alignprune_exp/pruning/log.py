@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .arguments import check_version, check_whole
 from .bank import exact, outside
 from .cleaning import NEVER_SEEN, first, table
+from .coresets.criterion import count_forgotten
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,9 +115,7 @@ class TrajectoryLog:
         kept["label"][where], kept["last"][where] = y, losses
         kept["other"][where[~right]] = others.argmax(1)[~right]
         now = torch.ones_like(samples, dtype=torch.int32).scatter_reduce(0, of, right.int(), "amin").bool()
-        kept["forgotten"][samples] += kept["right"][samples] & ~now
-        kept["learnt"][samples] |= now
-        kept["right"][samples] = now
+        count_forgotten(kept["forgotten"], kept["learnt"], kept["right"], samples, now)
         self.classes = logits.shape[1]
 
     def frame(self) -> pd.DataFrame:

@@ -51,12 +51,25 @@ class Evidence:
                 object.__setattr__(self, each.name, array(values))
 
 
-class WarmUpLog:
-    """Counts, epoch by epoch, what the warm-up shows of n samples.
+def count_forgotten(events: Any, learnt: Any, right: Any, seen: Any, now: Any) -> None:
+    """Count, in place, the forgetting events of the samples ``seen``, of which is known whether they are right ``now``.
 
-    A forgetting event (Toneva et al., 2019) is a sample that was classified right when it was last seen and is wrong
-    now, both times as the training pass found it.
+    Such an event (Toneva et al., 2019) is a sample that was classified right when it was last seen and is wrong now,
+    both times as the training pass found it.
+
+    Args:
+        events, learnt, right: (n,) arrays or tensors: how many there were, and whether a sample was ever right, and
+            when it was last seen.
+        seen: (k,) some of the n, each once, or a slice.
+        now: (k,) true where it is right.
     """
+    events[seen] += right[seen] & ~now
+    learnt[seen] |= now
+    right[seen] = now
+
+
+class WarmUpLog:
+    """Counts, epoch by epoch, what the warm-up shows of n samples, forgetting events by `count_forgotten`."""
 
     def __init__(self, n: int) -> None:
         self.epochs = 0
@@ -77,9 +90,7 @@ class WarmUpLog:
             )
         self.epochs += 1
         self.sums += losses
-        self.events += self.right & ~correct
-        self.learnt |= correct
-        self.right = correct.copy()
+        count_forgotten(self.events, self.learnt, self.right, slice(None), correct)
 
     @property
     def losses(self) -> NDArray[np.float64]:
