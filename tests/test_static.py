@@ -586,6 +586,7 @@ def test_a_run_in_two_phases_says_what_it_did(tmp_path, name):
     assert summary["seconds_total"] == pytest.approx(sum(row["seconds"] for row in rows))
     assert summary["seconds_warmup"] == pytest.approx(sum(row["seconds"] for row in rows[:2]))
     assert 0 < summary["seconds_select"] < rows[2]["seconds_select"] < rows[2]["seconds"]
+    assert all(sum(row[key] for key in row if key.startswith("seconds_")) <= row["seconds"] for row in rows)
     if name == "static_prune4rel":
         assert summary["choice_neighbours_cut"] == 0
     assert environment_of(folder)["epochs"] == 5
