@@ -934,6 +934,25 @@ def test_what_is_damaged_is_named_wherever_tables_are_written(results, suite, tm
     assert (tmp_path / "out/figures/main_smoke_kept.png").exists()
 
 
+def test_a_table_whose_runs_are_gone_is_left_and_named(results, tmp_path, make_tables, capsys):
+    out, words = tmp_path / "out", [str(results), "--out", str(tmp_path / "out")]
+    assert make_tables.main(words) == 0
+    assert make_tables.main([*words, "--best"]) == 0
+    written = {file.name for file in (out / "tables").iterdir() if "_best" not in file.name}
+    gone = {name: name.replace("main_smoke", "gone_smoke") for name in written}
+    for name, other in gone.items():
+        (out / "tables" / other).write_bytes((out / "tables" / name).read_bytes())
+    (out / "tables" / "notes.md").write_text("of somebody's own\n")
+    assert "earlier" not in capsys.readouterr().err  # neither of what was written, nor of what --best writes
+    assert make_tables.main(words) == 0
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "earlier" in line)
+    assert said.startswith(f"{out}/tables/gone_smoke.md is of an earlier time: there is no run of it now; remove it")
+    assert all((out / "tables" / name).is_file() for name in (*gone.values(), "notes.md"))
+    (out / "tables" / gone["main_smoke.tex"]).unlink()  # by now it may be anybody's
+    assert make_tables.main(words) == 0
+    assert "earlier" not in capsys.readouterr().err
+
+
 def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tables, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- table main_smoke -->\nold\n<!-- end -->\nafter\n")

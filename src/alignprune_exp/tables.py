@@ -5,7 +5,7 @@ python -m alignprune_exp.tables [RESULTS ...] [--best] [--into FILE ...]        
 For each suite and scale that has finished runs: <out>/tables/<suite>_<scale>.md, .csv (a line a cell), _long.csv (a
 line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html, which opens with what
 was found. A Markdown file gets the accuracies alone wherever it says <!-- table <suite>_<scale> --> … <!-- end -->.
-The same records give the same bytes.
+The same records give the same bytes. What stands there of a suite without runs now is left, and named.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .runs import run_folders, write_text
 from .suites import load_suite, option_names
 from .suspects import Sheet, report_sheet
 
+FILES = {".md": markdown, ".csv": wide_csv, "_long.csv": long_csv, ".tex": latex}  # of a table, by their ending
 RESULTS = [Path("results"), Path("results/records")]
 
 
@@ -100,14 +101,25 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
         print(f"not drawn: {id} ({reason})", file=sys.stderr)
     for table in tables:
         stem = folder / table.name
-        write_text(stem.with_name(f"{stem.name}.md"), markdown(table))
-        write_text(stem.with_name(f"{stem.name}.csv"), wide_csv(table))
-        write_text(stem.with_name(f"{stem.name}_long.csv"), long_csv(table))
-        write_text(stem.with_name(f"{stem.name}.tex"), latex(table))
+        for ending, text_of in FILES.items():
+            write_text(stem.with_name(f"{stem.name}{ending}"), text_of(table))
         print(f"{stem}.md: {table.progress}")
+    for name in _left_over(folder, tables, arguments.best):
+        print(
+            f"{folder / name}.md is of an earlier time: there is no run of it now; remove it, {name}*.* beside it and "
+            f"in {drawings}, or name the folder of its runs",
+            file=sys.stderr,
+        )
     report = arguments.out / ("report_best.html" if arguments.best else "report.html")
     write_text(report, page(tables, images, _sheets(tables, arguments.data)))
     print(report)
+
+
+def _left_over(folder: Path, tables: Sequence[Table], best: bool) -> list[str]:
+    """Return the names of tables that were written before, and are none of these: of suites without runs by now."""
+    there = {file.name.removesuffix(".md") for file in folder.glob("*.md")}
+    ours = {name for name in there if all((folder / f"{name}{ending}").is_file() for ending in FILES)}
+    return sorted(name for name in ours - {table.name for table in tables} if name.endswith("_best") == best)
 
 
 def _filled(file: Path, tables: Sequence[Table]) -> str:
