@@ -509,6 +509,8 @@ def test_what_people_type_is_accepted(trained, place, arguments):
         ("pruner=shorter saved=0", "saved"),
         ("pruner=shorter saved=0.01", "saved"),  # of 36 epochs that is none
         ("noise.file=/nowhere", "noise.file"),
+        ("pruner=infobatch pruner.budget=0.5 pruner.ratio=0.4", "pruner.ratio"),
+        ("pruner=rs2 pruner.ratio=0.4 pruner.budget=0.5", "pruner.ratio"),
     ],
 )
 def test_a_key_without_effect_is_named(trained, capsys, arguments, key):

@@ -116,6 +116,19 @@ def test_what_is_no_folder_of_ones_own_options_is_said_before_anything(program, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_key_that_not_all_rows_have_is_said_in_the_same_words_by_all_programs(tmp_path, capsys):
+    """Method is an axis of the suite, and what a pruner has is no key of another one."""
+    line = ["suite=main", "scale=smoke", "dataset=digits", "pruner.ratio=0.5", f"paths.results={tmp_path / 'none'}"]
+    said = []
+    for program in (main, status, publish):
+        assert program(line) == 2
+        said.append(capsys.readouterr().err.partition(" (in the job ")[0])
+    assert re.fullmatch(
+        "unknown key pruner.ratio; it belongs to pruner=.*infobatch.*; pruner=full has no keys", said[0]
+    )
+    assert said == said[:1] * 3
+
+
 def test_a_suite_from_the_cache_is_the_suite(own, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first = load_suite("mine", ["scale=smoke"], own)

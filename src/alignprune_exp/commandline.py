@@ -272,7 +272,7 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str:
         return f"cannot read {error.override!r} as key=value; {hint}"
     text = str(error)
     if text.startswith("Could not override"):
-        return _unknown_key(text.split("'")[1], arguments)
+        return unknown_key(text.split("'")[1], arguments)
     return _flat(error)
 
 
@@ -280,7 +280,7 @@ def _flat(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _unknown_key(key: str, arguments: Sequence[str]) -> str:
+def unknown_key(key: str, arguments: Sequence[str]) -> str:
     """Say which keys there are beside the unknown one, in the config that the other arguments choose."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -338,6 +338,8 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     smoothing = [key for key in given if key == "label_smoothing" or (key == "recorded" and not signal)]
     if smoothing and not LEARNER.find(config.learner.name).smooths:
         notes.append(f"{', '.join(smoothing)} has no effect under learner={config.learner.name}, which does not smooth")
+    if named := [key for key in given if key in [f"pruner.{name}" for name in plan.inert()]]:
+        notes.append(f"{', '.join(named)} has no effect beside the other settings of pruner={pruner}")
     inert = NoiseKeys.model_fields.keys() - {"name", *settings(NOISE.find(config.noise.name))}
     if named := [key for key in given if key in [f"noise.{name}" for name in inert]]:
         notes.append(f"{', '.join(named)} has no effect under noise={config.noise.name}")

@@ -26,6 +26,7 @@ from .commandline import (
     own_folder,
     refuse_clashes,
     searching,
+    unknown_key,
     with_path,
 )
 from .config import Config, identity, validate
@@ -115,7 +116,7 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
             refuse_clashes(job)
             choices = tuple(part for part in job if part.split("=")[0] in groups)
             values = [part for part in job if part not in choices]
-            config = checked(_with(chosen(tuple(sorted(choices))), values))
+            config = checked(_with(chosen(tuple(sorted(choices))), values, [*search, *job]))
             axes = dict(part.split("=", 1) for part in job)
             cells.append(Cell(axes, run_id(identity(config, "")), config.model_dump()))
     if not cells:
@@ -296,13 +297,13 @@ def suite_of(arguments: Iterable[str]) -> Suite:
     return load_suite(chosen[0], overrides, own)
 
 
-def _with(config: DictConfig, values: Sequence[str]) -> DictConfig:
-    """Return a copy with keys set as the command line would set them."""
+def _with(config: DictConfig, values: Sequence[str], job: Sequence[str]) -> DictConfig:
+    """Return a copy with keys set as the command line would set them. Raises UsageError for one the job has not."""
     changed = config.copy()
     for override in OverridesParser.create().parse_overrides(list(values)):
         key = override.get_key_element()
         if OmegaConf.select(changed, key, throw_on_missing=False, default=_ABSENT) is _ABSENT:
-            raise UsageError(f"unknown key {key} in the grid")
+            raise UsageError(f"{unknown_key(key, job)} (in the job {' '.join(job)})")
         OmegaConf.update(changed, key, override.value())
     return changed
 
