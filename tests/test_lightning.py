@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from alignprune_exp.frameworks.lightning import PruningCallback
-from alignprune_exp.pruning import DynamicPruning
+from alignprune_exp.pruning import SCORES, DynamicPruning, within_class
+from alignprune_exp.pruning.readout import WEAK, readout
 
 N, EPOCHS, BATCH = 64, 6, 8
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -239,6 +240,55 @@ def tried(rank):
 
 def test_a_trial_run_of_two_processes_ends_clean(together):
     assert together(2, tried) == [(1, 2 * BATCH)] * 2
+
+
+# ---- what a score is told ----------------------------------------------------------------------------------
+
+
+def test_features_told_before_rank_from_the_first_epoch_on_and_go_on_from_a_checkpoint(tmp_path):
+    def told():
+        pruning = make("topk", "features", labels=data(N)[:][1], warmup=0, ratio=0.5)
+        pruning.tell(readout(*data(N)[:], WEAK))
+        return pruning
+
+    pruning, own = told(), told()
+    module, expected = Module(pruning), by_hand(own)
+    trainer(pruning, ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)).fit(module, loader_of(pruning))
+    assert module.seen == expected.seen
+    best = within_class(readout(*data(N)[:], WEAK).numpy(), data(N)[:][1].numpy()).argsort()[N // 2 :]
+    assert sorted(module.seen[0]) == sorted(best)
+    for checkpoint in sorted(tmp_path.glob("*.ckpt"))[::3]:
+        again = make("topk", "features", labels=data(N)[:][1], warmup=0, ratio=0.5)  # the state knows what was told
+        trainer(again).fit(Module(again), loader_of(again), ckpt_path=checkpoint, weights_only=True)
+        assert_frame_equal(again.report(), pruning.report())
+
+
+@pytest.mark.parametrize("score", ["features", "reducible", "irreducible"])
+def test_a_score_that_was_told_nothing_is_one_sentence_before_anything_is_trained(score):
+    pruning = make("topk", score, labels=data(N)[:][1])
+    with pytest.raises(ValueError, match=f"^score='{score}' goes by what you tell of every sample before training; c"):
+        trainer(pruning).fit(Module(pruning), loader_of(pruning))
+    assert pruning.running.step == 0
+
+
+class Telling(lightning.Callback):
+    """Tells, in the last step of an epoch, a readout of the network's embeddings."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def on_train_batch_end(self, trainer, module, *batch):
+        if trainer.is_last_batch and module.pruning.due:
+            x, labels = data(N)[:]
+            module.pruning.tell(readout(module.net[:2](x).detach(), labels))
+            self.epochs.append(module.pruning.epoch)
+
+
+def test_a_readout_is_told_in_the_last_step_of_an_epoch():
+    pruning, telling = make("topk", SCORES["readout"](every=1), labels=data(N)[:][1]), Telling()
+    trainer(pruning, telling).fit(Module(pruning), loader_of(pruning))
+    assert telling.epochs == list(range(EPOCHS - 1))
+    assert pruning.epoch == EPOCHS
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import distributed as dist
@@ -21,7 +22,8 @@ from transformers import (
 )
 
 from alignprune_exp.frameworks.transformers import PruningMixin
-from alignprune_exp.pruning import DynamicPruning
+from alignprune_exp.pruning import DynamicPruning, within_class
+from alignprune_exp.pruning.readout import WEAK, readout
 
 N, EPOCHS, BATCH, WORDS, LENGTH, CLASSES = 48, 5, 8, 17, 7, 3
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -360,6 +362,33 @@ def test_two_processes_train_as_one_does(together, tmp_path):
     assert steps == hf.state.global_step
     state = torch.load(io.BytesIO((tmp_path / "two" / f"checkpoint-{steps}" / "pruning.pt").read_bytes()))
     assert state["processes"] == 2
+
+
+# ---- what a score is told ----------------------------------------------------------------------------------
+
+
+def test_features_told_before_rank_from_the_first_epoch_on_and_go_on_from_a_checkpoint(tmp_path):
+    labels = torch.tensor([text["labels"] for text in texts()])
+    counts = torch.stack([torch.bincount(torch.tensor(text["input_ids"]), minlength=WORDS) for text in texts()]).float()
+    values = readout(counts, labels, WEAK)
+
+    def told_nothing():
+        return make(texts(), "topk", "features", labels=labels, warmup=0, ratio=0.5)
+
+    pruning = told_nothing()
+    pruning.tell(values)
+    best = within_class(values.numpy(), labels.numpy()).argsort()[N // 2 :]
+    assert sorted(pruning.order()) == sorted(best)
+    trainer(tmp_path, classifier(), pruning, None, save_strategy="steps", save_steps=2).train()
+    assert pruning.epoch == EPOCHS
+    assert pruning.times_selected.sum() == EPOCHS * N // 2
+    again = told_nothing()  # the state knows what was told
+    trainer(tmp_path, classifier(), again, None).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    pd.testing.assert_frame_equal(again.report(), pruning.report())
+    forgotten = told_nothing()
+    with pytest.raises(ValueError, match=r"^score='features' goes by what you tell of every sample before training; c"):
+        trainer(tmp_path, classifier(), forgotten, None).train()
+    assert forgotten.running.step == 0
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------
