@@ -149,9 +149,8 @@ def test_features_rank_alone_at_first_and_losses_gain_on_them(n, seed):
 
 def test_features_that_were_not_told_are_asked_for():
     pruning = DynamicPruning(range(4), 8, "sieve", "features", labels=[0, 0, 1, 1])
-    pruning.update(torch.from_numpy(pruning.order()), torch.ones(len(pruning.order())))
-    with pytest.raises(ValueError, match="score='features' goes by what you tell of every sample"):
-        pruning.end_epoch()
+    with pytest.raises(ValueError, match="score='features' goes by what you tell of every sample before training"):
+        next(iter(pruning.sampler))
 
 
 # ---- runs -------------------------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ def test_features_told_before_rank_from_the_first_epoch_on_and_go_on_from_a_chec
     module, expected = Module(pruning), by_hand(own)
     trainer(pruning, ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)).fit(module, loader_of(pruning))
     assert module.seen == expected.seen
-    best = within_class(readout(*data(N)[:], WEAK).numpy(), data(N)[:][1].numpy()).argsort()[N // 2 :]
+    best = within_class(readout(*data(N)[:], WEAK).margins.numpy(), data(N)[:][1].numpy()).argsort()[N // 2 :]
     assert sorted(module.seen[0]) == sorted(best)
     for checkpoint in sorted(tmp_path.glob("*.ckpt"))[::3]:
         again = make("topk", "features", labels=data(N)[:][1], warmup=0, ratio=0.5)  # the state knows what was told

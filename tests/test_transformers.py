@@ -377,7 +377,7 @@ def test_features_told_before_rank_from_the_first_epoch_on_and_go_on_from_a_chec
 
     pruning = told_nothing()
     pruning.tell(values)
-    best = within_class(values.numpy(), labels.numpy()).argsort()[N // 2 :]
+    best = within_class(values.margins.numpy(), labels.numpy()).argsort()[N // 2 :]
     assert sorted(pruning.order()) == sorted(best)
     trainer(tmp_path, classifier(), pruning, None, save_strategy="steps", save_steps=2).train()
     assert pruning.epoch == EPOCHS

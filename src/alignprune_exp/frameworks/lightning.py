@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from ..pruning import DynamicPruning
-from .reference import check_told, evaluating, gathered, needs_reference
+from .reference import evaluating, gathered, needs_reference
 
 
 class PruningCallback(Callback):
@@ -92,7 +92,7 @@ class PruningCallback(Callback):
             )
         if (why := needs_reference(pruning)) and self.reference is None and not overridden:
             raise ValueError(f"{why} a reference set; pass PruningCallback(pruning, reference=loader)")
-        check_told(pruning)
+        pruning.check_told()
         if self.reference is not None and self.losses is None and not hasattr(module, "reference_losses"):
             raise ValueError(
                 f"{type(module).__name__} does not say what its losses are; give it a method reference_losses(batch) "

@@ -1,4 +1,4 @@
-"""What pruning needs in a framework's loop: the losses of a reference set, and what its score is told before."""
+"""The loss of a reference set, in a framework's loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..pruning import DynamicPruning
-from ..pruning.scores import Readout
 
 
 @contextmanager
@@ -31,15 +30,6 @@ def needs_reference(pruning: DynamicPruning) -> str:
         return f"score={pruning.score.name!r} compares with"
     learns = pruning.pruner.needs_noise_rate and not pruning.score.foretells
     return "the pruner learns the noise rate from" if learns else ""
-
-
-def check_told(pruning: DynamicPruning) -> None:
-    """Raise ValueError where training would begin without what the score goes by, which is there before it."""
-    if pruning.due and not isinstance(pruning.score, Readout):  # that one is told of the network in training
-        raise ValueError(
-            f"score={pruning.score.name!r} goes by what you tell of every sample before training; call "
-            "pruning.tell(values) first"
-        )
 
 
 def gathered(pruning: DynamicPruning, parts: list[Tensor]) -> Tensor:

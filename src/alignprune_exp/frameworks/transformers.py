@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..files import write_atomically
 from ..pruning import DynamicPruning
 from ..pruning.losses import one_a_sample
-from .reference import check_told, evaluating, gathered, needs_reference
+from .reference import evaluating, gathered, needs_reference
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
@@ -122,7 +122,7 @@ class PruningMixin(Base):
             self._resume(str(resume_from_checkpoint))
         elif self.pruning.epoch > self.pruning.first or self.pruning.running.step:
             raise ValueError("the pruning has been trained with; make a new one, or pass resume_from_checkpoint")
-        check_told(self.pruning)
+        self.pruning.check_told()
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:

@@ -104,7 +104,7 @@ class Score:
     epoch, and before its window is full all samples are ranked by `Loss` instead, as the paper says.
     One with ``by_class = True`` goes by the given labels, one with ``by_truth = True`` by which of them are clean: a
     control, of what is best possible. One with ``foretells = True`` is told a `readout`, which estimates the noise
-    rate.
+    rate; one with ``told_first = True`` is told what it goes by before the first epoch, not at the end of one.
     """
 
     name: str
@@ -112,6 +112,7 @@ class Score:
     by_class: bool = False
     by_truth: bool = False
     foretells: bool = False
+    told_first: bool = False
 
     def holdout_epochs(self, epochs: int) -> int:
         """Return how many epochs two networks are to train before a run of so many; see `HeldOut`."""
@@ -119,7 +120,7 @@ class Score:
 
     def due(self, epoch: int, epochs: int) -> bool:
         """Return whether what it goes by is to be told, by `DynamicPruning.tell`, before ``epoch`` of so many ends."""
-        return False
+        return self.told_first and epoch == 0
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.__dict__.get("name", cls.__name__)
@@ -293,12 +294,10 @@ class Features(Cleaning):
 
     name = "features"
     foretells = True
+    told_first = True
 
     def __init__(self, *, file: str | None = None) -> None:
         self.file = file
-
-    def due(self, epoch: int, epochs: int) -> bool:
-        return epoch == 0
 
     def __call__(self, history: History) -> Tensor:
         known = min(1.0, history.count_N.double().mean().item() / PASSES)
@@ -313,15 +312,14 @@ class HeldOut(Score):
             the samples, so that each tells the losses of the other half. That is for whoever trains to do.
     """
 
+    told_first = True
+
     def __init__(self, *, holdout: float = 0.1) -> None:
         check_epochs("holdout", holdout)
         self.holdout = holdout
 
     def holdout_epochs(self, epochs: int) -> int:
         return epochs_of(self.holdout, epochs)
-
-    def due(self, epoch: int, epochs: int) -> bool:
-        return epoch == 0
 
 
 class Reducible(HeldOut):

@@ -149,8 +149,17 @@ class Selecting(Indexed):
         """
         return self._noise.estimate(self._classes) if self._classes > 1 else math.nan
 
+    def check_told(self) -> None:
+        """Raise ValueError where an epoch would begin without what the score is to be told before."""
+        if self.score.told_first and self.due:
+            raise ValueError(
+                f"score={self.score.name!r} goes by what you tell of every sample before training; call "
+                "pruning.tell(values) first"
+            )
+
     def order(self) -> np.ndarray:
-        """Return the running epoch's samples (M,), shuffled: those of all processes."""
+        """Return the running epoch's samples (M,), shuffled: those of all processes. Raises as `check_told`."""
+        self.check_told()
         return generator(self.seed, "order", self.epoch).permutation(self.selection.indices)
 
     @property
