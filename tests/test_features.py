@@ -5,8 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
+from alignprune_exp.data import features as module_of_files
+from alignprune_exp.data.features import check_foretells
+from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning import DynamicPruning, within_class
 from alignprune_exp.pruning import patches as module
 from alignprune_exp.pruning.patches import Patches
@@ -213,12 +217,13 @@ def test_a_run_ranks_by_features_in_every_pruner(tmp_path):
     ("content", "sentence"),
     [
         (None, "cannot be read (it is not there); write it with numpy.save, one row for each of the data set's"),
-        (b"no array", "cannot be read ("),
+        (b"no array", "cannot be read (it is no array of numbers as NumPy writes them); write it with numpy.save"),
         (np.zeros(4), "has float64 of shape (4,); write numbers (n, d)"),
         (np.zeros((4, 2)), "has 4 rows; write one row for each of the data set's 1,438 training samples, in its order"),
-        (np.full((1438, 2), np.nan), "is not finite in row"),
+        (np.full((1438, 2), np.nan), "is not finite, as float32, in row"),
+        (np.full((1438, 2), 1e300), "is not finite, as float32, in row"),
         (np.array([["a"]] * 1438), "has <U1 of shape"),
-        (np.array([[{}]] * 1438), "cannot be read ("),
+        (np.array([[{}]] * 1438), "cannot be read (it is no array of numbers"),
     ],
 )
 def test_a_file_that_cannot_be_it_is_refused(refused, tmp_path, content, sentence):
@@ -240,8 +245,49 @@ def test_features_of_other_images_are_refused_and_their_own_are_not(refused, tmp
     for seed in range(3):
         np.save(tmp_path / "other.npy", np.random.default_rng(seed).permutation(own))
         sentence = refused(*line, f"score.file={tmp_path}/other.npy")
-        assert "of the labels, and of shuffled ones" in sentence
-        assert "give its rows the order of the data set's images" in sentence
+        assert "foretells the labels no better than shuffled ones: its rows are in another order than" in sentence
+
+
+def few(seed):
+    """Features of 300 samples of ten classes, and labels of which half are wrong."""
+    rng = np.random.default_rng(seed)
+    right = np.repeat(np.arange(10), 30)
+    features = rng.normal(size=(300, 64)) + 0.6 * rng.normal(size=(10, 64))[right] * (np.arange(64) < 16)
+    return features.astype(np.float32), np.where(rng.random(300) < 0.5, rng.integers(10, size=300), right)
+
+
+def foretells(features, labels, seed):
+    try:
+        check_foretells("f.npy", features, labels, np.random.default_rng(seed))
+    except UsageError:
+        return False
+    return True
+
+
+def test_features_of_few_samples_with_wrong_labels_are_hardly_ever_refused():
+    assert sum(foretells(*few(seed), seed) for seed in range(40)) >= 38
+
+
+def test_features_that_say_nothing_pass_as_seldom_as_is_said():
+    def another_order(seed):
+        features, labels = few(seed)
+        return np.random.default_rng(seed).permutation(features), labels
+
+    assert sum(foretells(*another_order(seed), seed) for seed in range(100)) <= 3  # 1 in 200: above 3 once in 500
+    _, labels = few(0)
+    for alike in (0.0, 1.0, 3e38):
+        assert not foretells(np.full((300, 4), alike, np.float32), labels, 0)
+
+
+@given(st.integers(0, 99), st.integers(1, 6), st.sampled_from([1e-3, 1.0, 1e15]))
+def test_what_is_explained_is_what_a_ridge_regression_explains(seed, d, scale):
+    rng = np.random.default_rng(seed)
+    features, labels = scale * (5 + rng.normal(size=(40, d))).astype(np.float32), np.arange(40) % 3
+    x, y = features - features.mean(0, dtype=np.float64), np.eye(3)[labels] - np.eye(3)[labels].mean(0)
+    penalty = WEAK * np.square(x).sum(0).mean()
+    fitted = Ridge(alpha=penalty, fit_intercept=False, solver="svd").fit(x, y)
+    found = module_of_files._explained(module_of_files._whitened(torch.from_numpy(features)), labels)
+    assert found == pytest.approx((y * (x @ fitted.coef_.T)).sum(), rel=1e-6)
 
 
 def test_features_need_class_labels(refused):

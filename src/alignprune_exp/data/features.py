@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import UsageError, reason_of
-from ..pruning.readout import WEAK, readout
+from ..pruning.readout import WEAK
 
 TRIED = 5_000  # samples by which it is told whether features foretell labels
-LEAST = 3.0  # standard deviations by which they have to, over what they foretell of shuffled labels
+SHUFFLED = 199  # times that the labels are shuffled: features that say nothing of them pass once in 200
 
 
 def read_features(file: str, n: int, rows: np.ndarray) -> np.ndarray:
@@ -24,7 +25,7 @@ def read_features(file: str, n: int, rows: np.ndarray) -> np.ndarray:
     try:
         held = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        reason = reason_of(error) if path.exists() else "it is not there"
+        reason = _reason(error) if path.exists() else "it is not there"
         raise UsageError(
             f"score.file={file} cannot be read ({reason}); write it with numpy.save, {wanted}, or leave it out"
         ) from None
@@ -33,25 +34,44 @@ def read_features(file: str, n: int, rows: np.ndarray) -> np.ndarray:
         raise UsageError(f"score.file={file} has {what}; write numbers (n, d), {wanted}")
     if len(held) != n:
         raise UsageError(f"score.file={file} has {len(held):,} rows; write {wanted}, in its order")
-    features = held[rows].astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large for them is infinite, and refused
+        features = held[rows].astype(np.float32)
     if not (finite := np.isfinite(features).all(1)).all():
-        raise UsageError(f"score.file={file} is not finite in row {rows[int(finite.argmin())]}; mend it")
+        raise UsageError(f"score.file={file} is not finite, as float32, in row {rows[int(finite.argmin())]}; mend it")
     return features
 
 
+def _reason(error: Exception) -> str:
+    """Return why a file is none of NumPy's, without NumPy's advice to load it unsafely."""
+    return reason_of(error) if isinstance(error, OSError) else "it is no array of numbers as NumPy writes them"
+
+
 def check_foretells(file: str, features: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> None:
-    """Raise UsageError where features (n, d) foretell labels (n,) no better than shuffled ones, as in another order."""
+    """Raise UsageError where features (n, d) foretell labels (n,) no better than shuffled ones, as in another order.
+
+    A permutation test: least squares on them are to explain more of the labels than of each of `SHUFFLED` shufflings.
+    """
     some = rng.permutation(len(labels))[:TRIED]
-    known = torch.from_numpy(features[some])
-    right, wrong = (
-        readout(known, torch.from_numpy(given), WEAK).margins > 0
-        for given in (labels[some], rng.permutation(labels[some]))
-    )
-    share, by_chance = right.double().mean().item(), wrong.double().mean().item()
-    deviation = np.sqrt((share * (1 - share) + by_chance * (1 - by_chance)) / len(some))
-    if share - by_chance <= LEAST * deviation:
+    whitened_ND, given = _whitened(torch.from_numpy(features[some])), labels[some]
+    found = _explained(whitened_ND, given)
+    if not all(found > _explained(whitened_ND, rng.permutation(given)) for _ in range(SHUFFLED)):
         raise UsageError(
-            f"score.file={file} foretells {100 * share:.0f} % of the labels, and of shuffled ones "
-            f"{100 * by_chance:.0f} %, which is no better; give its rows the order of the data set's images, as "
-            "alignprune embed does"
+            f"score.file={file} foretells the labels no better than shuffled ones: its rows are in another order than "
+            "the data set's images, or say too little for labels so few or so wrong; write it by alignprune embed, "
+            "with the features of another network, or leave it out"
         )
+
+
+def _whitened(features: Tensor) -> Tensor:
+    """Return centred features (N, D), such that squared sums of rows tell what a ridge regression explains."""
+    x_ND = features.double() - features.mean(0, dtype=torch.float64)
+    gram_DD = x_ND.T @ x_ND
+    penalty = (WEAK * gram_DD.diagonal().mean()).clamp(min=torch.finfo(gram_DD.dtype).tiny)
+    lower_DD = torch.linalg.cholesky(gram_DD + penalty * torch.eye(len(gram_DD), dtype=gram_DD.dtype))
+    return torch.linalg.solve_triangular(lower_DD, x_ND.T, upper=False).T.contiguous()
+
+
+def _explained(whitened_ND: Tensor, labels: np.ndarray) -> float:
+    """Return how much of the indicators of the classes a ridge regression on the features explains."""
+    sums_CD = whitened_ND.new_zeros(int(labels.max()) + 1, whitened_ND.shape[1])
+    return sums_CD.index_add_(0, torch.from_numpy(labels), whitened_ND).square().sum().item()
