@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from alignprune_exp import optim
 from alignprune_exp.config import OPTIMIZER
+from alignprune_exp.errors import UsageError
 from alignprune_exp.network import Network
 from alignprune_exp.pruning import SCORES, DynamicPruning, Fixed
 from alignprune_exp.records import read_config
@@ -232,3 +233,8 @@ class Demanding(SCORES["loss"]):
 def test_a_score_that_no_run_can_tell_anything_is_refused(refused):
     sentence = refused("pruner=topk", "score=loss", f"score.name={__name__}.Demanding")
     assert "is told what a run cannot tell; let it subclass Features, HeldOut or Readout" in sentence
+
+
+def test_what_leaves_scores_no_epoch_is_said_before_the_halves_are_trained(tmp_path):
+    with pytest.raises(UsageError, match="leave scores none of 1 epochs to choose in"):
+        Run(config_of(tmp_path, "method=rho_loss", "epochs=1"))

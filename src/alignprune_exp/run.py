@@ -41,7 +41,7 @@ from .record import Row
 from .records import PROBABILITIES, read_summary
 from .reference import Reference
 from .runs import RunFolder, Writing, owner_alive, write_json, write_text
-from .setup import Setup, make_pruning
+from .setup import Setup, check_pruning, make_pruning
 from .trackers import Mirror, Mirrored, Tracker
 
 ONE_VALUE = "more than 1 value per channel"  # that PyTorch's batch norm expects
@@ -144,6 +144,8 @@ class Run:
         self.writing, self._saved = Writing(), time.monotonic()
         self.loop: Loop | None = None
         if isinstance(setup.plan, Pruner):
+            if setup.holdout:
+                check_pruning(config)  # whose mistakes would show once the halves are trained
             self.loop = self._coming()
         elif setup.before:
             self.loop = self._phase(Full(), setup.before, "warm-up model", WarmUpLog(setup.n))
