@@ -1,5 +1,8 @@
 """Features of a data set's images by a network: in the order of the images, and as the network itself has them."""
 
+from itertools import product
+from shutil import copytree
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch import nn
 from alignprune_exp import embed
 from alignprune_exp.data.sources.digits import Digits
 from alignprune_exp.run import Run
-from harness import checkpoint_of, config_of, contents, only_run, rows_of, sentence_of, trained
+from harness import Stop, checkpoint_of, config_of, contents, only_run, rows_of, sentence_of, trained
 
 LINE = ("keep_checkpoints=true", "method=full", "noise=clean", "precision=fp32")
 DIGITS = Digits(name="digits").open().train
@@ -103,7 +106,7 @@ def test_a_run_goes_by_the_features_of_another(results, tmp_path):
     ("network", "sentence"),
     [
         ("nowhere", "there is no run nowhere; give a run's folder"),
-        ("no_such.module", "no_such.module cannot be called (ModuleNotFoundError: No module named 'no_such')"),
+        ("no_such.module", "no_such.module cannot be called (ModuleNotFoundError: No module named 'no_such'); name a"),
         (f"{__name__}.absent", "cannot be called (AttributeError"),
         (f"{__name__}.broken", "cannot be called (LookupError: no weights here)"),
         (f"{__name__}.no_network", "returns int; let it return a torch.nn.Module"),
@@ -123,6 +126,7 @@ def test_settings_are_those_of_training(mistaken):
         "dataset=digit_boxes": "is not of images with class labels",
         "dataset.subste=3": "subste",
         "dataset=cifar10 paths.data=nowhere": "nowhere",
+        "suite=features": "suite=features is a grid of runs; give the one data set, as in dataset=cifar10",
     }.items():
         assert sentence in mistaken(f"{__name__}.pixels", *line.split())
 
@@ -139,6 +143,44 @@ def test_a_run_without_its_network_or_for_other_images_is_refused(results, tmp_p
     photographs = ("dataset=image_folder", f"dataset.root={tmp_path}/photographs", "dataset.image_size=8")
     sentence = "the network takes images of 1 channels, and these have 3"
     assert sentence in mistaken(only_run(results), *photographs)
+
+
+def test_a_network_from_before_the_end_of_its_run_is_refused(tmp_path, mistaken):
+    assert Stop().run(config_of(tmp_path, "method=full", "noise=clean"), 10)
+    sentence = mistaken(only_run(tmp_path))
+    assert " keeps the network of epoch " in sentence
+    assert " of 12 alone; let the run end" in sentence
+
+
+def test_a_run_that_was_moved_is_said_to_be(results, tmp_path, mistaken):
+    folder = only_run(results)
+    for elsewhere in ("runs/mine", f"best/{folder.name}"):
+        copytree(folder, tmp_path / elsewhere)
+        assert f"is not runs/{folder.name}, which its config and data make it" in mistaken(tmp_path / elsewhere)
+
+
+def test_a_run_whose_data_are_gone_says_whose_they_are(tmp_path, mistaken):
+    for split, name, number in product(("train", "test"), "ab", range(6)):
+        place = tmp_path / "photographs" / split / name
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * number, 9, 9)).save(place / f"{number}.png")
+    photographs = ("dataset=image_folder", f"dataset.root={tmp_path}/photographs", "dataset.image_size=8")
+    line = (*photographs, "dataset.crop=0", "method=full", "noise=clean", "reference=none", "keep_checkpoints=true")
+    folder = trained(Run(config_of(tmp_path, *line, base=("threads=1", "epochs=1"))))
+    (tmp_path / "photographs").rename(tmp_path / "elsewhere")
+    sentence = mistaken(folder, "dataset=digits")
+    assert sentence.startswith(f"{folder} cannot be set up as it was trained, with its own data")
+    assert "photographs is not a folder" in sentence
+
+
+def test_what_is_typed_of_the_machine_counts(tmp_path, mistaken):
+    before = torch.get_num_threads()
+    try:
+        assert embed.main([f"{__name__}.pixels", "-o", str(tmp_path / "f.npy"), "threads=3"]) == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert "threads=1024 is far beyond" in mistaken(f"{__name__}.pixels", "threads=1024")
 
 
 def test_a_file_that_is_there_stays(tmp_path, capsys):

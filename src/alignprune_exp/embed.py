@@ -1,8 +1,8 @@
 """Features of a data set's training images, for score.file: python -m alignprune_exp.embed NETWORK -o FILE dataset=…
 
-NETWORK is a run's folder, or its id, that was trained with keep_checkpoints=true: its features are what goes into the
-last linear layer. Or it is anyone's, package.module.function: called without arguments, that returns a torch.nn.Module
-from images (B, C, H, W) in 0..1 to features (B, d).
+NETWORK is a run's folder, or its id, that was trained with keep_checkpoints=true, and whose own data are still there:
+its features are what goes into the last linear layer. Or it is anyone's, package.module.function: called without
+arguments, that returns a torch.nn.Module from images (B, C, H, W) in 0..1 to features (B, d).
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from .config import Config
     from .data.batches import Batch, ImageBatches
     from .data.source import Images
+    from .network import Network
+    from .runs import RunFolder
+    from .setup import Setup
 
 AT_ONCE = 2048  # images, between two signs of life
 
@@ -136,10 +139,15 @@ def _composed(settings: Sequence[str]) -> Config:
     from hydra import compose, initialize_config_dir
 
     from .commandline import config_dir, read_line
+    from .setup import check_load
     from .sweep import job_of
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return job_of(None, tuple(read_line(settings)), lambda typed: compose("train", typed), ()).config
+        job = job_of(None, tuple(read_line(settings)), lambda typed: compose("train", typed), ())
+    if job.group is not None:
+        raise UsageError(f"suite={job.group} is a grid of runs; give the one data set, as in dataset=cifar10")
+    check_load(job.config)
+    return job.config
 
 
 def _images(config: Config) -> Images:
@@ -159,32 +167,51 @@ def _of_run(folder: Path) -> Embedder:
 
     from .config import validate
     from .distributed import Processes
-    from .network import Network
-    from .records import read_config, read_summary
+    from .records import read_config
     from .runs import RunFolder
     from .setup import Setup
     from .tasks.classification import Classification
 
-    if (read_summary(folder) or {}).get("status") != "finished":
-        raise UsageError(f"{folder} is of a run that has not finished; the command that began it goes on")
-    setup = Setup.of(validate(read_config(folder)), Processes())
-    task, data_set = setup.task, setup.config.dataset.name
+    try:
+        setup = Setup.of(validate(read_config(folder)), Processes())
+    except UsageError as error:
+        raise UsageError(
+            f"{folder} cannot be set up as it was trained, with its own data, from where it was typed: {error}"
+        ) from None
+    task, place = setup.task, RunFolder(folder.parents[1], folder.name)
     if not isinstance(task, Classification):
         raise UsageError(f"{folder} is of task={setup.config.task.name}; give a run of task=classification")
-    if folder.name != setup.id:
-        raise UsageError(f"{folder} was trained on other data than {data_set} has now; train it again on these")
-    state = RunFolder(folder.parents[1], folder.name).load_checkpoint(say)
-    if state is None:
-        raise UsageError(f"{folder} keeps no network; train it again with force=true keep_checkpoints=true")
-    network = Network(setup, "model")
-    try:
-        network.learner.load_state_dict(state["model"])
-    except (KeyError, RuntimeError):
-        raise UsageError(f"the network in {folder} is of another version; train it again with force=true") from None
-    network.learner.eval()
+    if place.path != folder or place.id != setup.id:
+        raise UsageError(
+            f"{folder} is not runs/{setup.id}, which its config and data make it: it was renamed or moved, or "
+            f"{setup.config.dataset.name} has changed; put that right"
+        )
+    network = _kept(setup, place)
     dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
     mean, std = task.data.mean, task.data.std
     return Embedder(lambda batches: task.outputs(network, batches)[1], setup.device, dtype, mean, std)
+
+
+def _kept(setup: Setup, folder: RunFolder) -> Network:
+    """Return the network that a run has kept, in eval mode. Raises UsageError where that is none of its end."""
+    from .network import Network
+    from .record import Journal
+
+    state, again = folder.load_checkpoint(say), "train it again with force=true keep_checkpoints=true"
+    if state is None:
+        raise UsageError(f"{folder.path} keeps no network; {again}")
+    network, journal = Network(setup, "model"), Journal(setup.id)
+    try:
+        journal.load_state_dict(state["record"])
+        network.learner.load_state_dict(state["model"])
+    except (KeyError, RuntimeError):
+        raise UsageError(f"the network in {folder.path} is of another version; {again}") from None
+    if (done := len(journal.rows)) < setup.epochs:
+        raise UsageError(
+            f"{folder.path} keeps the network of epoch {done} of {setup.epochs} alone; let the run end, or {again}"
+        )
+    network.learner.eval()
+    return network
 
 
 def _anyones(path: str, config: Config) -> Embedder:
@@ -197,9 +224,12 @@ def _anyones(path: str, config: Config) -> Embedder:
     try:
         network = imported(path)()
     except Exception as error:  # anybody's may raise any
-        raise UsageError(f"{path} cannot be called ({type(error).__name__}: {error})") from None
+        raise UsageError(
+            f"{path} cannot be called ({type(error).__name__}: {error}); name a function of a module on PYTHONPATH"
+        ) from None
     if not isinstance(network, torch.nn.Module):
         raise UsageError(f"{path} returns {type(network).__name__}; let it return a torch.nn.Module")
+    torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     network = network.to(device).eval()
     return Embedder(lambda batches: torch.cat([network(images) for _, images, _ in batches]), device, torch.float32)
