@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
+from alignprune_exp import export, keep, suspects
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning
 from alignprune_exp.pruning.bank import Trajectories
-from harness import SMALL, launch, rows_of, same_bits_when_stopped, samples_of, summary_of
+from harness import SMALL, launch, rows_of, same_bits_when_stopped, samples_of, sentence_of, summary_of
 
 QUERY = ("method=query", "pruner.start=0.1", "pruner.budget=0.5", "pruner.every=2")
 
@@ -131,6 +132,21 @@ def test_labels_that_were_not_asked_for_have_no_say(undisturbed, line):
     assert (noisy["label"] != noisy["clean_label"]).mean() > 0.5
     summary = summary_of(folders[0])
     assert summary["asked"] == (noisy["times_selected"] > 0).sum() == summary["samples"] // 2
+
+
+def test_a_run_that_asked_for_labels_tells_nothing_of_the_given_ones(undisturbed, tmp_path, capsys):
+    folder = str(undisturbed(*QUERY, "noise=sym0.5"))
+    capsys.readouterr()
+    for command, *line in (
+        (suspects, folder),
+        (keep, folder, "--fraction", "0.5", "-o", f"{tmp_path}/keep.parquet"),
+        (export, folder, "--to", "labelstudio", "-o", f"{tmp_path}/tasks"),
+    ):
+        assert command.main(line) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert f"{folder} has asked for right labels" in sentence_of(said.err)
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_a_loader_leaves_out_has_been_asked_for_all_the_same():

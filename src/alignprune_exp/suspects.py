@@ -15,7 +15,7 @@ from .errors import UsageError
 from .files import csv, refuse_target, write_atomically
 from .pruning.cleaning import first, table
 from .pruning.signals import SIGNALS
-from .records import Damaged, read_config, read_samples
+from .records import Damaged, read_config, read_samples, read_summary
 from .runs import write_text
 
 if TYPE_CHECKING:
@@ -51,10 +51,15 @@ def report_sheet(folder: Path, data: Path, top: int = 3 * SHEET_WIDTH) -> Sheet:
 
 
 def labelled(folder: Path) -> pd.DataFrame:
-    """Return the samples of a finished run that has recorded losses of class labels. Raises UsageError for others."""
+    """Return the samples of a finished run that has recorded losses of given labels. Raises UsageError for others."""
     samples = read_samples(folder)
     if (recorded := read_config(folder).get("recorded")) in SIGNALS:
         raise UsageError(f"{folder} has recorded {recorded}, and losses tell how sure one may be; give a run of these")
+    if "asked" in (read_summary(folder) or {}):
+        raise UsageError(
+            f"{folder} has asked for right labels, whose losses it has recorded, and of the other samples none by a "
+            "label; give a run that has trained on the given ones"
+        )
     if "label" not in samples or samples["label"].isna().any():
         raise UsageError(f"{folder}/samples.parquet is without class labels; give a run whose task has some")
     return samples
