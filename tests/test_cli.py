@@ -612,7 +612,7 @@ def test_help_names_every_group(place, capsys):
 def test_a_run_ends_with_a_small_table_its_record_and_three_commands(place, capsys):
     assert main([*SMALL]) == 0
     out = capsys.readouterr().out
-    for column in ("accuracy", "saved", "kept noise", "AUROC", "(½ is chance)", "seconds"):
+    for column in ("accuracy", "saved", "kept noise", "noise estimate", "AUROC", "(½ is chance)", "seconds"):
         assert column in out
     (record,) = [line.split()[1] for line in out.splitlines() if line.startswith("record")]
     assert (place / record / "summary.json").is_file()

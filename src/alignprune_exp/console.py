@@ -129,6 +129,7 @@ def closing(summary: Mapping[str, Any], judged: Metric, record: str, commands: S
         "saved": _number(summary["saved"], ".1%"),
         **({"labels asked for": f"{summary['asked']} of {summary['samples']}"} if "asked" in summary else {}),
         "kept noise": _number(summary["kept_noise_mean"], ".3f", f" of {_number(summary['noise_rate'], '.3f')}"),
+        **({"noise estimate": f"{summary['noise_estimate']:.3f}"} if "noise_estimate" in summary else {}),
         "detection AUROC": _number(summary["detection_auroc_last"], ".3f", " (½ is chance)"),
         "seconds": _number(summary["seconds_total"], ".1f"),
     }
