@@ -970,9 +970,28 @@ def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tab
     assert "place for table mian_smoke and no such table; it could be main_smoke" in capsys.readouterr().err
 
 
+def test_a_readme_may_show_another_number_of_the_runs(results, tmp_path, make_tables):
+    readme, place = tmp_path / "README.md", "<!-- table main_smoke kept_noise_mean -->"
+    readme.write_text(f"{place}\n<!-- end -->\n<!-- table main_smoke -->\n<!-- end -->\n")
+    arguments = [str(results), "--out", str(tmp_path / "out"), "--into", str(readme)]
+    assert make_tables.main(arguments) == 0
+    text = readme.read_text()
+    own, accuracies = text.split("<!-- end -->\n")[:2]
+    runs = pd.read_csv(tmp_path / "out/tables/main_smoke_long.csv")
+    (head, _, *rows) = [line.strip("| ").split(" | ") for line in own.splitlines()[1:]]
+    for row, *cells in rows:
+        for column, cell in zip(head[1:], cells, strict=True):
+            there = runs[(runs["row"] == row) & (runs["column"] == column.rstrip("*"))]["kept_noise_mean"]
+            assert cell.startswith(f"{there.mean():.3f}" if len(there) else "–")
+    assert "72.0" in accuracies
+    assert make_tables.main(arguments) == 0
+    assert readme.read_text() == text
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        (b"<!-- table main_smoke dataset -->\n<!-- end -->\n", "the runs of table main_smoke have no number dataset"),
         (b"<!-- table mian_smoke -->\n<!-- end -->\n", "a place for table mian_smoke and no such table"),
         (b"<!-- table main_smoke -->\nx\n", "the place for table main_smoke does not end; write <!-- end -->"),
         (
@@ -982,7 +1001,7 @@ def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tab
         (b"\xff\xfe", "is no text in UTF-8"),
         (None, "cannot be read: No such file"),
     ],
-    ids=["another's place", "no end", "no end before the next", "no text", "not there"],
+    ids=["no number", "another's place", "no end", "no end before the next", "no text", "not there"],
 )
 def test_a_mistake_in_one_readme_leaves_all_of_them_as_they_were(results, tmp_path, make_tables, capsys, text, words):
     right, wrong, out = tmp_path / "right.md", tmp_path / "wrong.md", tmp_path / "out"

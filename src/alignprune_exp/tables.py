@@ -4,7 +4,8 @@ python -m alignprune_exp.tables [RESULTS ...] [--best] [--into FILE ...]        
 
 For each suite and scale that has finished runs: <out>/tables/<suite>_<scale>.md, .csv (a line a cell), _long.csv (a
 line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html, which opens with what
-was found. A Markdown file gets the accuracies alone wherever it says <!-- table <suite>_<scale> --> … <!-- end -->.
+was found. A Markdown file gets the accuracies alone wherever it says <!-- table <suite>_<scale> --> … <!-- end -->, and
+another number of the runs' summaries where it says <!-- table <suite>_<scale> <key> -->.
 The same records give the same bytes. What stands there of a suite without runs now is left, and named.
 """
 

@@ -673,36 +673,41 @@ def _markdown(text: str) -> str:
     return one_line(text).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 
-def digest(table: Table) -> str:
-    """Return the headlines alone as Markdown: mean ± std, a star where the pairing of labels is unverified."""
-    long = table.long
+def digest(table: Table, key: str | None = None) -> str:
+    """Return the headlines alone as Markdown: mean ± std, a star where the pairing of labels is unverified.
+
+    Another ``key`` of the summaries may stand in their place, with three digits. Raises UsageError where none has it.
+    """
+    long, (shown, digits) = table.long, (table.key, table.metric.digits) if key is None else (key, 3)
+    if key is not None and (key not in long or not pd.api.types.is_numeric_dtype(long[key])):
+        raise UsageError(f"the runs of table {table.name} have no number {key}; a run's summary.json has the names")
     unverified = set(long.loc[long["pairing"] == "unverified", "column"]) if "pairing" in long else set()
     lines = [[_corner(table), *(f"{column}*" if column in unverified else column for column in table.columns)]]
     for row in table.rows:
-        cells = (table.runs(row, column)[table.key].tolist() for column in table.columns)
+        cells = (table.runs(row, column)[shown].dropna().tolist() for column in table.columns)
         spreads = [mean_and_std(values) if values else None for values in cells]
-        lines.append(
-            [row, *(MISSING if spread is None else plus_minus(*spread, table.metric.digits) for spread in spreads)]
-        )
+        lines.append([row, *(MISSING if spread is None else plus_minus(*spread, digits) for spread in spreads)])
     return _markdown_table(lines)
 
 
 def filled(text: str, tables: Iterable[Table]) -> str:
     """Return Markdown with every `digest` that it has a place for: ``<!-- table NAME -->`` … ``<!-- end -->``.
 
-    Raises UsageError for a place whose table there is none of, or that does not end.
+    ``<!-- table NAME KEY -->`` is for one of another number than the headline. Raises UsageError for a place whose
+    table, or number, there is none of, or that does not end.
     """
     by_name = {table.name: table for table in tables}
 
     def fill(place: re.Match[str]) -> str:
         if (name := place[1]) not in by_name:
             raise UsageError(f"there is a place for table {name} and no such table; it could be {', '.join(by_name)}")
-        if place[2] is None:
+        if place[3] is None:
             raise UsageError(f"the place for table {name} does not end; write <!-- end --> on a line below it")
-        return f"<!-- table {name} -->\n{digest(by_name[name])}\n<!-- end -->"
+        key = place[2]
+        return f"<!-- table {name}{f' {key}' if key else ''} -->\n{digest(by_name[name], key)}\n<!-- end -->"
 
     until_the_next = r"(?:(?!^<!-- table ).)*?"
-    return re.sub(rf"(?ms)^<!-- table (\S+) -->[ \t]*$({until_the_next}<!-- end -->)?", fill, text)
+    return re.sub(rf"(?ms)^<!-- table (\S+)(?: (\S+))? -->[ \t]*$({until_the_next}<!-- end -->)?", fill, text)
 
 
 _SPECIAL = str.maketrans(
