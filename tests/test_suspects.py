@@ -62,6 +62,14 @@ def test_the_least_settled_of_their_class_come_first_whatever_score_ranked(liste
     assert err == "listed by settled, standardised within the given class, lowest first\n"
 
 
+def test_in_the_terminal_a_sample_that_was_never_seen_has_its_label_and_no_other(run, capsys):
+    unseen = {"predicted": [0, 0, -1, 1, 0, 3], "loss": SAMPLES["loss"].where(SAMPLES["index"] != 7)}
+    write_samples(run, SAMPLES.assign(score_settled=SAMPLES["score_settled"].where(SAMPLES["index"] != 7), **unseen))
+    assert main([str(run), "--by", "das", "--top", "1"]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.split() == ["7", "0", "→", "?", "1", "–", "–", "never", "seen"]
+
+
 def test_in_the_terminal_they_are_a_table_that_one_can_read(run, capsys):
     rows = 60
     rng = np.random.default_rng(0)

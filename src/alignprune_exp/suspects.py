@@ -160,8 +160,8 @@ def for_reading(frame: pd.DataFrame) -> str:
     """Return suspects as a table for the terminal, a line each."""
     shown = frame.assign(sure=[_percent(sure) for sure in frame["sure"]])
     shown["loss"] = [f"{loss:.3g}" if loss == loss else "–" for loss in frame["loss"]]
-    likely = shown["likely_label"].astype(str).replace("<NA>", "?") if "likely_label" in shown else "?"
-    shown["given → likely"] = shown["label"].astype(str) + " → " + likely
+    likely = shown["likely_label"].astype(object).fillna("?") if "likely_label" in shown else ["?"] * len(shown)
+    shown["given → likely"] = [f"{given} → {other}" for given, other in zip(shown["label"], likely, strict=True)]
     columns = ["index", "given → likely", *(["clean_label"] if "clean_label" in shown else []), "sure", "loss", "flag"]
     heads = {"index": "sample", "clean_label": "clean"}
     shown = shown[[*columns, *(["path"] if "path" in shown else [])]].rename(columns=heads)
