@@ -57,7 +57,7 @@ def assert_same(folder, other):
     for row, theirs in zip(rows[:3], others[:3], strict=True):
         assert [row[key] for key in SAME] == [theirs[key] for key in SAME]
         close = (np.array([each[key] for key in CLOSE], float) for each in (row, theirs))
-        np.testing.assert_allclose(*close, rtol=1e-3)
+        np.testing.assert_allclose(*close, rtol=1e-3, atol=1e-6)  # the mean of standardised scores is rounding alone
     assert len(rows) == len(others)
     assert rows[-1]["train_loss"] == pytest.approx(others[-1]["train_loss"], rel=0.05)
 
@@ -72,7 +72,7 @@ def assert_same(folder, other):
         (3, ("dataset.subset=151", *PSEUDO)),
         (2, ("dataset.subset=151", "method=rho_loss", "score.holdout=1")),
         (3, ("dataset.subset=151", "method=sieve_readout", "pruner.warmup=1", "score.every=1")),
-        (2, ("dataset.subset=151", "method=sieve_features", "pruner.warmup=1")),
+        (2, ("dataset.subset=151", "method=sieve_features", "pruner.warmup=2")),
         (2, ("dataset.subset=150", "score.unseen=refresh", "recorded=smoothed", "label_smoothing=0.1")),
     ],
 )
