@@ -117,12 +117,12 @@ class Loop:
         """Train one epoch and return what is to be recorded of it; ``save`` is called where ``stop`` interrupts it."""
         setup, pruning, network = self.setup, self.pruning, self.network
         config, clock = setup.config, Clock(self.elapsed)
-        if foretells := isinstance(pruning.score, Features):
+        if by_features := isinstance(pruning.score, Features):
             if pruning.due:
                 self._foretell()
             clock.lap("refresh")
         now = Epoch(pruning.epoch, pruning.ranked_by, pruning.selection, pruning.ranking)
-        now.refreshed = setup.n if foretells and pruning.told_in == pruning.epoch else 0
+        now.refreshed = setup.n if by_features and pruning.told_in == pruning.epoch else 0
         if pruning.pruner.asks:
             setup.task.answer(now.selection.indices)
         order = pruning.order()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError, reason_of
-from ..pruning.readout import WEAK
+from ..pruning.readout import WEAK, ridged
 
 TRIED = 5_000  # samples by which it is told whether features foretell labels
 SHUFFLED = 199  # times that the labels are shuffled: features that say nothing of them pass once in 200
@@ -65,9 +65,7 @@ def check_foretells(file: str, features: np.ndarray, labels: np.ndarray, rng: np
 def _whitened(features: Tensor) -> Tensor:
     """Return centred features (N, D), such that squared sums of rows tell what a ridge regression explains."""
     x_ND = features.double() - features.mean(0, dtype=torch.float64)
-    gram_DD = x_ND.T @ x_ND
-    penalty = (WEAK * gram_DD.diagonal().mean()).clamp(min=torch.finfo(gram_DD.dtype).tiny)
-    lower_DD = torch.linalg.cholesky(gram_DD + penalty * torch.eye(len(gram_DD), dtype=gram_DD.dtype))
+    lower_DD = torch.linalg.cholesky(ridged(x_ND.T @ x_ND, WEAK))
     return torch.linalg.solve_triangular(lower_DD, x_ND.T, upper=False).T.contiguous()
 
 

@@ -80,10 +80,10 @@ def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Foretol
         cross_DC += x_BD.T @ y_BC
     if not gram_DD.isfinite().all():
         raise ValueError("the embeddings are not finite")
-    penalty = (ridge * gram_DD.diagonal().mean()).clamp(min=torch.finfo(gram_DD.dtype).tiny)
-    inverse_DD = torch.linalg.inv(gram_DD + penalty * torch.eye(d, dtype=gram_DD.dtype, device=gram_DD.device))
+    inverse_DD = torch.linalg.inv(ridged(gram_DD, ridge))
     there_C = shares_C > 0
-    last = max(1, int(there_C.sum()) // LAST)
+    there = int(there_C.sum())
+    last = max(1, there // LAST)
     margins, sure, comes_last = [], [], []
     for x_BD, y_BC, label_B1 in blocks():
         h_B = 1 / n + ((x_BD @ inverse_DD) * x_BD).sum(1)
@@ -94,4 +94,10 @@ def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Foretol
         comes_last.append(((f_BC < f_B1) & there_C).sum(1) < last)
     sure_n = torch.cat(sure)
     share = torch.cat(comes_last)[sure_n >= sure_n.median()].double().mean().item()
-    return Foretold(torch.cat(margins).float(), min(1.0, share * (int(there_C.sum()) - 1) / last))
+    return Foretold(torch.cat(margins).float(), min(1.0, share * (there - 1) / last))
+
+
+def ridged(gram_DD: Tensor, ridge: float) -> Tensor:
+    """Return XᵀX, of centred features X, plus λI, where λ is ``ridge`` times the mean of its diagonal, above 0."""
+    penalty = (ridge * gram_DD.diagonal().mean()).clamp(min=torch.finfo(gram_DD.dtype).tiny)
+    return gram_DD + penalty * torch.eye(len(gram_DD), dtype=gram_DD.dtype, device=gram_DD.device)
