@@ -15,10 +15,10 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from .console import Parser, Progress, command, duration, say
+from .console import Progress, command, duration, say
 from .errors import UsageError, is_of_memory, reason_of
 from .files import refuse_target, write_atomically
-from .suspects import run_folder
+from .suspects import parser_of, run_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,12 +37,9 @@ AT_ONCE = 2048  # images, between two signs of life
 
 def main(arguments: Sequence[str]) -> int:
     """Write the features, a row for each image in the data set's order; return the exit status."""
-    parser = Parser(prog="python -m alignprune_exp.embed", description=__doc__)
-    parser.add_argument("network", help="a run's folder, or its id, or package.module.function")
+    parser = parser_of("embed", __doc__, ("network", "a run's folder, or its id, or package.module.function"))
     parser.add_argument("settings", nargs="*", help="the data set, as for training: dataset=cifar10 paths.data=DIR")
     parser.add_argument("-o", "--out", type=Path, required=True, help="where to, as .npy")
-    parser.add_argument("--force", action="store_true", help="write over what is there")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where ids are looked up")
 
     def work() -> None:
         given = parser.parse_intermixed_args(arguments)
@@ -66,14 +63,13 @@ class Embedder:
     Attributes:
         embed: from batches of images to features (k, d).
         device, dtype: of the images that it takes.
-        mean, std: by channel, that these are normalised by, in 0..1 units; None where they are not.
+        statistics: mean and standard deviation by channel, that these are normalised by, in 0..1 units, if they are.
     """
 
     embed: Callable[[Iterable[Batch]], Tensor]
     device: torch.device
     dtype: torch.dtype
-    mean: np.ndarray | None = None
-    std: np.ndarray | None = None
+    statistics: tuple[np.ndarray, np.ndarray] | None = None
 
     def batches(self, images: Images, config: Config) -> ImageBatches:
         """Return images as batches that the network takes. Raises UsageError for another number of channels."""
@@ -83,8 +79,7 @@ class Embedder:
         from .data.split import Split
 
         channels = images.shape[0]
-        mean, std = (np.zeros(channels), np.ones(channels)) if self.mean is None else (self.mean, self.std)
-        assert std is not None
+        mean, std = self.statistics or (np.zeros(channels), np.ones(channels))
         if len(mean) != channels:
             raise UsageError(f"the network takes images of {len(mean)} channels, and these have {channels}")
         return ImageBatches(
@@ -163,8 +158,6 @@ def _images(config: Config) -> Images:
 
 def _of_run(folder: Path) -> Embedder:
     """Return the network of a run as its checkpoint has it. Raises UsageError."""
-    import torch
-
     from .config import validate
     from .distributed import Processes
     from .records import read_config
@@ -186,10 +179,8 @@ def _of_run(folder: Path) -> Embedder:
             f"{folder} is not runs/{setup.id}, which its config and data make it: it was renamed or moved, or "
             f"{setup.config.dataset.name} has changed; put that right"
         )
-    network = _kept(setup, place)
-    dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
-    mean, std = task.data.mean, task.data.std
-    return Embedder(lambda batches: task.outputs(network, batches)[1], setup.device, dtype, mean, std)
+    network, statistics = _kept(setup, place), (task.data.mean, task.data.std)
+    return Embedder(lambda batches: task.outputs(network, batches)[1], setup.device, task.dtype, statistics)
 
 
 def _kept(setup: Setup, folder: RunFolder) -> Network:

@@ -192,10 +192,15 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
         write_atomically(path, lambda file: frame.to_parquet(file, index=False))
 
 
-def parser_of(program: str, about: str | None, checked: bool = False) -> Parser:
-    """Return the parser of a program that writes something about a run, with the arguments that these share."""
+def parser_of(
+    program: str, about: str | None, of: tuple[str, str] = ("run", "a run's folder, or its id"), checked: bool = False
+) -> Parser:
+    """Return the parser of a program that writes something of a run, or the like, with the arguments that these share.
+
+    ``of`` has name and help of its first argument.
+    """
     parser = Parser(prog=f"python -m alignprune_exp.{program}", description=about)
-    parser.add_argument("run", help="a run's folder, or its id")
+    parser.add_argument(of[0], help=of[1])
     if checked:
         parser.add_argument(
             "--checked", type=Path, help="a table with the right label of each index that was looked at"
