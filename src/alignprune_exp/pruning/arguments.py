@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -27,11 +28,12 @@ def check_whole(setting: str, value: Any, least: int) -> None:
 
 def check_kinds(settings: object) -> None:
     """Raise ValueError unless each field of a dataclass that is to hold a number, or True or False, holds one."""
-    for name, kinds in _kinds(type(settings)).items():
+    of: Any = type(settings)
+    for name, kinds in _kinds(of).items():
         value = getattr(settings, name)
         if not any(_fits(value, kind) for kind in kinds):
             allowed = " or ".join(NAMES.get(kind) or ", ".join(map(str, get_args(kind))) for kind in kinds)
-            raise ValueError(f"{type(settings).__name__}: {name}={value!r} is out of range; use {allowed}")
+            raise ValueError(f"{of.__name__}: {name}={value!r} is out of range; use {allowed}")
 
 
 def check_version(now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -49,6 +51,7 @@ def check_version(now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
             check_version(part, state[name])
 
 
+@cache
 def _kinds(of: type) -> Mapping[str, tuple[Any, ...]]:
     """Return what each field may be that is a number, True or False, or one of some texts, as far as that is known."""
     try:
