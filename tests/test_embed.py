@@ -94,6 +94,22 @@ def test_a_runs_features_are_what_its_last_layer_is_given(results, tmp_path):
     assert (logits.argmax(1).numpy() == DIGITS.labels).mean() > 0.6  # it is the network that was trained
 
 
+def test_it_is_said_of_what_features_are_and_whether_labels_of_the_same_images_have_shaped_them(
+    results, tmp_path, capsys
+):
+    run = only_run(results)
+    own, other = tmp_path / "own.npy", tmp_path / "other.npy"
+    assert embed.main([str(run), "-o", str(own), "dataset=digits"]) == 0
+    note, said = capsys.readouterr().out.splitlines()
+    assert note.startswith(
+        f"note: {run.name} was trained on labels of digits itself, and features that have learned wr"
+    )
+    assert said == f"{own}: 128 features of the 1,438 training images of digits; use score.file={own}"
+    assert embed.main([f"{__name__}.pixels", "-o", str(other), "dataset=digits"]) == 0
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said == f"{other}: 64 features of the 1,438 training images of digits; use score.file={other}"
+
+
 def test_a_run_goes_by_the_features_of_another(results, tmp_path):
     out = tmp_path / "f.npy"
     assert embed.main([only_run(results).name, "--results", str(results), "-o", str(out), "dataset=digits"]) == 0
@@ -106,6 +122,7 @@ def test_a_run_goes_by_the_features_of_another(results, tmp_path):
     ("network", "sentence"),
     [
         ("nowhere", "there is no run nowhere; give a run's folder"),
+        ("dino", "under results/runs; of a network of your own give package.module.function"),
         ("no_such.module", "no_such.module cannot be called (ModuleNotFoundError: No module named 'no_such'); name a"),
         (f"{__name__}.absent", "cannot be called (AttributeError"),
         (f"{__name__}.broken", "cannot be called (LookupError: no weights here)"),

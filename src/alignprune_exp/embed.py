@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -46,12 +47,13 @@ def main(arguments: Sequence[str]) -> int:
         refuse_target(given.out, (".npy",), given.force)
         config = _composed(given.settings)
         of_a_run = "." not in given.network or "/" in given.network or Path(given.network).exists()
-        embedder = _of_run(run_folder(given.network, given.results)) if of_a_run else _anyones(given.network, config)
+        embedder = _of_run(_folder(given), config) if of_a_run else _anyones(given.network, config)
         batches = embedder.batches(_images(config), config)
         blocks = features(embedder, batches)
         first = next(blocks)  # by which what is wrong has shown
         write_atomically(given.out, lambda file: _write(file, chain([first], blocks), len(batches), first.shape[1]))
-        print(f"{given.out}: {first.shape[1]} features of {len(batches):,} images; use score.file={given.out}")
+        images = f"the {len(batches):,} training images of {config.dataset.name}"
+        print(f"{given.out}: {first.shape[1]} features of {images}; use score.file={given.out}")
 
     return command(work)
 
@@ -156,8 +158,16 @@ def _images(config: Config) -> Images:
     return source.train
 
 
-def _of_run(folder: Path) -> Embedder:
-    """Return the network of a run as its checkpoint has it. Raises UsageError."""
+def _folder(given: Namespace) -> Path:
+    """Return the folder of the run that the command line names. Raises UsageError."""
+    try:
+        return run_folder(given.network, given.results)
+    except UsageError as error:
+        raise UsageError(f"{error}; of a network of your own give package.module.function") from None
+
+
+def _of_run(folder: Path, config: Config) -> Embedder:
+    """Return the network of a run as its checkpoint has it, for images of a data set. Raises UsageError."""
     from .config import validate
     from .distributed import Processes
     from .records import read_config
@@ -180,6 +190,11 @@ def _of_run(folder: Path) -> Embedder:
             f"{setup.config.dataset.name} has changed; put that right"
         )
     network, statistics = _kept(setup, place), (task.data.mean, task.data.std)
+    if setup.config.dataset.name == config.dataset.name:
+        say(
+            f"note: {folder.name} was trained on labels of {config.dataset.name} itself, and features that have "
+            "learned wrong ones do not tell them; take a network of other images, or of labels that are right"
+        )
     return Embedder(lambda batches: task.outputs(network, batches)[1], setup.device, task.dtype, statistics)
 
 
