@@ -320,7 +320,8 @@ def test_every_name_in_the_table_of_options_is_an_option_or_a_key(cli, capfd):
 
 
 def test_every_command_of_the_readmes_composes(cli):
-    found = {command for text in READMES for command in re.findall(rf"{PROGRAM}( [^`#\n]+)", text)}
+    joined = [text.replace("\\\n", " ") for text in READMES]
+    found = {command for text in joined for command in re.findall(rf"{PROGRAM}( [^`#\n]+)", text)}
     commands = [shlex.split(command) for command in sorted(found)]
     commands = [[a for a in command if a not in ("-m", "--help", "--cfg", "job")] for command in commands]
     assert len(commands) > 3
