@@ -103,6 +103,19 @@ def test_a_cell_without_runs_is_missing(results, suite):
     assert {cell.text for cell in list(accuracy["infobatch"].values())[1:]} == {"–"}
 
 
+def test_a_readme_shows_no_row_and_no_column_without_runs(results, suite):
+    records = read_records([results])
+    for cell in suite.cells:
+        if cell.axes["method"] == "infobatch" or cell.axes["noise"] == "clean":
+            records.pop(cell.config_id, None)
+    assert digest(make_table(suite, "smoke", records)).splitlines() == [
+        "| method / noise | sym0.5 |",
+        "| --- | --- |",
+        "| full | 51.0 ± 1.0 |",
+        "| infobatch_das | 60.5 ± 0.7 |",
+    ]
+
+
 def test_differences_are_paired_by_seed_with_students_interval(results, suite):
     differences = _block(make_table(suite, "smoke", read_records([results])), "Difference")
     half = 4.302653 * statistics.stdev([1, 2, 0]) / 3**0.5

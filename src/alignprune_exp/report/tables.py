@@ -676,17 +676,19 @@ def _markdown(text: str) -> str:
 def digest(table: Table, key: str | None = None) -> str:
     """Return the headlines alone as Markdown: mean ± std, a star where the pairing of labels is unverified.
 
-    Another ``key`` of the summaries may stand in their place, with three digits. Raises UsageError where none has it.
+    Another ``key`` of the summaries may stand in their place, with three digits. Rows and columns of which no run has
+    one are left out. Raises UsageError where none has it at all.
     """
     long, (shown, digits) = table.long, (table.key, table.metric.digits) if key is None else (key, 3)
-    if key is not None and (key not in long or not pd.api.types.is_numeric_dtype(long[key])):
+    if key is not None and not (key in long and pd.api.types.is_numeric_dtype(long[key]) and long[key].notna().any()):
         raise UsageError(f"the runs of table {table.name} have no number {key}; a run's summary.json has the names")
     unverified = set(long.loc[long["pairing"] == "unverified", "column"]) if "pairing" in long else set()
-    lines = [[_corner(table), *(f"{column}*" if column in unverified else column for column in table.columns)]]
-    for row in table.rows:
-        cells = (table.runs(row, column)[shown].dropna().tolist() for column in table.columns)
-        spreads = [mean_and_std(values) if values else None for values in cells]
-        lines.append([row, *(MISSING if spread is None else plus_minus(*spread, digits) for spread in spreads)])
+    known = long.dropna(subset=[shown])
+    columns = [column for column in table.columns if column in set(known["column"])]
+    lines = [[_corner(table), *(f"{column}*" if column in unverified else column for column in columns)]]
+    for row in (row for row in table.rows if row in set(known["row"])):
+        cells = (table.runs(row, column)[shown].dropna().tolist() for column in columns)
+        lines.append([row, *(plus_minus(*mean_and_std(values), digits) if values else MISSING for values in cells)])
     return _markdown_table(lines)
 
 
