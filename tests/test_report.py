@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning import SCORES
@@ -649,6 +650,19 @@ def test_what_is_saved_is_drawn_and_told_where_there_are_two_shares_of_it(tmp_pa
     table = _suite_records(tmp_path / "one", "cost", [*grid, "saved=0.3"], values)
     assert "cost_smoke_against" not in draw(table)
     assert findings([table]) == []
+
+
+def test_what_the_lines_are_has_room_below_them_and_no_two_look_alike(tmp_path):
+    table = _suite_records(tmp_path, "cost", ["noise=sym0.5", "seed=0", "saved=0.5,0.7"], lambda axes: (50.0, 0.5))
+    figure = draw(table)["cost_smoke_against"].figure
+    FigureCanvasAgg(figure).draw()
+    (legend,), (axis,) = figure.legends, figure.axes
+    there, (wide, high) = legend.get_window_extent(), figure.canvas.get_width_height()
+    assert there.x0 >= 0 <= there.y0
+    assert there.x1 <= wide
+    assert there.y1 < axis.get_tightbbox().y0 < high
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axis.lines}
+    assert len(looks) == len(axis.lines) == len(table.rows)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
     "#777777",
 )
 CYCLE = (BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK)  # of Okabe and Ito, without the yellow that white swallows
-DASHES = ("-", "--", ":")
+DASHES = {"-": "o", "--": "s", ":": "^"}  # each with the marker of its points
 COLOURS = {"clean": BLUE, "all": BLUE, "noisy": RED, "reference": GREEN}
 AGAINST = {  # axes of a suite that are numbers, with what to write below them
     "score.window": "window N",
@@ -163,18 +163,28 @@ def _records(table: Table, row: str, column: str) -> list[Record]:
 
 
 def _panels(
-    count: int, height: float = 2.0, legend: int = 0, across: int = WIDE, left: float = 0.7
+    count: int,
+    height: float = 2.0,
+    legend: Mapping[str, Mapping[str, Any]] | None = None,
+    across: int = WIDE,
+    left: float = 0.7,
+    width: float = 2.8,
 ) -> tuple[Figure, list[Axes]]:
-    """Return ``count`` panels of ``height`` inches, ``across`` at most beside each other, ``left`` inches for names.
+    """Return ``count`` panels of so many inches, ``across`` at most beside each other, ``left`` inches for names.
 
-    Below them is room for a legend of so many entries. The margins are set by hand: a layout engine draws every figure
-    several times over.
+    Below them stands what the lines are: the style of each line by its name, in as many columns as there is room for.
+    The margins are set by hand: a layout engine draws every figure several times over.
     """
     across = min(count, across)
     down = -(-count // across)
-    below = 0.25 + 0.2 * -(-legend // 3) if legend else 0.0
-    wide, high = 3.3 * across + left - 0.5, (height + 0.8) * down + 0.4 + below
+    wide = (width + 0.5) * across + left - 0.5
+    columns = max(1, min(3, int(wide / (0.75 + 0.08 * max(map(len, legend or [""]))))))
+    below = 0.25 + 0.2 * -(-len(legend) // columns) if legend else 0.0
+    high = (height + 0.8) * down + 0.4 + below
     figure = Figure(figsize=(wide, high))
+    if legend:
+        handles = [Line2D([], [], **style) for style in legend.values()]
+        figure.legend(handles, list(legend), loc="lower center", ncols=columns, fontsize="small")
     figure.subplots_adjust(
         left=left / wide,
         right=1 - 0.15 / wide,
@@ -191,23 +201,18 @@ def _panels(
     return figure, axes
 
 
-def _style(number: int) -> dict[str, Any]:
-    return {"color": CYCLE[number % len(CYCLE)], "ls": DASHES[number // len(CYCLE) % len(DASHES)], "lw": 1.4}
+def _style(number: int, points: bool = False) -> dict[str, Any]:
+    """Return how the line of this number is drawn; with ``points``, markers tell what colours alone do not."""
+    dash, marker = list(DASHES.items())[number // len(CYCLE) % len(DASHES)]
+    return {"color": CYCLE[number % len(CYCLE)], "ls": dash, "lw": 1.4, "marker": marker if points else None, "ms": 4}
 
 
-def _line(axis: Axes, number: int, values: pd.DataFrame, marker: str | None = None) -> None:
+def _line(axis: Axes, style: Mapping[str, Any], values: pd.DataFrame) -> None:
     """Draw the mean over the seeds, which are columns, and the band between the lowest and the highest."""
-    style = _style(number)
-    axis.plot(values.index, values.mean(axis=1), marker=marker, ms=4, **style)
+    axis.plot(values.index, values.mean(axis=1), **style)
     if values.shape[1] > 1:
         low, high = values.min(axis=1), values.max(axis=1)
         axis.fill_between(values.index, low, high, color=style["color"], alpha=0.18, lw=0)
-
-
-def _legend(figure: Figure, names: Mapping[str, int]) -> None:
-    """Write what the lines are, below the panels: the number of each line's style by its name."""
-    handles = [Line2D([], [], **_style(number)) for number in names.values()]
-    figure.legend(handles, list(names), loc="lower center", ncols=3, fontsize="small")
 
 
 def _title(table: Table, figure: Figure, what: str) -> None:
@@ -298,21 +303,20 @@ def against(table: Table) -> Drawing | None:
     lines = {panel: drawn for panel, drawn in lines.items() if any(len(points) > 1 for points in drawn.values())}
     if not lines:
         return None
-    names = list(dict.fromkeys(name for drawn in lines.values() for name in drawn))
-    several = len(names) > 1
-    figure, axes_of_figure = _panels(len(lines), 3.0 if several else 2.6, len(names) if several else 0, across=2)
+    names = dict.fromkeys(name for drawn in lines.values() for name in drawn)
+    styles = {name: _style(place, points=True) for place, name in enumerate(names)}
+    legend, width = styles if len(styles) > 1 else None, 4.5 if len(lines) == 1 else 2.8
+    figure, axes_of_figure = _panels(len(lines), 3.0 if legend else 2.6, legend, across=2, width=width)
     told = []
     for axis, (panel, drawn) in zip(axes_of_figure, lines.items(), strict=True):
         for name, points in drawn.items():
             by_seed = pd.DataFrame([values for _, values in points], index=[x for x, _ in points])
-            _line(axis, names.index(name), by_seed.sort_index(kind="stable"), marker="o")
+            _line(axis, styles[name], by_seed.sort_index(kind="stable"))
         axis.set(title=panel, xlabel=AGAINST[number], ylabel=table.measured)
         if number == "reference.size":
             axis.set_xscale("log")
         ends = [(f"{name} at {x:g}".strip(), float(v.mean())) for name, points in drawn.items() for x, v in points]
         told.append(f"{panel}: {_from_to(ends, f'.{table.metric.digits}f')}".removeprefix(": "))
-    if several:
-        _legend(figure, {name: place for place, name in enumerate(names)})
     what = f"{table.measured} against {AGAINST[number].removesuffix(', as realised')}"
     _title(table, figure, what)
     caption = f"{what[0].upper()}{what[1:]}: {BAND}."
@@ -341,13 +345,13 @@ def _curves(
             panels.append((column, words, curves))
     if not panels:
         return None
-    drawn = {row: place for place, row in enumerate(table.rows) if any(row in curves for _, _, curves in panels)}
-    figure, axes = _panels(len(panels), height, len(drawn))
+    there = {row for _, _, curves in panels for row in curves}
+    styles = {row: _style(place) for place, row in enumerate(table.rows) if row in there}
+    figure, axes = _panels(len(panels), height, styles)
     for axis, (column, words, curves) in zip(axes, panels, strict=True):
         for row, values in curves.items():
-            _line(axis, drawn[row], values)
+            _line(axis, styles[row], values)
         axis.set(title=table.headed(column), xlabel="epoch", ylabel=words)
-    _legend(figure, drawn)
     return figure, [(f"{words} at {table.headed(column)}", curves) for column, words, curves in panels]
 
 
