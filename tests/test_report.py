@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pandas as pd
@@ -1046,3 +1048,33 @@ def test_a_mistake_in_one_readme_leaves_all_of_them_as_they_were(results, tmp_pa
 
 def test_upper_bounds_are_the_scores_that_know_the_truth():
     assert {name for name, score in SCORES.items() if score.by_truth} == BOUNDS
+
+
+WORKING = """
+import os, sys, time
+from alignprune_exp.console import command
+from alignprune_exp.report.workers import workers
+
+def work():
+    with workers() as pool:
+        print(*{task.result() for task in [pool.submit(os.getpid) for _ in range(20)]}, flush=True)
+        for task in [pool.submit(time.sleep, 600) for _ in range(20)]:
+            task.result()
+
+sys.exit(command(work))
+"""
+
+
+@pytest.mark.parametrize("stop", [os.kill, os.killpg])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_works_on_all_processors_ends_when_it_is_told_to(stop, number):
+    line = [sys.executable, "-c", WORKING]
+    with subprocess.Popen(line, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as process:
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        stop(process.pid, number)
+        assert process.communicate(timeout=60) == ("", "stopped\n")
+    assert process.returncode == 130
+    assert pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

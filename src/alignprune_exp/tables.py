@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +25,7 @@ from .report.figures import save_all
 from .report.html import page
 from .report.mirrored import download
 from .report.tables import Table, filled, latex, long_csv, make_table, markdown, read_records, wide_csv
+from .report.workers import workers
 from .runs import run_folders, write_text
 from .suites import load_suite, option_names
 from .suspects import Sheet, report_sheet
@@ -84,7 +84,7 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     scales += [scale for scale, former in FORMER_SCALES.items() if former in scales and scale not in scales]
     names = sorted(option_names("suite", arguments.config_dir), key=lambda name: name != "main")
     asked = [(name, scale) for scale in scales for name in names]
-    with ProcessPoolExecutor() as pool:
+    with workers() as pool:
         loading = [pool.submit(load_suite, name, [f"scale={scale}"], arguments.config_dir) for name, scale in asked]
         suites = [load.result() for load in loading]
     tables = [

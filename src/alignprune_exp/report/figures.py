@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -27,6 +26,7 @@ from PIL import Image
 from ..files import write_atomically
 from ..records import DYNAMICS, Damaged, Record, read_dynamics
 from .tables import Table, label
+from .workers import workers
 
 matplotlib.rcParams["axes.titley"] = 1.02  # left to itself, every drawing measures all ticks to place the titles
 matplotlib.rcParams["text.parse_math"] = False
@@ -136,7 +136,7 @@ def save(table: Table, folder: Path) -> tuple[dict[str, Picture], dict[str, str]
 def save_all(tables: Sequence[Table], folder: Path) -> dict[str, Picture]:
     """Write the figures of all tables, on all processors; return those of a page by name."""
     pictures: dict[str, Picture] = {}
-    with ProcessPoolExecutor() as pool:
+    with workers() as pool:
         for table, (drawn, undrawn) in zip(tables, pool.map(save, tables, repeat(folder)), strict=True):
             table.undrawn.update(undrawn)
             pictures |= drawn
