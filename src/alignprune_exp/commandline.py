@@ -181,7 +181,7 @@ def _check_override(override: Override, sweeping: bool) -> None:
     if override.package is not None:
         raise UsageError(f"{line}: leave out @{override.package}; every group has its place")
     if override.is_sweep_override() and not sweeping:
-        raise UsageError(f"{line} is a grid; add -m to run each of its values, or give one")
+        raise UsageError(f"{line} is a grid; give one value, or to train each of them add -m")
     group, _, name = key.partition(".")
     options = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
     if not options or (override.is_delete() and name):
