@@ -129,6 +129,29 @@ def test_the_metrics_are_scikit_learns(task):
     assert math.isclose(found["r2"], r2_score(true, said), rel_tol=1e-5)
 
 
+def test_the_metrics_are_scikit_learns_beside_a_target_that_dwarfs_the_others(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=60)
+    y = x + rng.normal(size=60)
+    for sentinel in (1e9, 1e12):
+        pq.write_table(pa.table({"x": x, "y": np.where(np.arange(60) == 3, sentinel, y)}), tmp_path / "table.parquet")
+        line = ("dataset=table", f"dataset.root={tmp_path}", "dataset.target=y", "noise=clean")
+        task = open_task(composed(*TINY, *line))
+        assert sentinel in task.targets
+
+        class Mean:
+            device = torch.device("cpu")
+
+            def logits(self, features):
+                return torch.zeros(len(features), 1)
+
+        tests = task.tests[""]
+        found = task.evaluate(Mean(), tests.evaluation(), len(tests), Processes())
+        true, said = task.data.test.targets[task.parts.test], np.full(len(tests), task.centre)
+        assert math.isclose(found["rmse"], root_mean_squared_error(true, said), rel_tol=1e-6)
+        assert math.isclose(found["r2"], r2_score(true, said), rel_tol=1e-6)
+
+
 def test_the_diabetes_are_scikit_learns(task):
     features, targets = load_diabetes(return_X_y=True, scaled=False)
     for part in (task.data.train, task.data.test):
@@ -266,6 +289,8 @@ def test_a_mistake_in_the_table_is_one_sentence(tmp_path, refused, table):
     assert "all 46 targets to train on are 1" in refused(*rooms, "noise=clean")
     pq.write_table(pa.table({"rooms": list(range(60)), "price": [0.1] * 60}), table)
     assert "all 46 targets to train on are 0.1" in refused(*rooms, "noise=clean")  # their computed std is not 0
+    pq.write_table(pa.table({"rooms": list(range(60)), "price": np.arange(60) * 1e-200}), table)
+    assert "all 46 targets to train on are " in refused(*rooms, "noise=clean")  # their computed std is 0
     broken = pa.array([b"\xff"] * 60).view(pa.string())
     pq.write_table(pa.table({"rooms": broken, "price": list(range(60))}), table)
     assert "homes.parquet cannot be read as Parquet (" in refused(*rooms)

@@ -63,7 +63,7 @@ class Regression(RowsTask):
         self._trusted = self._given("reference corruption", parts.reference, parts.doubted, "reference.noise")
         self.centre, self.spread = self.targets.mean(), self.targets.std()
         for which, targets in (("train", self.targets), ("evaluate", self.data.test.targets[parts.test])):
-            if np.ptp(targets) == 0:  # whose standard deviation may be what rounding leaves of 0
+            if np.ptp(targets) == 0 or targets.std() == 0:  # of which rounding may leave too much, or nothing
                 raise UsageError(
                     f"all {len(targets)} targets to {which} on are {targets[0]:g}: give it others, or more"
                 )
@@ -135,12 +135,13 @@ class Regression(RowsTask):
     @torch.no_grad()
     def evaluate(self, network: Network, batches: Iterable[Batch], n: int, processes: Processes) -> dict[str, float]:
         """Return the RMSE in units of the target, the share of its variance that is explained, and the mean loss."""
-        sums = torch.zeros(3, dtype=torch.float64, device=network.device)
+        total = torch.zeros((), dtype=torch.float64, device=network.device)
         for _, features, targets in batches:
-            loss, true = self.losses(network.logits(features), targets)[0].double(), targets.double()
-            sums += torch.stack([loss.sum(), true.sum(), true.square().sum()])
-        loss, total, squares = (processes.sum(sums) / n).tolist()
-        return {"rmse": self.spread * math.sqrt(loss), "r2": 1 - loss / (squares - total**2), "loss": loss}
+            total += self.losses(network.logits(features), targets)[0].double().sum()
+        loss = processes.sum(total).item() / n
+        rmse = self.spread * math.sqrt(loss)
+        deviation = self.data.test.targets[self.parts.test].std()  # float32 may tell none of these from another
+        return {"rmse": rmse, "r2": 1 - (rmse / deviation) ** 2, "loss": loss}
 
     def columns(self) -> dict[str, Any]:
         clean = self.data.train.targets[self.parts.train] if self.parts.known else None
