@@ -220,6 +220,10 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, jsonl):
     assert "is not there: type a folder of *.parquet" in refused(*line, f"dataset.root={tmp_path / 'gone'}")
     assert "has no *.parquet" in refused(*line, f"dataset.root={folder}")
     assert "line 1, has no text body, but text" in refused(*line, f"dataset.root={jsonl}", "dataset.column=body")
+    for value in ("3", "false", '["a"]'):
+        (folder / "a.jsonl").write_text(f'{{"text": {value}}}\n')
+        said = refused(*line, f"dataset.root={folder}")
+        assert f"a.jsonl, line 1, has {value} as text, no text: type dataset.column=NAME" in said
     (folder / "a.jsonl").write_text('{"text": "a"}\n{"text": \n')
     assert "a.jsonl, line 2, is no JSON" in refused(*line, f"dataset.root={folder}")
     (folder / "a.jsonl").write_text('{"text": "\\ud800 alone"}\n')
@@ -229,12 +233,18 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, jsonl):
     (folder / "b.txt").write_bytes(b"\xff\xfe")
     assert ".jsonl and .txt" in refused(*line, f"dataset.root={folder}")
     assert "b.txt is not UTF-8" in refused(*line, f"dataset.root={folder / 'b.txt'}")
+    (folder / "b.txt").rename(folder / "b.TXT")
+    assert ".jsonl and .txt" in refused(*line, f"dataset.root={folder}")
+    assert "b.TXT is not UTF-8" in refused(*line, f"dataset.root={folder / 'b.TXT'}")
     (folder / "c.parquet").write_bytes(b"nothing")
     assert "c.parquet cannot be read as Parquet" in refused(*line, f"dataset.root={folder / 'c.parquet'}")
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), folder / "d.parquet")
     root = f"dataset.root={folder / 'd.parquet'}"
     assert "has no column text, but body, n" in refused(*line, root)
     assert "holds int64, no texts" in refused(*line, root, "dataset.column=n")
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), folder / "e.parquet")
+    said = refused(*line, f"dataset.root={folder / 'e.parquet'}")
+    assert "e.parquet has 2 columns text: write it with other names" in said
     assert "has 0 texts of 32 characters or more" in refused(*line, root, "dataset.column=body")
     pq.write_table(pa.table({"text": pa.array([b"\xff"]).view(pa.string())}), folder / "d.parquet")
     assert "d.parquet cannot be read as Parquet (" in refused(*line, root)

@@ -373,14 +373,16 @@ class Reader:
         if not root.exists():
             raise UsageError(f"{self.key}={root} is not there: type a folder of {self.KINDS}, or one such file")
         there = [root] if root.is_file() else [path for path in below(root, "**/*") if path.is_file()]
-        files = [file for file in there if file.suffix in kinds]
+        files = [file for file in there if file.suffix.lower() in kinds]  # Windows also writes .TXT
         if not files:
             raise UsageError(f"{self.key}={root} has no {self.KINDS}: type the folder that has them")
-        if len(found := sorted({file.suffix for file in files})) > 1:
+        if len(found := sorted({file.suffix.lower() for file in files})) > 1:
             raise UsageError(f"{self.key}={root} has {' and '.join(found)}: type a folder, or a file, of one kind")
         base = root.parent if root.is_file() else root
         try:
-            return [text for file in files for text in kinds[file.suffix](file, file.relative_to(base).as_posix())]
+            return [
+                text for file in files for text in kinds[file.suffix.lower()](file, file.relative_to(base).as_posix())
+            ]
         except OSError as error:
             raise UsageError(f"{error.filename or root} cannot be read ({error.strerror}): mend that") from None
 
@@ -400,10 +402,12 @@ class Reader:
                     json.dumps(values, ensure_ascii=False).encode()
                 except (ValueError, RecursionError) as error:
                     raise UsageError(f"{file}, line {number}, is no JSON ({brief(error)}): mend or delete it") from None
-                text = values.get(self.column, False) if isinstance(values, dict) else False
-                if not isinstance(text, str | None):
+                if not (isinstance(values, dict) and self.column in values):
                     has = ", ".join(values) if isinstance(values, dict) else type(values).__name__
                     raise UsageError(f"{file}, line {number}, has no text {self.column}, but {has}: {self.remedy}")
+                if not isinstance(text := values[self.column], str | None):
+                    shown = json.dumps(text)[:60]
+                    raise UsageError(f"{file}, line {number}, has {shown} as {self.column}, no text: {self.remedy}")
                 yield f"{name}#{number}", text or ""
 
     def _parquet(self, file: Path, name: str) -> Iterator[Text]:
@@ -414,6 +418,8 @@ class Reader:
             schema = pq.read_schema(file)
             if self.column not in schema.names:
                 raise UsageError(f"{file} has no column {self.column}, but {', '.join(schema.names)}: {self.remedy}")
+            if (count := schema.names.count(self.column)) > 1:
+                raise UsageError(f"{file} has {count} columns {self.column}: write it with other names")
             column = schema.field(self.column).type
             kind = column.value_type if pa.types.is_dictionary(column) else column
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
