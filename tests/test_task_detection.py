@@ -619,7 +619,14 @@ def test_a_mistake_in_vocs_files_is_one_sentence(tmp_path, refused, ships):
             f'<?xml version="1.0" encoding="klingon"?>{kept}',
             "a_3.xml cannot be read as an annotation of VOC (unknown encoding",
         ),
-        (kept.replace("xmin", "min"), "a_3.xml cannot be read as an annotation of VOC (could not convert"),
+        (
+            kept.replace("xmin", "min"),
+            "a_3.xml cannot be read as an annotation of VOC (bndbox/xmin is '' where a number is wanted): mend",
+        ),
+        (
+            kept.replace("size>", "extent>"),
+            "a_3.xml cannot be read as an annotation of VOC (size/width is '' where a number is wanted): mend",
+        ),
         (
             kept.replace("<width>40</width>", "<width>41</width>"),
             "a_3.jpg is 40x30 pixels where its annotation says 41",
@@ -636,6 +643,8 @@ def test_a_mistake_in_vocs_files_is_one_sentence(tmp_path, refused, ships):
     image.write_bytes((root / "JPEGImages/a_5.jpg").read_bytes())
     (root / "ImageSets/Main/val.txt").write_text("a_9\na_4\na_10\n")
     assert "lists 1 images more than once, such as JPEGImages/a_4.jpg, each of which is to be" in refused(*line)
+    (root / "ImageSets/Main/val.txt").write_text("a_9  1\n# a comment\na photograph\n")
+    assert "val.txt, line 3, is 'a photograph' where a name without blanks is wanted: mend or delete" in refused(*line)
     (root / "ImageSets/Main/val.txt").unlink()
     assert "val.txt cannot be read (No such file or directory): put it there" in refused(*line)
 

@@ -361,7 +361,7 @@ class BoxFiles(PictureFiles):
     task: ClassVar[str] = "detection"
 
     def _fitted(
-        self, path: str, said: tuple[int, int], own: Sequence[Sequence[float]]
+        self, path: str, said: tuple[float, float], own: Sequence[Sequence[float]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return an image, uint8 (3, S, S), and its boxes, float32 (k, 6). Raises Unreadable for a wrong one.
 
@@ -374,7 +374,7 @@ class BoxFiles(PictureFiles):
         pixels = self.pixels(path)
         size = np.array([pixels.shape[2], pixels.shape[1]])
         if tuple(size) != said:
-            sizes = ["x".join(map(str, each)) for each in (size, said)]
+            sizes = ["x".join(f"{side:g}" for side in each) for each in (size, said)]
             raise Unreadable(f"{self.folder / path} is {sizes[0]} pixels where its annotation says {sizes[1]}")
         boxes, side = np.array(own, np.float64).reshape(-1, 6), self.image_size
         corners = boxes[:, :4].reshape(-1, 2, 2)
@@ -517,9 +517,9 @@ class VocBoxes(BoxFiles):
         number_of = {label: number for number, label in enumerate(Voc.classes[1:])}
         try:
             root = ET.fromstring(file.read_bytes())
-            width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
+            width, height = (_number(root, f"size/{side}") for side in ("width", "height"))
             for found in root.iter("object"):
-                x0, y0, x1, y1 = (float(found.findtext(f"bndbox/{at}", "")) for at in ("xmin", "ymin", "xmax", "ymax"))
+                x0, y0, x1, y1 = (_number(found, f"bndbox/{at}") for at in ("xmin", "ymin", "xmax", "ymax"))
                 label, crowd = found.findtext("name", ""), found.findtext("difficult", "0").strip() == "1"
                 if label not in number_of:
                     raise Unreadable(f"{file} has an object of the class {label!r}, which VOC has not")
@@ -527,6 +527,15 @@ class VocBoxes(BoxFiles):
         except (OSError, ET.ParseError, LookupError, ValueError) as error:  # of these an encoding that is unknown
             raise Unreadable(f"{file} cannot be read as an annotation of VOC ({brief(error)})") from None
         return self._fitted(path, (width, height), boxes)
+
+
+def _number(element: ET.Element, place: str) -> float:
+    """Return the number at a place below an element. Raises ValueError where there is none."""
+    text = element.findtext(place, "")
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{place} is {text!r} where a number is wanted") from None
 
 
 # --- networks

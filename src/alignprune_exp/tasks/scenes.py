@@ -27,7 +27,7 @@ from ..console import Progress
 from ..data.augment import Augmentation
 from ..data.batches import Batches
 from ..data.images import Files, refuse_too_many, rgb
-from ..data.index import Survey
+from ..data.index import Survey, show
 from ..data.source import DataSet, Images, Root, Unreadable, existing
 from ..data.sources.digits import Digits, shipped
 from ..data.split import pixel_statistics
@@ -271,8 +271,17 @@ class PictureFiles(DataSet):
 
 
 def first_words(survey: Survey, file: Path) -> list[str]:
-    """Return the first word of each line of a list, but for comments."""
-    return [os.fsdecode(line.split()[0]) for _, line in survey.lines(file) if not line.startswith(b"#")]
+    """Return the first word of each line of a list, but for comments. Behind it may stand numbers, and nothing else."""
+    words = []
+    for number, line in survey.lines(file):
+        first, *others = line.split()
+        if line.startswith(b"#"):
+            continue
+        if not all(other.lstrip(b"+-").isdigit() for other in others):
+            survey.wrong(file, number, f"is {show(line)} where a name without blanks is wanted")
+        else:
+            words.append(os.fsdecode(first))
+    return words
 
 
 # --- photographs, and digits on them
