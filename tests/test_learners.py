@@ -21,6 +21,7 @@ from alignprune_exp.learners.dividemix import clean_probability, mix, sharpen, t
 from alignprune_exp.pruning import PRUNERS, NonFiniteLossError
 from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.run import Run
+from alignprune_exp.tasks import TASKS
 from alignprune_exp.tasks.classification import Classification
 from harness import composed, config_of, id_of, metrics_of, only_run, summary_of, trained
 
@@ -461,6 +462,19 @@ def test_smoothing_is_for_cross_entropy_alone_and_leaves_no_trace_elsewhere(lear
     assert (config.label_smoothing, config.recorded) == ((0.1, "smoothed") if learner == "ce" else (0.0, "plain"))
     notes = [note for note in inert_keys(config, smoothed) if "label_smoothing, recorded has no effect" in note]
     assert len(notes) == (learner != "ce")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_smoothing_is_for_losses_of_classes_alone_and_leaves_no_trace_elsewhere(task):
+    smoothed, of_classes = (
+        (f"task={task}", "label_smoothing=0.1", "recorded=smoothed"),
+        task not in ("detection", "regression"),
+    )
+    assert (id_of(composed(f"task={task}")) == id_of(composed(*smoothed))) == (not of_classes)
+    config = composed(*smoothed)
+    assert (config.label_smoothing, config.recorded) == ((0.1, "smoothed") if of_classes else (0.0, "plain"))
+    note = f"label_smoothing, recorded has no effect under task={task}, which does not smooth"
+    assert (note in inert_keys(config, smoothed)) == (not of_classes)
 
 
 def test_what_the_authors_chose_for_cifar100_follows_from_the_data_set_and_yields_to_the_command_line():

@@ -285,7 +285,8 @@ def test_what_does_not_go_with_the_task_is_one_sentence(tmp_path, refused, jsonl
     assert "use score=settled" in refused(*ours, "method=sieve")
     assert "pruner=static_el2n needs class labels" in refused(*ours, "pruner=static_el2n")
     assert "noise=asym: it is of class labels" in refused(*ours, "noise=asym0.2")
-    assert "reference.per_class=true needs class labels" in refused(*ours, "reference=per_class")
+    said = refused(*ours, "reference=per_class")
+    assert "reference.per_class=true needs class labels, and task=language has none; use reference=trusted" in said
     assert "model=small_cnn does not fit task=language" in refused(*ours, "model=small_cnn")
     assert "cannot be divided among heads=5" in refused(*ours, "model.heads=5")
     assert "dataset=digits is for task=classification; with task=language use dataset=python_docs or text" in refused(

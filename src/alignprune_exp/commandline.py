@@ -34,7 +34,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .config import LEARNER, NOISE, PATHS, PRUNER, SCORE, UNRANKED, Config, NoiseKeys, ScoreKeys, validate
+from .config import LEARNER, NOISE, PATHS, PRUNER, SCORE, TASK, UNRANKED, Config, NoiseKeys, ScoreKeys, validate
 from .errors import UsageError
 from .pruning.signals import SIGNALS
 from .registry import settings
@@ -336,8 +336,9 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     if "saved" in given and plan.keeps is None and plan.planned(config.epochs) == config.epochs:
         notes.append(f"saved has no effect under pruner={pruner}, which saves nothing")
     smoothing = [key for key in given if key == "label_smoothing" or (key == "recorded" and not signal)]
-    if smoothing and not LEARNER.find(config.learner.name).smooths:
-        notes.append(f"{', '.join(smoothing)} has no effect under learner={config.learner.name}, which does not smooth")
+    for key, seam, name in (("learner", LEARNER, config.learner.name), ("task", TASK, config.task.name)):
+        if smoothing and not seam.find(name).smooths:
+            notes.append(f"{', '.join(smoothing)} has no effect under {key}={name}, which does not smooth")
     if named := [key for key in given if key in [f"pruner.{name}" for name in plan.inert()]]:
         notes.append(f"{', '.join(named)} has no effect beside the other settings of pruner={pruner}")
     inert = NoiseKeys.model_fields.keys() - {"name", *settings(NOISE.find(config.noise.name))}

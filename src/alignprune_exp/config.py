@@ -211,7 +211,8 @@ def validate(values: Mapping[str, Any]) -> Config:
         recorded = "plain" if config.recorded in SIGNALS else config.recorded
         config = config.model_copy(update={"score": UNRANKED, "recorded": recorded})
     learner = LEARNER.find(config.learner.name)
-    if not getattr(learner, "smooths", False) or config.label_smoothing == 0:  # a scale may have set some
+    smooths = getattr(learner, "smooths", False) and TASK.find(config.task.name).smooths
+    if not smooths or config.label_smoothing == 0:  # a scale may have set some
         kept = "plain" if config.recorded == "smoothed" else config.recorded
         config = config.model_copy(update={"label_smoothing": 0.0, "recorded": kept})
     learner.check(config)

@@ -47,7 +47,10 @@ class Parts:
         dataset, seed = config.dataset, config.seed
         held = config.reference if isinstance(config.reference, Trusted) else NOTHING_HELD_OUT
         if held.per_class:
-            raise UsageError(f"reference.per_class=true needs class labels, and task={config.task.name} has none")
+            raise UsageError(
+                f"reference.per_class=true needs class labels, and task={config.task.name} has none; use "
+                "reference=trusted"
+            )
         rows = some("subset", np.zeros(n, np.int64), dataset.subset, 2, generator(seed, "subset"))
         count = reference_count(held.size, len(rows)) if held.size else 0
         chosen = np.sort(generator(seed, "reference").choice(len(rows), count, replace=False))

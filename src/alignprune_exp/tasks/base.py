@@ -78,6 +78,7 @@ class Task:
 
     Attributes:
         metrics: what `evaluate` returns; the first is the headline.
+        smooths: whether `losses` heed ``smoothing``.
         n: training samples.
         fingerprint: sha256, as hex, of the data.
         corrupted: which training samples are known to be wrong (n,); None where that is unknown.
@@ -91,6 +92,7 @@ class Task:
     """
 
     metrics: ClassVar[tuple[Metric, ...]]
+    smooths: ClassVar[bool] = True
     n: int
     fingerprint: str
     corrupted: np.ndarray | None = None

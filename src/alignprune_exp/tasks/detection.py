@@ -49,6 +49,7 @@ class Detection(SceneTask):
 
     metrics = (Metric("map", "test mAP", "%"), Metric("map50", "test mAP at IoU 0.5", "%"))
     packages = ("torchmetrics", "pycocotools")
+    smooths = False
     chance_loss = 2.8  # one class in a hundred, boxes that miss, and a centre-ness of one half
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:

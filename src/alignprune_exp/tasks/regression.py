@@ -54,6 +54,7 @@ class Regression(RowsTask):
         Metric("r2", "test R²", digits=3),
     )
     chance_loss = 1.0
+    smooths = False
     data: Table
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
