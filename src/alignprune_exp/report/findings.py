@@ -11,7 +11,10 @@ import pandas as pd
 from .tables import Entry, Table, label, mean_and_std, plus_minus
 
 LEADING = ("equal_cost", "cost", "main")  # suites whose findings stand first, that of the main claim before the others
-BOUNDS = {"oracle", "supervised"}  # scores that know wrong labels: upper bounds, and no methods
+BOUNDS = {  # scores that know wrong labels: no methods, and what each is the bound of
+    "oracle": "A choice that knows the wrong labels ({row}) is the upper bound there",
+    "supervised": "A classifier of losses that knows the others' wrong labels ({row}) is the bound of what losses tell",
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _compare(table: Table, row: str, other: str | None, column: str) -> Comparis
 def _compared(table: Table, column: str, oracle: bool = False) -> list[Comparison]:
     """Return every row's comparison to the baseline, upper bounds or all others: the best first, single seeds last."""
     made = (_compare(table, row, table.suite.baseline, column) for row in table.rows)
-    wanted = [found for found in made if found and (set(found.ours["score"]) <= BOUNDS) == oracle]
+    wanted = [found for found in made if found and (set(found.ours["score"]) <= set(BOUNDS)) == oracle]
     return sorted(wanted, key=lambda found: (math.isnan(found.low), -found.worth))
 
 
@@ -158,13 +161,8 @@ def _at_one_setting(table: Table) -> list[Entry]:
         said += _sides(others)
     said += _with_das(table, column)
     for bound in _compared(table, column, oracle=True):
-        said.append(
-            Entry(
-                f"A choice that knows the wrong labels ({bound.row}) is the upper bound there: {bound.brief}, "
-                f"against {bound.other}.",
-                runs=bound.runs,
-            )
-        )
+        what = BOUNDS[bound.ours["score"].iloc[0]].format(row=bound.row)
+        said.append(Entry(f"{what}: {bound.brief}, against {bound.other}.", runs=bound.runs))
     return said
 
 
