@@ -106,6 +106,18 @@ def test_a_suite_of_ones_own_runs_and_is_known_to_status(own, tmp_path, capsys):
     assert "mine" not in option_names("suite")
 
 
+@pytest.mark.parametrize("program", [status, publish])
+@pytest.mark.parametrize("asked", [["--help"], ["-h"], ["suite=main", "--help"]])
+def test_help_is_no_mistake(place, capsys, program, asked):
+    with pytest.raises(SystemExit) as end:
+        program(asked)
+    said = capsys.readouterr()
+    assert (end.value.code, said.err) == (0, "")
+    assert "suite=NAME" in said.out
+    assert " sieve, " in said.out
+    assert list(place.iterdir()) == []
+
+
 @pytest.mark.parametrize("typed", [["--config-dir", "nowhere"], ["--config-dir=nowhere"], ["--config-dir="]])
 @pytest.mark.parametrize("program", [main, status, publish, tables])
 def test_what_is_no_folder_of_ones_own_options_is_said_before_anything(program, typed, tmp_path, monkeypatch, capsys):

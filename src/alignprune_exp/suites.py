@@ -275,7 +275,7 @@ def option_names(group: str, own: Path | None = None) -> list[str]:
 def suite_of(arguments: Iterable[str]) -> Suite:
     """Return the suite of a command line such as ``suite=main scale=cpu --config-dir DIR``.
 
-    Raises UsageError where it names none, or more than one.
+    Raises UsageError where it names none, or more than one; --help says what there is, and ends the program.
     """
     chosen, overrides, own = [], [], None
     words = iter(arguments)
@@ -283,9 +283,11 @@ def suite_of(arguments: Iterable[str]) -> Suite:
         if word in ("-m", "--multirun"):
             continue
         if word in ("-h", "--help"):
-            raise UsageError(
-                f"give suite=NAME and what differs, as scale=cpu; suites: {', '.join(option_names('suite', own))}"
+            print(
+                "suite=NAME, what differs in its runs, as scale=cpu, and --config-dir FOLDER where it is of your own\n"
+                f"suites: {', '.join(option_names('suite', own))}"
             )
+            raise SystemExit(0)
         if word.partition("=")[0] in ("--config-dir", "-cd"):
             own = own_folder(word.partition("=")[2] or next(words, ""))
         elif word.startswith("suite="):
