@@ -481,6 +481,12 @@ def accepted(words):
     return config
 
 
+def test_all_that_is_proposed_next_stays_where_the_run_was():
+    paths = ["paths.results=/elsewhere", "paths.data=/data"]
+    proposed = next_commands(composed(*paths), paths)
+    assert [set(paths) <= set(shlex.split(line)) for line, _ in proposed] == [True] * 3
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.one_of(methods.map(lambda method: [method]), st.tuples(choosing, ranking).map(list)), sized, others)
 @example(["pruner=infobatch", "score=loss"], ("epochs=4", "score.window=3"), [])

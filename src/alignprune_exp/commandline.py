@@ -447,7 +447,8 @@ def next_commands(
         propose("infobatch", others[1:], "the same, pruned by InfoBatch with {}")
         propose("infobatch", ["loss"], "the same, pruned by InfoBatch as it is")
     if config.dataset.name == "digits":
-        proposed.append(("real images, in minutes", ["dataset=cifar10", "dataset.download=true", "scale=cpu"]))
+        paths = [line for line in overrides if _key(line).startswith("paths.")]
+        proposed.append(("real images, in minutes", ["dataset=cifar10", "dataset.download=true", "scale=cpu", *paths]))
     else:
         inert = () if ranks else [line for line in overrides if _ranks(line)]
         seeded = [line for line in overrides if _key(line) not in ("seed", "force") and line not in inert]
