@@ -661,6 +661,9 @@ def test_the_wheel_works_from_another_folder(tmp_path):
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
+        metadata = file.read(next(name for name in names if name.endswith("/METADATA"))).decode()
+    assert {"License-Expression: MIT", "Classifier: Typing :: Typed"} <= {*metadata.splitlines()}
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert {"alignprune_exp/py.typed", "alignprune_exp/conf/train.yaml", "alignprune_exp/conf/suite/main.yaml"} <= {
         *names
     }
