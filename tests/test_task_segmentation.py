@@ -219,6 +219,23 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
     assert task.corrupted.sum() == 3
 
 
+@pytest.mark.parametrize("kind", ["voc", "grey", "white", "black"])
+def test_numbers_of_a_mask_may_have_any_colours_but_those_of_other_numbers(ships, kind):
+    colours = {number: [number] * 3 if kind == "grey" else [0] * 3 for number in range(256)}
+    if kind == "voc":
+        colours |= {1: [128, 0, 0], 20: [0, 64, 128]}  # as it ships
+    elif kind == "white":
+        colours[1] = [255] * 3
+    values = np.tile(np.uint8([0, 1]), (30, 20))
+    values[:, 12] = 20
+    mask = Image.fromarray(values, "P")
+    mask.putpalette([part for number in range(256) for part in colours[number]])
+    root = ships("voc")
+    mask.save(root / PHOTOGRAPHS["voc"][1].format("a_3"))
+    line = ("task=segmentation", "dataset=voc", f"dataset.root={root}", "dataset.image_size=30", "reference.size=2")
+    assert (open_task(composed(*line)).data.train.targets[3] == values[:, 5:35]).all()
+
+
 def test_a_clean_set_of_ones_own_is_not_known_to_be_clean(ships):
     line = ("task=segmentation", "dataset=pets", f"dataset.root={ships('pets')}", "noise=clean", "reference.size=2")
     assert open_task(composed(*line)).corrupted is None
@@ -258,6 +275,12 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, ships):
     assert "a_3.png has colours, or not 8 bits a pixel" in refused(*line)
     Image.fromarray(np.zeros((30, 40), np.uint16)).save(mask)
     assert "a_3.png has colours, or not 8 bits a pixel" in refused(*line)
+    for colours in ([0, 0, 0, 192, 128, 128, 128, 0, 0], [0, 0, 0, 15, 15, 15, 1, 1, 1]):  # a person, an aeroplane
+        smaller = Image.fromarray(np.tile(np.uint8([0, 1, 2]), (30, 14))[:, :40], "P")
+        smaller.putpalette(colours)
+        smaller.save(mask)
+        said = "a_3.png cannot be read as an image (its palette has the colour of number 15 at 1: write the numbers"
+        assert said in refused(*line)
     mask.unlink()
     assert "a_3.png cannot be read as an image (No such file or directory): mend that, or leave" in refused(*line)
     mask.write_bytes(kept)

@@ -220,8 +220,31 @@ class MaskFiles(PictureFiles):
 
 
 def _values(mask: Image.Image) -> np.ndarray:
-    """Return what a file has for each pixel, not what colour that is: (H, W, C)."""
-    return np.asarray(mask).reshape(mask.height, mask.width, -1)
+    """Return what a file has for each pixel, not what colour that is: (H, W, C).
+
+    Raises ValueError where its colours are those of other numbers, as after a program that makes files smaller.
+    """
+    values = np.asarray(mask).reshape(mask.height, mask.width, -1)
+    if mask.mode == "P":
+        colours = dict(enumerate(map(tuple, np.reshape(mask.getpalette() or [], (-1, 3)).tolist())))
+        used = [number for number in np.unique(values).tolist() if number in colours]
+        for number_of in (GREY, COLOURED):
+            meant = [number_of.get(colours[number]) for number in used]
+            other = [pair for pair in zip(meant, used, strict=True) if pair[0] != pair[1]]
+            if other and None not in meant and len(set(meant)) == len(meant):
+                raise ValueError(
+                    f"its palette has the colour of number {other[0][0]} at {other[0][1]}: write the numbers as grey"
+                )
+    return values
+
+
+def _coloured(number: int) -> tuple[int, ...]:
+    """Return the colour that VOC's palette gives a number: of each three bits, the lowest first, one for each part."""
+    return tuple(sum((number >> 3 * bit + part & 1) << 7 - bit for bit in range(3)) for part in range(3))
+
+
+GREY = {(number, number, number): number for number in range(IGNORED)}
+COLOURED = {_coloured(number): number for number in range(256)}
 
 
 @dataclass(frozen=True, kw_only=True)
