@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 from codecs import BOM_UTF8
 from contextlib import redirect_stdout
@@ -626,6 +627,10 @@ def test_a_mistake_in_vocs_files_is_one_sentence(tmp_path, refused, ships):
         (
             kept.replace("size>", "extent>"),
             "a_3.xml cannot be read as an annotation of VOC (size/width is '' where a number is wanted): mend",
+        ),
+        (
+            re.sub(r"(<(?:x|y)m..>)", r"\1.0", kept),
+            "a_3.xml has no number above 1 in a box, as of shares of the image, not of pixels: mend that, or leave",
         ),
         (
             kept.replace("<width>40</width>", "<width>41</width>"),

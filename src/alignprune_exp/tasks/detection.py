@@ -522,6 +522,8 @@ class VocBoxes(BoxFiles):
             for found in root.iter("object"):
                 x0, y0, x1, y1 = (_number(found, f"bndbox/{at}") for at in ("xmin", "ymin", "xmax", "ymax"))
                 label, crowd = found.findtext("name", ""), found.findtext("difficult", "0").strip() == "1"
+                if max(x1, y1) <= 1:
+                    raise Unreadable(f"{file} has no number above 1 in a box, as of shares of the image, not of pixels")
                 if label not in number_of:
                     raise Unreadable(f"{file} has an object of the class {label!r}, which VOC has not")
                 boxes.append((x0 - 1, y0 - 1, x1, y1, number_of[label], crowd))  # which count from 1, both included
