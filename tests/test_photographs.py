@@ -33,7 +33,7 @@ from alignprune_exp.data import layout
 from alignprune_exp.data.augment import ATTEMPTS, Augmentation
 from alignprune_exp.data.batches import ImageBatches
 from alignprune_exp.data.datasets import DATASETS
-from alignprune_exp.data.images import Cut, resized_crop
+from alignprune_exp.data.images import Cut, resized_crop, rgb
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
 from alignprune_exp.learners.ce import CrossEntropy
@@ -736,6 +736,16 @@ def test_a_view_is_what_torchvision_cuts_there():
         left, top, w, h = resized_crop(90, 60, draws, 0.08, 0.75)
         theirs = F.resized_crop(image, top, left, h, w, [24, 24], antialias=True)
         np.testing.assert_array_equal(np.asarray(cut.view(image, draws)), np.asarray(theirs))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparent_colours_is_read_as_its_colours():
+    buffer, values = io.BytesIO(), np.random.default_rng(0).integers(0, 4, (6, 9), np.uint8)
+    palette = np.arange(12, dtype=np.uint8).reshape(4, 3) * 20
+    image = Image.fromarray(values, "P")
+    image.putpalette(palette.ravel().tolist())
+    image.save(buffer, "PNG", transparency=bytes([0, 128, 255, 7]))
+    np.testing.assert_array_equal(np.asarray(rgb(Image.open(buffer))), palette[values])
 
 
 def test_a_large_jpeg_is_decoded_at_less_than_its_size_and_looks_the_same():

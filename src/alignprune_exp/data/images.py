@@ -26,6 +26,8 @@ def rgb(image: Image.Image) -> Image.Image:
         return image  # PIL would copy it
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, of which PIL would warn that they are transparent
     return image.convert("RGB")
 
 
