@@ -274,6 +274,18 @@ def test_a_mistake_in_the_table_is_one_sentence(tmp_path, refused, table):
     assert "has no column cost, but area, rooms" in refused(*line, "dataset.target=cost")
     price = [*line, "dataset.target=price"]
     assert "has no column floor, but area, rooms" in refused(*price, "dataset.features=[floor]")
+    assert refused(*line, "dataset.target=2020").endswith(
+        """dataset.target=2020 is no text; write "dataset.target='2020'" for one"""
+    )
+    assert refused(*price, "dataset.features=[2020]").endswith(
+        """dataset.features=2020 is no text; write "dataset.features=['2020']" for one"""
+    )
+    assert refused(*price, "dataset.features=rooms").endswith(
+        "dataset.features=rooms is no list; write dataset.features=[rooms]"
+    )
+    assert refused(*price, "dataset.features=[rooms, area (m)]").endswith(
+        """write "dataset.features=['rooms','area (m)']" if these are texts"""
+    )
     assert "dataset.features has price, which is the target" in refused(*price, "dataset.features=[price]")
     assert "the column sold of" in refused(*price)
     assert "holds string where numbers are wanted: choose other columns with dataset.target" in refused(

@@ -267,8 +267,12 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str:
         return f"{group}={option} is unknown{suggest(option, known)}; use one of {', '.join(known)}"
     if isinstance(error, OverrideParseException):
         key, given, value = error.override.partition("=")
-        text = _typed(f"{key}={_in_quotes(value)}")
-        hint = f"write {text} if that is a text" if given else f"{PROGRAM} --help shows the keys"
+        if listed := re.fullmatch(r"\[([^'\"]*)\]", value):
+            texts = ",".join(_in_quotes(part.strip()) for part in listed[1].split(","))
+            hint = f"write {_typed(f'{key}=[{texts}]')} if these are texts"
+        else:
+            hint = f"write {_typed(f'{key}={_in_quotes(value)}')} if that is a text"
+        hint = hint if given else f"{PROGRAM} --help shows the keys"
         return f"cannot read {error.override!r} as key=value; {hint}"
     text = str(error)
     if text.startswith("Could not override"):

@@ -123,6 +123,12 @@ def _explain(error: ValidationError, schema: type[Node], values: Mapping[str, An
         r"[-+]?(\d+\.?|\d*\.\d+)(e[-+]?\d+)?|true|false|null", first["input"], re.I
     ):
         return f"{key}='{first['input']}' is a text; leave out the quotes"
+    if kind == "string_type" and isinstance(first["input"], (int, float, type(None))):
+        text = f"'{shown(first['input'])}'"
+        text = f"[{text}]" if isinstance(first["loc"][-1], int) else text
+        return f'{given} is no text; write "{key}={text}" for one'
+    if kind == "list_type" and isinstance(first["input"], (str, int, float)):
+        return f"{given} is no list; write {key}=[{shown(first['input'])}]"
     if kind.startswith(("float_", "int_")) and (words := _words(error)):
         return f"{given} is unknown; use a number, or {words}"
     return f"{given} has the wrong type: {first['msg'][0].lower()}{first['msg'][1:]}"
