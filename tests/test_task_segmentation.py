@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -259,6 +261,17 @@ def test_a_unet_takes_images_of_any_size(height, width):
     assert network(torch.zeros(2, 3, height, width)).shape == (2, 5, height, width)
 
 
+def grey(values, bits):
+    """Return values (H, W) as a PNG of so many bits of grey a pixel, which Pillow cannot write."""
+    shifts = np.arange(8 - bits, -1, -bits)
+    lines = np.bitwise_or.reduce(values.reshape(len(values), -1, len(shifts)) << shifts, axis=2, dtype=np.uint8)
+    head = struct.pack(">IIBBBBB", *values.shape[::-1], bits, 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
+    parts = [(b"IHDR", head), (b"IDAT", data), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(of)) + name + of + struct.pack(">I", zlib.crc32(name + of)) for name, of in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, ships):
     none, root = f"paths.results={tmp_path / 'none'}", ships("voc")
     line = ["task=segmentation", "dataset=voc", f"dataset.root={root}", none]
@@ -281,6 +294,9 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, ships):
         smaller.save(mask)
         said = "a_3.png cannot be read as an image (its palette has the colour of number 15 at 1: write the numbers"
         assert said in refused(*line)
+    for bits in (2, 4):
+        mask.write_bytes(grey(np.tile(np.uint8([0, 1, 2, 3]), (30, 10)), bits))
+        assert "a_3.png cannot be read as an image (it has less than 8 bits of grey a pixel" in refused(*line)
     mask.unlink()
     assert "a_3.png cannot be read as an image (No such file or directory): mend that, or leave" in refused(*line)
     mask.write_bytes(kept)
@@ -308,6 +324,9 @@ def test_a_mistake_in_the_files_of_ade20k_is_one_sentence(tmp_path, refused, shi
     mask = root / "annotations/training/a_3.png"
     Image.fromarray(np.full((30, 40), 151, np.uint8)).save(mask)
     assert "a_3.png has the value 151, which is no class of dataset=ade20k" in refused(*line)
+    for bits in (2, 4):
+        mask.write_bytes(grey(np.tile(np.uint8([0, 1, 2, 3]), (30, 10)), bits))
+        assert "a_3.png cannot be read as an image (it has less than 8 bits of grey a pixel" in refused(*line)
     mask.unlink()
     assert "a_3.png cannot be read as an image (No such file or directory)" in refused(*line)
     classes = root / "objectInfo150.txt"

@@ -222,8 +222,11 @@ class MaskFiles(PictureFiles):
 def _values(mask: Image.Image) -> np.ndarray:
     """Return what a file has for each pixel, not what colour that is: (H, W, C).
 
-    Raises ValueError where its colours are those of other numbers, as after a program that makes files smaller.
+    Raises ValueError where its colours are those of other numbers, as after a program that makes files smaller, and
+    where it has two or four bits of grey a pixel, which Pillow stretches to shades up to 255.
     """
+    if {tile[3] for tile in getattr(mask, "tile", ())} & {"L;2", "L;4"}:
+        raise ValueError("it has less than 8 bits of grey a pixel, which may be numbers or shades: write 8 bits")
     values = np.asarray(mask).reshape(mask.height, mask.width, -1)
     if mask.mode == "P":
         colours = dict(enumerate(map(tuple, np.reshape(mask.getpalette() or [], (-1, 3)).tolist())))
