@@ -269,6 +269,14 @@ def test_what_the_disk_refuses_is_said_even_where_torch_covers_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_nothing_can_be_made_the_file_that_was_asked_for_is_named(tmp_path):
+    (tmp_path / "no folder").write_text("")
+    path = tmp_path / "no folder" / "file"
+    with pytest.raises(NotADirectoryError) as refused:
+        write_text(path, "new")
+    assert refused.value.filename == str(path)
+
+
 def test_an_error_that_the_disk_has_no_part_in_stays_what_it_is(tmp_path):
     try:
         raise FileNotFoundError(errno.ENOENT, "another file")

@@ -31,7 +31,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that can only be read, or what was never made
+            temporary.unlink()
         if isinstance(error, Exception) and (refused := _of_the_disk(error, handled)) is not None:
             raise OSError(refused.errno, refused.strerror, str(path)) from None
         raise
