@@ -559,6 +559,16 @@ def test_a_reference_loss_may_be_a_tensor_that_requires_grad():
     assert pruning.trajectories.history().reference_W.tolist() == [1.5]
 
 
+@pytest.mark.parametrize("second", [0.91, torch.tensor(91.37), math.nan], ids=str)
+def test_a_loss_and_an_accuracy_are_not_taken_for_a_sum_and_a_count(second):
+    pruning = make()
+    pruning.update(torch.arange(N), LOSSES[0])
+    with pytest.raises(ValueError, match=r"whose second is (0\.91|91\.37|nan), and a pair is read as \(sum, count\)"):
+        pruning.end_epoch((0.53, second))
+    pruning.end_epoch((1.06, 2))
+    assert pruning.trajectories.reference_W[0] == pytest.approx(0.53)
+
+
 @pytest.mark.parametrize("finished", [0, 2])
 def test_an_epoch_skipped_is_an_error(finished):
     pruning = make()

@@ -27,7 +27,8 @@ def shared_loss(given: ReferenceLoss, processes: Exchange) -> tuple[float | None
 
     That is the mean or all losses (R,), in all of them or in rank 0 alone, or the sum and the number (sum, count) of
     each one's part. None where nothing was given; NaN for the probability where not all losses were.
-    Raises DisagreementError, in all of them, for different means, a mixture, or parts without a sample.
+    Raises DisagreementError, in all of them, for different means, a mixture, or parts without a sample, and ValueError
+    for a pair whose second is no whole number, such as an accuracy.
     """
     kind, value, count, fit = NO_LOSS, 0.0, 1.0, math.nan
     if isinstance(given, tuple):
@@ -40,6 +41,11 @@ def shared_loss(given: ReferenceLoss, processes: Exchange) -> tuple[float | None
     said = torch.tensor([(kind, value, count, fit)], dtype=torch.float64)
     kinds, values, counts, fits = processes.gather(said).T
     if (kinds == PART).all():
+        if (counts % 1 != 0).any():
+            raise ValueError(
+                f"the reference loss is a pair whose second is {counts[counts % 1 != 0][0]:g}, and a pair is read as "
+                "(sum, count) of losses; pass the mean loss alone, or all losses (R,)"
+            )
         if not (counts >= 0).all() or counts.sum() == 0:
             raise DisagreementError("the parts of the reference set have no sample; pass (sum, count), count above 0")
         return (values.sum() / counts.sum()).item(), math.nan
