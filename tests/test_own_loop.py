@@ -227,6 +227,33 @@ def test_what_is_left_of_a_resumed_epoch_can_be_drawn_alone_and_the_next_one_is_
     assert list(resumed.sampler) == resumed.order().tolist()
 
 
+def test_a_state_of_the_beginning_of_an_epoch_has_all_of_it_whatever_was_left_out_before():
+    pruning = make()
+    state = pruning.state_dict()
+    pruning.update(torch.from_numpy(pruning.order()[:8]), torch.ones(8))
+    pruning.sampler.leave_out_trained()
+    pruning.load_state_dict(state | {"running": make().running.state_dict()})
+    assert list(pruning.sampler) == pruning.order().tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 30])
+def test_what_is_left_of_an_epoch_is_divided_evenly_over_however_many_go_on(ranks):
+    pruning = make()
+    order = torch.from_numpy(pruning.order())
+    pruning.update(order[:10], torch.ones(10))
+    shares = []
+    for rank in range(ranks):
+        resumed = make(rank=rank, world_size=ranks)
+        resumed.load_state_dict(pruning.state_dict())
+        resumed.sampler.leave_out_trained()
+        index = torch.tensor(list(resumed.sampler), dtype=torch.int64)
+        shares.append(index.tolist())
+        assert resumed.weights(index).tolist() == [1] * len(index)
+    assert {len(share) for share in shares} == {20 // ranks}
+    together = [sample for step in zip(*shares, strict=True) for sample in step]
+    assert together == order[10:][: 20 // ranks * ranks].tolist()
+
+
 # ---- scalers, and data sets without items by index ---------------------------------------------------------
 
 

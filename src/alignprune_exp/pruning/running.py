@@ -111,7 +111,7 @@ class Running:
         if self._unshared.any():
             raise RuntimeError(
                 f"the processes do not know what the others have observed in epoch {self.bank.epoch}; call exchange() "
-                "in all of them before state_dict()"
+                "in all of them before state_dict() and leave_out_trained()"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -49,32 +49,40 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, pruning: Selecting) -> None:
         self._pruning = pruning
-        self._left_out: tuple[int, np.ndarray] | None = None
+        self._left_out: np.ndarray | None = None
 
     def __len__(self) -> int:
         pruning = self._pruning
         return 0 if pruning.epoch >= pruning.epochs else self._each(len(pruning.selection.indices))
 
     def __iter__(self) -> Iterator[int]:
-        share = self.share()
-        if self._left_out and self._left_out[0] == self._pruning.epoch:
-            share = share[~self._left_out[1][share]]
-        return iter(share.tolist())
+        return iter(self.share().tolist())
 
     def leave_out_trained(self) -> None:
         """Yield, in what is left of the running epoch, only what has not been trained on by now.
 
-        The length stays the whole epoch's, for loops that count the steps done before they were interrupted and skip
-        no batch of a resumed epoch themselves.
+        That is divided anew, so that processes get as many each, however many there were before. The length stays the
+        whole epoch's, for loops that count the steps done before they were interrupted and skip no batch of a resumed
+        epoch themselves. Raises RuntimeError where processes have observed what they have not yet exchanged.
         """
-        self._left_out = self._pruning.epoch, self._pruning.running.trained.cpu().numpy().copy()
+        if self._pruning.processes.size > 1:
+            self._pruning.running.check_shared()
+        self._left_out = self._pruning.running.trained.cpu().numpy().copy()
+        self._pruning._weights = None  # of another share
+
+    def begin(self) -> None:
+        """Leave out nothing from now on."""
+        self._left_out = None
 
     def share(self) -> np.ndarray:
         """Return what the sampler yields, (m,). Raises ValueError where there are more processes than samples."""
         order, processes = self._pruning.order(), self._pruning.processes
+        self._each(len(order))
+        if self._left_out is not None:
+            order = order[~self._left_out[order]]
         if not self._pruning.divide:
             return order
-        return order[: self._each(len(order)) * processes.size][processes.rank :: processes.size]
+        return order[: len(order) // processes.size * processes.size][processes.rank :: processes.size]
 
     def _each(self, samples: int) -> int:
         size = self._pruning.processes.size if self._pruning.divide else 1

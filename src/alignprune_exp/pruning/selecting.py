@@ -348,6 +348,7 @@ class Selecting(Indexed):
     def _begin(self) -> None:
         """Take up an epoch of which nothing is done or chosen yet."""
         self.running = Running(self.trajectories)
+        self.sampler.begin()
         self._selection = None
         self._weights = None
 
