@@ -314,6 +314,38 @@ def test_a_state_goes_back_in_time_within_one_object():
     assert selections_of(pruning) == first
 
 
+def batch_of_a_log(log):
+    log.update(torch.arange(N), LOSSES[:2].T, torch.arange(N) % 2)
+
+
+def epoch_of_a_warm_up(log):
+    log.observe(LOSSES[log.epochs], LOSSES[log.epochs] < 1)
+
+
+@pytest.mark.parametrize(
+    ("make_one", "goes_on"),
+    [(make, epoch_of), (lambda: TrajectoryLog(N), batch_of_a_log), (lambda: WarmUpLog(N), epoch_of_a_warm_up)],
+    ids=["pruning", "log", "warm-up"],
+)
+def test_a_state_that_is_kept_in_memory_stays_what_it_was(make_one, goes_on):
+    kept = make_one()
+    goes_on(kept)
+    state, before = kept.state_dict(), through_disk(kept.state_dict())
+    for _ in range(2):
+        goes_on(kept)
+    assert_same(state, before)
+    kept.load_state_dict(state)
+    assert_same(kept.state_dict(), before)
+    goes_on(kept)
+    assert_same(state, before)
+
+
+def assert_same(state, other):
+    assert state.get("arguments") == other.get("arguments")
+    numbers, others = ({key: each for key, each in of.items() if key != "arguments"} for of in (state, other))
+    torch.testing.assert_close(numbers, others, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("other", [{"window": 4}, {"dataset": range(N + 1)}])
 def test_a_state_of_another_size_is_refused_and_changes_nothing(other):
     donor = DynamicPruning(other.get("dataset", range(N)), T, window=other.get("window", WINDOW))

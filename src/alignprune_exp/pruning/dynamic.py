@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from collections.abc import Sequence
@@ -296,12 +297,12 @@ class DynamicPruning(Selecting):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, mid-epoch too: tensors and numbers, safe for ``torch.load(weights_only=True)``.
 
-        It is the same in all processes, and any number of them goes on from it. Raises RuntimeError where processes
-        have observed what they have not yet exchanged.
+        It is a copy, which stays as it is while training goes on, the same in all processes, and any number of them
+        goes on from it. Raises RuntimeError where processes have observed what they have not yet exchanged.
         """
         if self.processes.size > 1:
             self.running.check_shared()
-        return self._state()
+        return copy.deepcopy(self._state())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a run with the same arguments.

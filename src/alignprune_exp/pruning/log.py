@@ -168,8 +168,8 @@ class TrajectoryLog:
         return first(found[found["flag"] != NEVER_SEEN], top, checked)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: tensors and numbers, safe for ``torch.load(weights_only=True)``."""
-        return {"classes": self.classes, **self._columns}
+        """Return a copy of the state: tensors and numbers, safe for ``torch.load(weights_only=True)``."""
+        return {"classes": self.classes, **{name: values.clone() for name, values in self._columns.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state over. Raises ValueError if it is of another number of samples, or of another version."""

@@ -103,10 +103,10 @@ class WarmUpLog:
         return np.where(self.learnt, self.events, np.inf)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: tensors and numbers."""
+        """Return a copy of the state: tensors and numbers."""
         import torch
 
-        arrays = {name: torch.from_numpy(getattr(self, name)) for name in ("sums", "right", "learnt", "events")}
+        arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in ("sums", "right", "learnt", "events")}
         return {"epochs": self.epochs, **arrays}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
