@@ -14,8 +14,14 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -192,12 +198,40 @@ class Padding:
         return {name: torch.tensor([item[name] for item in items]) for name in ("input_ids", "labels")}
 
 
-def test_the_loss_of_a_document_is_the_mean_of_its_labelled_tokens_each_predicted_from_those_before(tmp_path):
-    pruning = make(documents(), "full", "loss")
-    hf = trainer(tmp_path, language_model(), pruning, None, learning_rate=0.0)
+class OfOnesOwn(GPT2LMHeadModel):
+    """A class that no list of causal language models names."""
+
+
+def of_ones_own():
+    torch.manual_seed(0)
+    return OfOnesOwn(language_model().config)
+
+
+def compiled():
+    return torch.compile(language_model(), backend="eager")
+
+
+def of_images_and_text():
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images = CLIPVisionConfig(**size, image_size=8, patch_size=4)
+    text = LlamaConfig(**size, vocab_size=WORDS + 1, bos_token_id=None, eos_token_id=None)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=images, text_config=text, image_token_id=WORDS))
+
+
+def encoder_and_decoder():
+    torch.manual_seed(0)
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=WORDS, **size, decoder_start_token_id=0))
+
+
+@pytest.mark.parametrize("model", [language_model, of_ones_own, compiled, of_images_and_text, encoder_and_decoder])
+def test_the_loss_of_a_document_is_the_models_own_the_mean_of_its_labelled_tokens(tmp_path, model):
+    pruning = make(documents(12), "full", "loss")
+    hf = trainer(tmp_path, model(), pruning, None, learning_rate=0.0, remove_unused_columns=False)
     hf.data_collator = Padding()
     hf.train()
-    model = language_model().eval()
+    model = model().eval()
     for number, document in enumerate(pruning.dataset):
         ids, labels = (torch.tensor([document[name]]) for name in ("input_ids", "labels"))
         expected = model(input_ids=ids, labels=labels).loss.item()  # the model's own, of one document

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
-from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -208,6 +208,7 @@ class PruningMixin(Base):
 
     def _bare_model(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)
+        model = getattr(model, "_orig_mod", model)  # of one that torch.compile returned
         return model.get_base_model() if hasattr(model, "peft_config") else model
 
     def _problem(self, labels: Tensor) -> str | None:
@@ -221,7 +222,12 @@ class PruningMixin(Base):
         return getattr(model.config, "problem_type", None)
 
     def _predicts_the_next(self) -> bool:
-        return type(self._bare_model()).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        """Return whether the model's own loss is that of each token predicted from those before it."""
+        model = self._bare_model()
+        if {kind.__name__ for kind in type(model).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+            return True
+        decodes = not getattr(model.config, "is_encoder_decoder", False)
+        return decodes and LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
 
     def _by_progress(self, factor: Callable[[Any], float], steps: int) -> Callable[[int], float]:
         return self.pruning.schedule(lambda progress: factor(progress * steps))
