@@ -121,6 +121,8 @@ def test_labels_may_be_texts_and_a_sample_never_seen_comes_last():
         ({"labels": [0, 1]}, r"labels has shape \(2,\); it must be \(30,\)"),
         ({"top": 0}, "top=0"),
         ({"likely": [1]}, r"likely has shape \(1,\)"),
+        ({"likely": ["0"] * 30}, "likely has .*'0'.* for sample 0, where its label is .*give both as texts"),
+        ({"labels": ["cat"] * 30, "likely": torch.zeros(30)}, "likely has .*0.* for sample 0, where its label is"),
         ({"checked": {30: 1}}, "checked has sample 30; there are 30"),
         ({"checked": {"3": 1}}, "checked has sample '3'; there are 30"),
         ({"checked": {1.5: 1}}, r"checked has sample 1\.5; there are 30"),
@@ -187,14 +189,16 @@ def test_what_is_known_calibrates_a_guess_that_is_off(true_rate):
 
 
 @pytest.mark.parametrize(
-    "losses", [np.ones(100), np.arange(5.0), np.full(100, np.nan), np.zeros(100)], ids=["equal", "few", "none", "zero"]
+    "losses",
+    [np.ones(100), np.arange(5.0), np.full(100, np.nan), np.zeros(100), np.arange(-3.0, 97.0)],
+    ids=["equal", "few", "none", "zero", "log odds"],
 )
 def test_nothing_is_said_where_nothing_can_be(losses):
     assert np.isnan(wrong_probability(losses, np.zeros(len(losses)))).all()
 
 
 def test_wild_losses_give_probabilities():
-    losses = np.array([0.0, 1e-300, -1.0, 1e30, np.nan] * 20)
+    losses = np.array([0.0, 1e-300, -1e-6, 1e30, np.nan] * 20)
     found = wrong_probability(losses, np.zeros(100), np.array([1.0, np.nan, 0.0, 0.0, 1.0] * 20))
     assert np.isnan(found).sum() == 20
     assert ((found >= 0) & (found <= 1))[~np.isnan(losses)].all()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LEAST, MOST = 20, 200_000  # samples that a mixture is fitted to
 MOST_SURE = 10.0  # log odds
+ROUNDING = 1e-3  # of a loss that is 0
 SURE = 0.5  # from where on a label is flagged
 WRONG, MEMORISED, NEVER_SEEN = "wrong", "memorised", "never seen"  # flags
 
@@ -74,6 +75,10 @@ def _is_missing(label: Any) -> bool:
         return True
 
 
+def _are_texts(values: NDArray) -> bool:
+    return values.dtype.kind in "OU" and any(isinstance(value, str) for value in values.tolist())
+
+
 def wrong_probability(
     mean_losses: NDArray[np.floating], labels: NDArray, known: NDArray[np.floating] | None = None
 ) -> NDArray[np.float64]:
@@ -84,10 +89,11 @@ def wrong_probability(
     samples. ``known`` (n,), 1 where a label is known to be wrong, 0 where it is right and NaN elsewhere, calibrates it:
     a logistic regression of what is known on the log odds, with a Gaussian prior at no change.
 
-    NaN where a sample has no loss; everywhere where fewer than ``LEAST`` have one, or nothing tells them apart.
+    NaN where a sample has no loss; everywhere where fewer than ``LEAST`` have one, nothing tells them apart, or some
+    are below 0 by more than `ROUNDING`, and so have no logarithm, as log odds.
     """
     found, seen = np.full(len(labels), np.nan), ~np.isnan(mean_losses)
-    if seen.sum() < LEAST:
+    if seen.sum() < LEAST or (mean_losses[seen] < -ROUNDING).any():
         return found
     losses = mean_losses[seen].astype(np.float64)
     least = max(1e-3 * float(np.median(losses)), np.finfo(np.float64).tiny)
@@ -163,6 +169,11 @@ def table(
     for name, values in {"losses": losses, "likely": likely, "by": by}.items():
         if values is not None:
             check_one_a_sample(name, values, n)
+    if likely is not None and _are_texts(likely) != _are_texts(labels):
+        raise ValueError(
+            f"likely has {likely[0]!r} for sample 0, where its label is {labels[0]!r}: give both as texts or both as "
+            "numbers"
+        )
     known = np.full(n, np.nan)
     for index, right in (checked or {}).items():
         if not isinstance(index, int | np.integer) or not 0 <= index < n:

@@ -96,7 +96,8 @@ class DynamicPruning(Selecting):
         Args:
             index: (B,) sample indices, as they came with the batch.
             loss: (B,) training loss of each sample, unreduced.
-            observed: (B,) what to record, where that is not the training loss; `noise_rate` takes it for cross-entropy.
+            observed: (B,) what to record, where that is not the training loss; `noise_rate` takes it for cross-entropy,
+                and ``sure`` in `suspects` for a loss.
             reduce, mask: for losses (B, …) of pixels, tokens or boxes; see `one_a_sample`.
 
         Returns:
