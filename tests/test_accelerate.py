@@ -53,12 +53,12 @@ def train(pruning, accelerator, batch=BATCH, folder=None, resume=None, stop=None
     accelerator.register_for_checkpointing(pruning)
     if resume:
         accelerator.load_state(resume)
+        pruning.sampler.leave_out_trained()
     seen, rates, done = [], [], 0
     while pruning.epoch < EPOCHS:
         seen.append([])
         assert len(loader) == math.ceil(len(pruning.sampler) / batch)
-        skipped = pruning.running.step
-        for index, (x, y) in accelerator.skip_first_batches(loader, skipped) if skipped else loader:
+        for index, (x, y) in loader:
             assert {index.device.type, x.device.type, y.device.type} == {accelerator.device.type}
             with accelerator.accumulate(model):
                 accelerator.backward(pruning.update(index, losses_of(model, x, y)))
@@ -122,6 +122,15 @@ def test_a_saved_state_goes_on_exactly(tmp_path, stop):
     assert resumed.report().equals(whole.report())
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
     torch.load(tmp_path / "custom_checkpoint_0.pkl", weights_only=True)
+
+
+@pytest.mark.parametrize("batch", [5, 11])
+def test_what_is_left_of_a_saved_epoch_is_all_trained_on_in_batches_of_another_size(tmp_path, batch):
+    train(make("full"), accelerated(), folder=tmp_path, stop=2)
+    resumed = make("full")
+    _, _, seen = train(resumed, accelerated(), batch, resume=tmp_path)
+    assert seen[0] == make("full").order()[2 * BATCH :].tolist()
+    assert resumed.report()["times_selected"].tolist() == [EPOCHS] * N
 
 
 def test_the_readme_runs(in_the_readme):
