@@ -13,7 +13,7 @@ from pandas.testing import assert_frame_equal
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from alignprune_exp.frameworks.lightning import PruningCallback
 from alignprune_exp.pruning import SCORES, DynamicPruning, within_class
@@ -326,6 +326,17 @@ def test_a_wrong_configuration_is_one_sentence(settings, words):
     module, loader = settings.pop("module", Module(pruning)), settings.pop("loader", loader_of(pruning))
     with pytest.raises(ValueError, match=words):
         trainer(pruning, callback, **settings).fit(module, loader)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [({"shuffle": True}, "shuffle"), ({"sampler": DistributedSampler(data(12), 2, rank=1)}, "sampler")],
+)
+def test_a_reference_that_each_process_would_draw_otherwise_is_refused(options, remedy):
+    pruning = make(rank=1, world_size=2)
+    callback = PruningCallback(pruning, DataLoader(data(12), 5, **options))
+    with pytest.raises(ValueError, match=f"some samples twice and others never; make it without {remedy}$"):
+        trainer(pruning, callback).fit(Module(pruning), loader_of(pruning))
 
 
 def test_a_pickled_pruning_as_spawned_processes_get_it_is_refused():

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, RandomSampler
 
 from ..pruning import DynamicPruning
 from .reference import evaluating, gathered, needs_reference
@@ -32,7 +32,8 @@ class PruningCallback(Callback):
 
     Args:
         pruning: of as many epochs as ``max_epochs``.
-        reference: loader of the trusted set's batches, whole in each process, which evaluates every world_size-th.
+        reference: loader of the trusted set's batches, whole and in one order in each process, which evaluates every
+            world_size-th.
         losses: ``losses(module, batch)`` gives the losses (B,) of a batch of it; the module's own
             ``reference_losses(batch)`` without one.
     """
@@ -92,6 +93,12 @@ class PruningCallback(Callback):
             )
         if (why := needs_reference(pruning)) and self.reference is None and not overridden:
             raise ValueError(f"{why} a reference set; pass PruningCallback(pruning, reference=loader)")
+        drawn = getattr(self.reference, "sampler", None)
+        if pruning.processes.size > 1 and isinstance(drawn, RandomSampler | DistributedSampler):
+            raise ValueError(
+                "the reference loader draws other batches in each process, which would evaluate some samples twice and "
+                f"others never; make it without {'shuffle' if isinstance(drawn, RandomSampler) else 'sampler'}"
+            )
         pruning.check_told()
         if self.reference is not None and self.losses is None and not hasattr(module, "reference_losses"):
             raise ValueError(
