@@ -189,8 +189,8 @@ class Selecting(Indexed):
         """Return the number of optimizer steps of the whole run, as far as it can be told by now.
 
         Finished epochs and the running one count as they are. The coming ones do so too where the pruner's sizes are
-        known in advance: full, random, rs2, topk, epsilon_greedy, ucb, ``Fixed``, and any with ``budget``. For
-        infobatch, seta, and a pruner of your own without `Pruner.at_most`, it is an upper bound.
+        known in advance. For infobatch and seta without ``budget``, and a pruner of your own without `Pruner.at_most`,
+        it is an upper bound.
 
         Args:
             batch_size: samples of a batch in this process.
