@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from .selection import Floats, Ints
 
+RESOLUTION = 512  # quantiles, and as many steps, that cuts are looked for at first
 
-def cluster(scores: Floats, groups: int, resolution: int = 512) -> NDArray[np.int32]:
+
+def cluster(scores: Floats, groups: int) -> NDArray[np.int32]:
     """One-dimensional k-means: return each sample's cluster (N,), numbered by ascending score.
 
-    The best cuts on a grid of ``resolution`` quantiles and as many equal steps are found by dynamic
+    The best cuts on a grid of `RESOLUTION` quantiles and as many equal steps are found by dynamic
     programming (exactly optimal up to that many samples), then refined by Lloyd's iterations on all samples.
     With fewer distinct scores than groups, every group of ties is divided, the largest parts first, into equal
     chunks in the order given, until there are ``groups`` clusters; so equal scores give equal chunks.
@@ -25,10 +27,7 @@ def cluster(scores: Floats, groups: int, resolution: int = 512) -> NDArray[np.in
         values = ordered[np.r_[True, changes]]
         del ordered, changes  # memory, at a hundred million samples
         return _divide_ties(scores, values, groups)
-    if distinct <= 2 * resolution:
-        grid = np.r_[0, np.flatnonzero(changes) + 1, len(ordered)]
-    else:
-        grid = _grid(ordered, resolution)
+    grid = np.r_[0, np.flatnonzero(changes) + 1, len(ordered)] if distinct <= 2 * RESOLUTION else _grid(ordered)
     mean = float(ordered.mean(dtype=np.float64))
     centred = np.zeros(len(ordered) + 1)
     np.subtract(ordered, mean, out=centred[1:])
@@ -48,10 +47,10 @@ def cluster(scores: Floats, groups: int, resolution: int = 512) -> NDArray[np.in
     return label
 
 
-def _grid(ordered: Floats, resolution: int) -> Ints:
+def _grid(ordered: Floats) -> Ints:
     """Candidate cuts: positions between distinct values, thinned to quantiles and equal steps of the range."""
-    quantiles = np.linspace(0, len(ordered) - 1, resolution).astype(np.int64)
-    steps = np.linspace(float(ordered[0]), float(ordered[-1]), resolution)
+    quantiles = np.linspace(0, len(ordered) - 1, RESOLUTION).astype(np.int64)
+    steps = np.linspace(float(ordered[0]), float(ordered[-1]), RESOLUTION)
     rounded = steps.astype(ordered.dtype)
     above = np.where(rounded < steps, np.nextafter(rounded, ordered.dtype.type(np.inf)), rounded)
     values = np.r_[ordered[quantiles], above]

@@ -331,7 +331,7 @@ def _by_epoch(table: Table, row: str, column: str, key: str) -> pd.DataFrame:
 
 
 def _curves(
-    table: Table, wanted: Sequence[tuple[str, str, str]], height: float = 2.4
+    table: Table, wanted: Sequence[tuple[str, str, str]]
 ) -> tuple[Figure, list[tuple[str, dict[str, pd.DataFrame]]]] | None:
     """Draw metrics by epoch, a line a row: a panel for each (column, key, words) that has anything to show.
 
@@ -347,7 +347,7 @@ def _curves(
         return None
     there = {row for _, _, curves in panels for row in curves}
     styles = {row: _style(place) for place, row in enumerate(table.rows) if row in there}
-    figure, axes = _panels(len(panels), height, styles)
+    figure, axes = _panels(len(panels), 2.4, styles)
     for axis, (column, words, curves) in zip(axes, panels, strict=True):
         for row, values in curves.items():
             _line(axis, styles[row], values)
