@@ -11,8 +11,8 @@ import pytest
 
 from alignprune_exp.report.figures import save
 from alignprune_exp.report.html import page
-from alignprune_exp.report.tables import blocks, label, make_table, read_records
-from alignprune_exp.suites import load_suite, option_names
+from alignprune_exp.report.tables import blocks, make_table, read_records
+from alignprune_exp.suites import label, load_suite, option_names
 
 RECORDS = Path(__file__).parents[1] / "results" / "records"
 CHROMIUM = shutil.which("chromium")

@@ -18,7 +18,7 @@ from rich.text import Text
 from .console import command, duration, one_line
 from .records import Damaged, Metric, config_ids_of, headline, read_environment, read_metrics, read_record, read_summary
 from .runs import Folder, owner_alive, run_folders
-from .suites import Suite, suite_of
+from .suites import Suite, label, suite_of
 
 STATES = {  # of several folders the last counts; each with its mark in the grid, and the colour of that
     "missing": ("·", "dim"),
@@ -119,7 +119,7 @@ def _grid(suite: Suite, known: Mapping[str, State]) -> Table:
     """Return the suite's rows and columns: in each place a mark for every seed, and the mean of those that are done."""
     states: dict[str, dict[str, list[State]]] = {}
     for cell in suite.cells:
-        row, column = (" ".join(cell.axes[name] for name in names) for names in (suite.rows, suite.columns))
+        row, column = label(cell.axes, suite.rows), label(cell.axes, suite.columns)
         states.setdefault(row, {}).setdefault(column, []).append(known[cell.config_id])
     columns = dict.fromkeys(column for of_row in states.values() for column in of_row)
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -144,7 +144,7 @@ def _of_single_runs(suite: Suite, known: Mapping[str, State]) -> list[str]:
     for cell in suite.cells:
         if known[cell.config_id].detail:
             axes = [cell.axes[name] for name in (*suite.rows, *suite.columns)]
-            names.setdefault(cell.config_id, "  ".join([*axes, f"seed {cell.axes.get('seed', '0')}"]))
+            names.setdefault(cell.config_id, "  ".join([*axes, f"seed {cell.seed}"]))
     width = max(map(len, names.values()), default=0)
     return [f"{name:<{width}}  {known[id].name:<11}  {known[id].detail}" for id, name in names.items()]
 

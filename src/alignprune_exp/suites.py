@@ -55,6 +55,11 @@ class Cell:
         """The run's config."""
         return validate(self.values)
 
+    @property
+    def seed(self) -> str:
+        """Its value on the axis of seeds; 0 where there is no such axis."""
+        return self.axes.get("seed", "0")
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -78,6 +83,11 @@ class Suite:
     baseline: str | None
     cells: list[Cell]
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def label(axes: Mapping[str, str], names: Sequence[str]) -> str:
+    """Return what a row or a column of a table is called, by a cell's values on some axes."""
+    return " ".join(axes[name] for name in names)
 
 
 def load_suite(name: str, overrides: Sequence[str] = (), own: Path | None = None) -> Suite:
@@ -209,7 +219,7 @@ def _check_layout(layout: Mapping[str, Any], jobs: Sequence[Sequence[str]], in_f
     if strange := [axis for axis in (*rows, *layout["columns"]) if axis not in axes]:
         raise UsageError(f"suite={name} lays its table out by {strange[0]}, which is no axis of its grid")
     values = [dict(part.split("=", 1) for part in job) for job in in_full]
-    labels = dict.fromkeys(" ".join(of_job[axis] for axis in rows) for of_job in values if of_job.keys() >= {*rows})
+    labels = dict.fromkeys(label(of_job, rows) for of_job in values if of_job.keys() >= {*rows})
     if baseline is not None and baseline not in labels:
         meant = suggest(baseline, labels) or f"; use one of {', '.join(labels)}, or null"
         raise UsageError(f"suite={name} has suite.baseline={baseline}, which is no row of its table{meant}")

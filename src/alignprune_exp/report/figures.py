@@ -25,7 +25,8 @@ from PIL import Image
 
 from ..files import write_atomically
 from ..records import DYNAMICS, Damaged, Record, read_dynamics
-from .tables import Table, label
+from ..suites import label
+from .tables import Table
 from .workers import workers
 
 matplotlib.rcParams["axes.titley"] = 1.02  # left to itself, every drawing measures all ticks to place the titles

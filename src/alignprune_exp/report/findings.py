@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .tables import Entry, Table, label, mean_and_std, plus_minus
+from ..suites import label
+from .tables import Entry, Table, mean_and_std, plus_minus
 
 LEADING = ("equal_cost", "cost", "main")  # suites whose findings stand first, that of the main claim before the others
 BOUNDS = {  # scores that know wrong labels: no methods, and what each is the bound of

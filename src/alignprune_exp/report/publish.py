@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..packs import pack
 from ..records import Record, config_ids_of, read_config, read_dynamics, read_record
 from ..runs import Folder, run_folders
-from ..suites import Suite, suite_of
+from ..suites import Cell, Suite, label, suite_of
 
 OF_THE_MACHINE = ("host", "slurm_job_id")  # keys of environment.json that are never published
 
@@ -45,7 +45,7 @@ def publish(suite: Suite, results: Path) -> tuple[list[str], list[str], list[str
     if new:
         pack(target, new)
     there = {record.summary["config_id"] for record in (*runs.values(), *known.values())}
-    missing = {cell.config_id: _name(suite, cell.axes) for cell in suite.cells if cell.config_id not in there}
+    missing = {cell.config_id: _name(suite, cell) for cell in suite.cells if cell.config_id not in there}
     return sorted(new), sorted(known), list(missing.values())
 
 
@@ -115,8 +115,8 @@ def _is_path(value: str) -> bool:
     return any(mark in value for mark in ("/", "\\", "~"))
 
 
-def _name(suite: Suite, axes: Mapping[str, str]) -> str:
-    return " ".join([*(axes[name] for name in (*suite.rows, *suite.columns)), f"seed {axes.get('seed', '0')}"])
+def _name(suite: Suite, cell: Cell) -> str:
+    return f"{label(cell.axes, (*suite.rows, *suite.columns))} seed {cell.seed}"
 
 
 def _json(values: Any) -> bytes:

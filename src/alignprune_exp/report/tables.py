@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..files import csv
 from ..records import ACCURACY, Damaged, Metric, Record, config_ids_of, headline, read_record
 from ..runs import run_folders
-from ..suites import Suite
+from ..suites import Suite, label
 
 CONFIDENCE = 0.95
 MISSING = "–"
@@ -162,7 +162,7 @@ class Table:
 
     @cached_property
     def seeds(self) -> int:
-        return len({cell.axes.get("seed", "0") for cell in self.suite.cells})
+        return len({cell.seed for cell in self.suite.cells})
 
     @property
     def progress(self) -> str:
@@ -282,7 +282,7 @@ def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bo
             **{key: value for key, value in record.summary.items() if key not in (*place, "finished_at")},
             **_beside(record, cell.config),
             "reference_size": cell.config.reference.size,
-            "seed": int(cell.axes.get("seed", 0)),
+            "seed": int(cell.seed),
         }
     long = pd.DataFrame(list(rows.values()), columns=None if rows else ["row", "column", "seed"])
     table = Table(suite, scale, long, best, shown)
@@ -323,10 +323,6 @@ def _beside(record: Record, config: Config) -> dict[str, Any]:
         **{f"{key}_mean": float(np.mean(known)) for key, known in kept.items() if known},
         **{key: value for key, value in rows[-1].items() if key.startswith("auroc_")},
     }
-
-
-def label(axes: Mapping[str, str], names: Sequence[str]) -> str:
-    return " ".join(axes[name] for name in names)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
