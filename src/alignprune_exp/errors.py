@@ -92,7 +92,7 @@ def is_of_memory(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """Return the first line of what an error says, or what kind it is where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

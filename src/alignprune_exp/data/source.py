@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ..errors import UsageError
+from ..errors import UsageError, reason_of
 from ..files import printable
 from ..pruning.reference import class_shares
 from ..schema import Aside
@@ -194,8 +194,7 @@ def brief(error: Exception) -> str:
     """Return what a system's error means, or the first line of another one, shortened, for a sentence."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:120].rstrip(".")
+    return reason_of(error)[:120].rstrip(".")
 
 
 Root = Annotated[str | None, Aside()]  # a folder of data; it says where, not what

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, reason_of
 from ..records import Finished, Row
 
 
@@ -24,7 +24,7 @@ def download(project: str, results: Path) -> None:
         for run in wandb.Api().runs(project, filters={"state": "finished"}):
             write_record(results / "runs" / run.id, dict(run.config), dict(run.summary), list(run.scan_history()))
     except Exception as error:  # the public API raises many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = reason_of(error).rstrip(".")
         raise UsageError(f"the Weights & Biases project {project} cannot be read: {reason}") from None
 
 
