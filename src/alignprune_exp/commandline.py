@@ -226,7 +226,7 @@ def check_size(overrides: Iterable[Override]) -> None:
 
 def refuse_clashes(overrides: Sequence[str]) -> None:
     """Raise UsageError for keys of which one would silently win over the other."""
-    given = {override.split("=")[0].lstrip("+~") for override in overrides}
+    given = set(map(_key, overrides))
     if any(key.partition("@")[0].partition("/")[0] == "recipe" for key in given):
         raise UsageError("recipe follows from dataset, scale, model, learner and noise; choose those")
     if "method" in given and (twice := given & {"pruner", "score"}):
