@@ -28,7 +28,7 @@ from torchvision.transforms import functional as F
 import make_miniature
 from alignprune_exp import suspects
 from alignprune_exp.commandline import config_dir
-from alignprune_exp.config import MODEL, identity
+from alignprune_exp.config import MODEL, PATHS, identity
 from alignprune_exp.data import layout
 from alignprune_exp.data.augment import ATTEMPTS, Augmentation
 from alignprune_exp.data.batches import ImageBatches
@@ -867,6 +867,10 @@ def test_paths_and_what_to_do_with_mistakes_are_not_of_the_id():
 def test_a_published_record_says_nothing_of_either_folder():
     config = composed("dataset=webvision", "dataset.root=/home/me/w", "dataset.imagenet_root=/home/me/i").model_dump()
     assert "/home" not in json.dumps(scrubbed_config(config))
+    for node, key in (path.split(".") for path in PATHS):
+        published = scrubbed_config({**config, node: {**config[node], key: "/home/me/x"}})
+        assert published[node][key] is None
+        assert "/home" not in json.dumps(published)
     command = scrubbed_command("python -m alignprune_exp.train dataset.root=here dataset.imagenet_root=there seed=1")
     assert command.endswith("dataset.root=DIR dataset.imagenet_root=DIR seed=1")
 

@@ -247,6 +247,14 @@ def test_published_records_hold_nothing_of_the_machine(results, suite):
     assert publish(suite, results)[:2] == ([], sorted(new))
 
 
+def test_what_was_published_before_a_path_was_known_for_one_is_the_same_record(results, suite, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr("alignprune_exp.report.publish.PATHS", ())
+        new, _, _ = publish(suite, results)
+    assert "/home" in str(pq.read_table(next((results / "records").iterdir()))["config"].to_pylist())
+    assert publish(suite, results)[:2] == ([], sorted(new))
+
+
 def test_a_published_run_reads_like_its_folder(results, suite):
     publish(suite, results)
     for folder, packed in zip(run_folders(results), run_folders(results / "records"), strict=True):

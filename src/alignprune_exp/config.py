@@ -184,7 +184,10 @@ NOTHING_HELD_OUT = Trusted(size=0.0, per_class=False, noise=0.0, train=False)
 FORMER_SCALES = {"quick": "cpu"}  # what a scale was called when its first runs were published
 
 # Keys whose text is a path, and so may hold anything.
-PATHS = ("paths.results", "paths.data", "dataset.root", "dataset.imagenet_root", "noise.file", "score.file")
+PATHS = (
+    *("paths.results", "paths.data", "dataset.root", "dataset.imagenet_root", "dataset.foreign"),
+    *("noise.file", "score.file"),
+)
 
 
 def validate(values: Mapping[str, Any]) -> Config:

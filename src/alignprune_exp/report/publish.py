@@ -16,7 +16,7 @@ from ..console import command
 from ..errors import UsageError
 from ..packs import pack
 from ..records import Record, config_ids_of, read_config, read_dynamics, read_record
-from ..runs import Folder, run_folders
+from ..runs import run_folders
 from ..suites import Cell, Suite, label, suite_of
 
 OF_THE_MACHINE = ("host", "slurm_job_id")  # keys of environment.json that are never published
@@ -36,7 +36,7 @@ def publish(suite: Suite, results: Path) -> tuple[list[str], list[str], list[str
         files = compact(record)
         if id not in known:
             new[id] = files
-        elif _differs(known[id].folder, files):
+        elif _differs(known[id], files):
             raise UsageError(
                 f"{known[id].folder.parent} holds another record of run {id}; take it back with git, or run that one "
                 "again with force=true"
@@ -55,9 +55,13 @@ def _finished(results: Path, wanted: set[str]) -> dict[str, Record]:
     return {record.folder.name: record for record in records if record is not None}
 
 
-def _differs(folder: Folder, files: Mapping[str, bytes]) -> bool:
-    """Return whether a published record is another than ``files``; the bytes of Parquet depend on its writer."""
-    return any((folder / name).read_bytes() != data for name, data in files.items() if not name.endswith(".parquet"))
+def _differs(published: Record, files: Mapping[str, bytes]) -> bool:
+    """Return whether a published record is another than ``files``.
+
+    What is scrubbed by now and was not then makes no difference, nor do the bytes of Parquet, which go by its writer.
+    """
+    known = compact(published)
+    return any(known[name] != data for name, data in files.items() if not name.endswith(".parquet"))
 
 
 def compact(record: Record) -> dict[str, bytes]:
@@ -75,11 +79,11 @@ def compact(record: Record) -> dict[str, bytes]:
 
 def scrubbed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's config without what is of the machine or the person: paths and tracking."""
-    dataset, noise = dict(config["dataset"]), dict(config["noise"])
-    dataset |= {key: None for key in ("root", "imagenet_root") if key in dataset}
-    noise["file"] = None
-    paths = dict.fromkeys(config["paths"])
-    return {**config, "dataset": dataset, "noise": noise, "paths": paths, "tracking": {"name": "none"}}
+    found = {**config, "paths": dict.fromkeys(config["paths"]), "tracking": {"name": "none"}}
+    for node, key in (path.split(".") for path in PATHS):
+        if key in found.get(node, {}):
+            found[node] = {**found[node], key: None}
+    return found
 
 
 def scrubbed_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
