@@ -4,7 +4,7 @@ python -m alignprune_exp.tables [RESULTS ...] [--best] [--into FILE ...]        
 
 For each suite and scale that has finished runs: <out>/tables/<suite>_<scale>.md, .csv (a line a cell), _long.csv (a
 line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html, which opens with what
-was found. A Markdown file gets the accuracies alone wherever it says <!-- table <suite>_<scale> --> … <!-- end -->, and
+was found. A Markdown file gets the headlines alone wherever it says <!-- table <suite>_<scale> --> … <!-- end -->, and
 another number of the runs' summaries where it says <!-- table <suite>_<scale> <key> -->.
 The same records give the same bytes. What stands there of a suite without runs now is left, and named.
 """
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         "results", nargs="*", type=Path, default=RESULTS, help="folders that hold runs/, or published records"
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="where tables/, figures/ and report.html go")
-    parser.add_argument("--best", action="store_true", help="best accuracy instead of final, in files of its own")
+    parser.add_argument("--best", action="store_true", help="best values instead of final ones, in files of their own")
     parser.add_argument(
         "--into",
         type=Path,
@@ -65,6 +65,34 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
+    """Write what the runs under ``results`` give, and say what is left out. Raises UsageError where that is nothing."""
+    tables = _tables(results, arguments)
+    for file, text in [(file, _filled(file, tables)) for file in arguments.into]:  # no file before all are right
+        write_text(file, text)
+    folder, drawings = arguments.out / "tables", arguments.out / "figures"
+    for place in (folder, drawings):
+        place.mkdir(parents=True, exist_ok=True)
+    images = save_all(tables, drawings)
+    for id, reason in sorted({(id, reason) for table in tables for id, reason in table.undrawn.items()}):
+        print(f"not drawn: {id} ({reason})", file=sys.stderr)
+    for table in tables:
+        stem = folder / table.name
+        for ending, text_of in FILES.items():
+            write_text(stem.with_name(f"{stem.name}{ending}"), text_of(table))
+        print(f"{stem}.md: {table.progress}")
+    for name in _left_over(folder, tables, arguments.best):
+        print(
+            f"{folder / name}.md is of an earlier time: there is no run of it now; remove it, {name}*.* beside it and "
+            f"in {drawings}, or name the folder of its runs",
+            file=sys.stderr,
+        )
+    report = arguments.out / ("report_best.html" if arguments.best else "report.html")
+    write_text(report, page(tables, images, _sheets(tables, arguments.data)))
+    print(report)
+
+
+def _tables(results: Sequence[Path], arguments: argparse.Namespace) -> list[Table]:
+    """Return the table of every suite and scale that has finished runs. Raises UsageError where none has."""
     records = read_records(results)
     for error, _ in records.damaged:
         print(f"left out: {error}", file=sys.stderr)
@@ -92,28 +120,7 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     ]
     if not (tables := [table for table in tables if not table.long.empty]):
         raise UsageError("no finished run belongs to a suite; run one with suite=NAME")
-    for file, text in [(file, _filled(file, tables)) for file in arguments.into]:  # no file before all are right
-        write_text(file, text)
-    folder, drawings = arguments.out / "tables", arguments.out / "figures"
-    for place in (folder, drawings):
-        place.mkdir(parents=True, exist_ok=True)
-    images = save_all(tables, drawings)
-    for id, reason in sorted({(id, reason) for table in tables for id, reason in table.undrawn.items()}):
-        print(f"not drawn: {id} ({reason})", file=sys.stderr)
-    for table in tables:
-        stem = folder / table.name
-        for ending, text_of in FILES.items():
-            write_text(stem.with_name(f"{stem.name}{ending}"), text_of(table))
-        print(f"{stem}.md: {table.progress}")
-    for name in _left_over(folder, tables, arguments.best):
-        print(
-            f"{folder / name}.md is of an earlier time: there is no run of it now; remove it, {name}*.* beside it and "
-            f"in {drawings}, or name the folder of its runs",
-            file=sys.stderr,
-        )
-    report = arguments.out / ("report_best.html" if arguments.best else "report.html")
-    write_text(report, page(tables, images, _sheets(tables, arguments.data)))
-    print(report)
+    return tables
 
 
 def _left_over(folder: Path, tables: Sequence[Table], best: bool) -> list[str]:
