@@ -174,8 +174,23 @@ def table(
             f"likely has {likely[0]!r} for sample 0, where its label is {labels[0]!r}: give both as texts or both as "
             "numbers"
         )
+    sure = wrong_probability(-settled, labels, _known_to_be_wrong(labels, checked or {}))
+    score = within_class(settled if by is None else by, labels)
+    flag = np.where(sure >= SURE, WRONG, "").astype(object)
+    if likely is not None:
+        flag[(sure >= SURE) & (likely == labels)] = MEMORISED
+    flag[np.isnan(settled)] = NEVER_SEEN
+    columns = {"index": np.arange(n), "label": labels, "likely_label": likely, "sure": sure, "loss": losses}
+    frame = pd.DataFrame({name: values for name, values in columns.items() if values is not None})
+    frame = frame.assign(flag=flag, score=score)
+    return frame.sort_values(["score", "index"], kind="stable", na_position="last", ignore_index=True)
+
+
+def _known_to_be_wrong(labels: NDArray, checked: Mapping[int, Any]) -> NDArray[np.float64]:
+    """Return 1 where a label (n,) is ``checked`` to be wrong, 0 where it is right, and NaN elsewhere."""
+    n = len(labels)
     known = np.full(n, np.nan)
-    for index, right in (checked or {}).items():
+    for index, right in checked.items():
         if not isinstance(index, int | np.integer) or not 0 <= index < n:
             raise ValueError(f"checked has sample {index!r}; there are {n}, counted from 0")
         if _is_missing(right):
@@ -186,16 +201,7 @@ def table(
                 "texts or both as numbers"
             )
         known[index] = labels[index] != right
-    sure = wrong_probability(-settled, labels, known)
-    score = within_class(settled if by is None else by, labels)
-    flag = np.where(sure >= SURE, WRONG, "").astype(object)
-    if likely is not None:
-        flag[(sure >= SURE) & (likely == labels)] = MEMORISED
-    flag[np.isnan(settled)] = NEVER_SEEN
-    columns = {"index": np.arange(n), "label": labels, "likely_label": likely, "sure": sure, "loss": losses}
-    frame = pd.DataFrame({name: values for name, values in columns.items() if values is not None})
-    frame = frame.assign(flag=flag, score=score)
-    return frame.sort_values(["score", "index"], kind="stable", na_position="last", ignore_index=True)
+    return known
 
 
 def first(frame: pd.DataFrame, top: int, checked: Mapping[int, Any] | None = None) -> pd.DataFrame:

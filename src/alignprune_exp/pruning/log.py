@@ -88,27 +88,14 @@ class TrajectoryLog:
         device = kept["seen"].device
         logits, y = logits.detach().float().to(device), labels.long().to(device)
         samples, of = index.long().to(device).unique(return_inverse=True)
-        before = kept["label"][samples][of]
-        if (changed := (before >= 0) & (before != y)).any():
-            which = int(changed.nonzero()[0])
-            raise ValueError(
-                f"sample {int(samples[of[which]])} has label {int(y[which])} and had {int(before[which])} before; pass "
-                "the index that came with the batch, and the labels as given"
-            )
-        one = torch.empty_like(samples).index_copy_(0, of, y)[of]
-        if (another := one != y).any():
-            which = int(another.nonzero()[0])
-            raise ValueError(
-                f"sample {int(samples[of[which]])} has labels {int(y[which])} and {int(one[which])} in one batch; pass "
-                "the index that came with the batch, and the labels as given"
-            )
+        where = samples[of]
+        self._check_one_label(where, y, torch.empty_like(y).index_copy_(0, of, y)[of])
         own = logits.gather(1, y[:, None])[:, 0]
         others = logits.scatter(1, y[:, None], -torch.inf)
         probability = logits.softmax(1).gather(1, y[:, None])[:, 0].to(kept["square"].dtype)
         losses = F.cross_entropy(logits, y, reduction="none")
         right = own > others.amax(1)
         sums = {"loss": losses, "margin": own - others.amax(1), "probability": probability, "square": probability**2}
-        where = samples[of]
         for name, values in sums.items():
             kept[name].index_add_(0, where, values.to(kept[name].dtype))
         kept["seen"].index_add_(0, where, torch.ones_like(where, dtype=torch.int32))
@@ -182,6 +169,22 @@ class TrajectoryLog:
 
     def _arrays(self) -> dict[str, NDArray]:
         return {name: values.cpu().numpy().copy() for name, values in self._columns.items()}
+
+    def _check_one_label(self, samples: Tensor, labels: Tensor, others: Tensor) -> None:
+        """Raise ValueError unless labels (B,) of samples (B,) are as before, and as ``others`` (B,) of the batch."""
+        before = self._columns["label"][samples]
+        if (changed := (before >= 0) & (before != labels)).any():
+            which = int(changed.nonzero()[0])
+            raise ValueError(
+                f"sample {int(samples[which])} has label {int(labels[which])} and had {int(before[which])} before; "
+                "pass the index that came with the batch, and the labels as given"
+            )
+        if (another := others != labels).any():
+            which = int(another.nonzero()[0])
+            raise ValueError(
+                f"sample {int(samples[which])} has labels {int(labels[which])} and {int(others[which])} in one batch; "
+                "pass the index that came with the batch, and the labels as given"
+            )
 
     def _check(self, index: Tensor, logits: Tensor, labels: Tensor) -> None:
         size = index.numel()
