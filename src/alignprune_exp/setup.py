@@ -317,7 +317,7 @@ def make_pruning(
         pruning.scores(pruning.score)  # one of somebody's own says here what is wrong with it, whenever it ranks
     except ValueError as error:
         raise UsageError(f"pruner={config.pruner.name} score={score}: {error}") from None
-    if pruning.score.aligned and plan.uses_scores and not config.reference.aligns:
+    if pruning.compares and not config.reference.aligns:
         raise UsageError(
             f"score={score} compares with a reference set, and reference.size=0 leaves none; "
             "set reference.size=0.01, reference=pseudo, or score=loss"

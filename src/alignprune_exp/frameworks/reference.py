@@ -26,7 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def needs_reference(pruning: DynamicPruning) -> str:
     """Return why epochs cannot end without a reference set, as the beginning of a sentence; empty where they can."""
-    if pruning.score.aligned and pruning.pruner.uses_scores:
+    if pruning.compares:
         return f"score={pruning.score.name!r} compares with"
     learns = pruning.pruner.needs_noise_rate and not pruning.score.foretells
     return "the pruner learns the noise rate from" if learns else ""

@@ -251,7 +251,7 @@ class DynamicPruning(Selecting):
         selected = self.selection.indices
         self.exchange()
         reference, trusted = self._reference(reference_loss, self.epoch)
-        if reference is None and self.score.aligned and self.pruner.uses_scores:
+        if reference is None and self.compares:
             raise ValueError(
                 f"score={self.score.name!r} compares with the reference set: pass its mean loss to end_epoch()"
             )

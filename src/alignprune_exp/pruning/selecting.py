@@ -105,6 +105,11 @@ class Selecting(Indexed):
         return self._processes or Exchange.found()
 
     @property
+    def compares(self) -> bool:
+        """Whether what is selected goes by a comparison with a reference set, whose loss every epoch then needs."""
+        return self.score.aligned and self.pruner.uses_scores
+
+    @property
     def ranked_by(self) -> str | None:
         """Name of the score that the running epoch's selection was ranked by, if scores had a say."""
         return self._ranking_score().name if self.selection.ranked else None
@@ -354,7 +359,7 @@ class Selecting(Indexed):
 
     def _check_window(self) -> None:
         """Raise ValueError for a window that is full only when pruning is over, where the score needs a full one."""
-        if not (self.score.aligned and self.pruner.uses_scores):
+        if not self.compares:
             return
         window, epochs = self.trajectories.window, self.epochs - self.first
         missing, last = window - self.first, self.pruner.pruning_epochs(epochs)
