@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import AGAIN, Ended, Stopped, UsageError, of_the_machine, terminable
@@ -28,6 +29,24 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; {self.prog} --help shows what there is")
+
+
+def parser_of(
+    program: str, about: str | None, of: tuple[str, str] = ("run", "a run's folder, or its id"), checked: bool = False
+) -> Parser:
+    """Return the parser of a program that writes something of a run, or the like, with the arguments that these share.
+
+    ``of`` has name and help of its first argument.
+    """
+    parser = Parser(prog=f"python -m alignprune_exp.{program}", description=about)
+    parser.add_argument(of[0], help=of[1])
+    if checked:
+        parser.add_argument(
+            "--checked", type=Path, help="a table with the right label of each index that was looked at"
+        )
+    parser.add_argument("--force", action="store_true", help="write over what is there")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where ids are looked up")
+    return parser
 
 
 def command(work: Callable[[], object], then: str = AGAIN, stopped: str = "stopped") -> int:

@@ -16,10 +16,10 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from .console import Progress, command, duration, say
+from .console import Progress, command, duration, parser_of, say
 from .errors import UsageError, is_of_memory, reason_of
 from .files import refuse_target, write_atomically
-from .suspects import parser_of, run_folder
+from .runs import run_folder
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,12 +18,12 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 from numpy.typing import NDArray
 
-from .console import command
+from .console import command, parser_of
 from .errors import UsageError
 from .files import csv, refuse_target, write_atomically
 from .records import PROBABILITIES, read_probabilities
-from .runs import write_text
-from .suspects import CLEANING, labelled, parser_of, read_checked, run_folder, scores_of, suspects, write_table
+from .runs import run_folder, write_text
+from .suspects import CLEANING, labelled, read_checked, scores_of, suspects, write_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import command
+from .console import command, parser_of
 from .errors import UsageError
 from .files import refuse_target
 from .pruning.cleaning import within_class
 from .pruning.selection import floor
-from .suspects import CLEANING, check_known, labelled, parser_of, run_folder, score_to_list_by, scores_of, write_table
+from .runs import run_folder
+from .suspects import CLEANING, check_known, labelled, score_to_list_by, scores_of, write_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import Parser, command, one_line
+from .console import command, one_line, parser_of
 from .errors import UsageError
 from .files import csv, refuse_target, write_atomically
 from .pruning.cleaning import first, table
 from .pruning.signals import SIGNALS
 from .records import Damaged, read_config, read_samples, read_summary
-from .runs import write_text
+from .runs import run_folder, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,32 +190,6 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
         write_text(path, csv(frame))
     else:
         write_atomically(path, lambda file: frame.to_parquet(file, index=False))
-
-
-def parser_of(
-    program: str, about: str | None, of: tuple[str, str] = ("run", "a run's folder, or its id"), checked: bool = False
-) -> Parser:
-    """Return the parser of a program that writes something of a run, or the like, with the arguments that these share.
-
-    ``of`` has name and help of its first argument.
-    """
-    parser = Parser(prog=f"python -m alignprune_exp.{program}", description=about)
-    parser.add_argument(of[0], help=of[1])
-    if checked:
-        parser.add_argument(
-            "--checked", type=Path, help="a table with the right label of each index that was looked at"
-        )
-    parser.add_argument("--force", action="store_true", help="write over what is there")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where ids are looked up")
-    return parser
-
-
-def run_folder(given: str, results: Path) -> Path:
-    """Return the folder of a run that is given as a folder, or by its id under ``results``; raise UsageError."""
-    for folder in (Path(given).resolve(), results / "runs" / given, results / "records" / "runs" / given):
-        if (folder / "config.yaml").is_file() or (folder / "summary.json").is_file():
-            return folder
-    raise UsageError(f"there is no run {given}; give a run's folder, or an id under {results / 'runs'}")
 
 
 def contact_sheet(dataset: Mapping[str, Any], frame: pd.DataFrame) -> bytes:
