@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .console import command, parser_of
 from .errors import UsageError
-from .files import csv, refuse_target, write_atomically
+from .files import csv, refuse_nowhere, refuse_target, write_atomically
 from .records import PROBABILITIES, read_probabilities
 from .runs import run_folder, write_text
 from .suspects import CLEANING, labelled, read_checked, scores_of, suspects, write_table
@@ -153,8 +153,7 @@ def _own_folder(folder: Path, force: bool) -> None:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not force):
         hint = "" if folder.is_file() else ", or add --force"
         raise UsageError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}; name another folder{hint}")
-    if not folder.parent.is_dir():
-        raise UsageError(f"{folder} cannot be made: there is no folder {folder.parent}; make it, or name another one")
+    refuse_nowhere(folder)
     folder.mkdir(exist_ok=True)
 
 

@@ -80,10 +80,15 @@ def refuse_target(path: Path | None, endings: Sequence[str], force: bool) -> Non
         return
     if path.suffix not in endings:
         raise UsageError(f"{path} does not end in {' or '.join(endings)}; name a file that does")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another one")
+    refuse_nowhere(path)
     if path.is_dir() or (path.exists() and not force):
         raise UsageError(f"{path} is there already; name another file{'' if path.is_dir() else ', or add --force'}")
+
+
+def refuse_nowhere(path: Path) -> None:
+    """Raise UsageError for a file or folder that is to be made in a folder that is not there."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another one")
 
 
 def keep_cached(place: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..console import Parser, Progress, command
 from ..errors import Failed, UsageError
+from ..files import refuse_nowhere
 from ..runs import Lock
 from .formulas import SCORES
 
@@ -118,8 +119,7 @@ def everywhere(losses: str) -> str:
 
 def refuse_folder(out: Path, force: bool, ours: set[str]) -> None:
     """Raise UsageError unless a folder may be written: it is new, half done, or done and ``force`` is given."""
-    if not out.parent.is_dir():
-        raise UsageError(f"{out} cannot be written: there is no folder {out.parent}; make it, or name another one")
+    refuse_nowhere(out)
     if not out.exists():
         return
     if not out.is_dir() or (others := {entry.name for entry in out.iterdir()} - ours):
