@@ -93,14 +93,14 @@ def ious(some, others):
 def test_the_share_asked_for_is_corrupted_and_known(task):
     assert task.corrupted.sum() == round(0.25 * task.n)
     clean = [task.data.train.targets[row] for row in task.parts.train]
-    differs = [len(ours) != len(true) or (ours != true).any() for ours, true in zip(task.given, clean, strict=True)]
+    differs = [len(ours) != len(true) or (ours != true).any() for ours, true in zip(task.targets, clean, strict=True)]
     assert (np.array(differs) == task.corrupted).all()
     assert not set(task.parts.train) & set(task.parts.reference)
     given = torch.cat([boxes for _, _, boxes in task.reference.evaluation()])
     assert torch.equal(given, padded([task.data.train.targets[row] for row in task.parts.reference]))
     assert task.reference_noise() == 0
     again = open_task(composed(*TINY, "noise=sym", "noise.rate=0.25"))
-    assert all((ours == theirs).all() for ours, theirs in zip(task.given, again.given, strict=True))
+    assert all((ours == theirs).all() for ours, theirs in zip(task.targets, again.targets, strict=True))
 
 
 @given(boxes(), st.integers(0, 99), st.integers(1, CLASSES))

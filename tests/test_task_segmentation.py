@@ -75,7 +75,7 @@ def ships(tmp_path):
 def test_the_share_asked_for_is_corrupted_and_known(task):
     assert task.corrupted.sum() == round(0.25 * task.n)
     clean = np.stack(task.data.train.targets)[task.parts.train]
-    assert ((np.stack(task.given) != clean).any((1, 2)) == task.corrupted).all()
+    assert ((np.stack(task.targets) != clean).any((1, 2)) == task.corrupted).all()
     assert not set(task.parts.train) & set(task.parts.reference)
     given = torch.cat([masks for _, _, masks in task.reference.evaluation()]).numpy()
     assert (given == np.stack(task.data.train.targets)[task.parts.reference]).all()

@@ -6,9 +6,9 @@ Shape legend: n training samples, B samples of a batch, C classes.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..config import DATASET, TASK
 from ..data.parts import Parts
 from ..errors import UsageError
+from ..pruning.seeding import generator
 from ..pruning.signals import SIGNALS
 from ..records import Metric
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ..data.batches import Batch, Batches
     from ..distributed import Processes
     from ..network import Network
+
+T = TypeVar("T")
 
 
 def needed(module: str, task: str) -> Any:
@@ -253,3 +256,12 @@ class RowsTask(Task):
 
     def reference_noise(self) -> float | None:
         return self.parts.reference_noise
+
+    def given(
+        self, values: Sequence[T], rows: np.ndarray, wrong: np.ndarray, corrupt: Callable[[T, np.random.Generator], T]
+    ) -> list[T]:
+        """Return the values of some rows, those that are ``wrong``, bool (k,), corrupted by (seed, row)."""
+        found = [values[row] for row in rows]
+        for place in np.flatnonzero(wrong):
+            found[place] = corrupt(found[place], generator(self.config.seed, "corruption", int(rows[place])))
+        return found

@@ -13,6 +13,7 @@ import platform
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -94,12 +95,8 @@ class Language(RowsTask):
             ]
 
     def _given(self, rows: np.ndarray, wrong: np.ndarray) -> list[str]:
-        """Return the documents of some rows, those that are ``wrong`` corrupted by (seed, row)."""
-        texts = [self.data.train[row][1] for row in rows]
-        for place in np.flatnonzero(wrong):
-            rng = generator(self.config.seed, "corruption", int(rows[place]))
-            texts[place] = corrupt(texts[place], rng, self.data.foreign)
-        return texts
+        texts = [text for _, text in self.data.train]
+        return self.given(texts, rows, wrong, partial(corrupt, foreign=self.data.foreign))
 
     def _length(self, token: int) -> int:
         """Return the bytes of a token: byte-level BPE writes one character for each."""

@@ -89,7 +89,7 @@ class SceneTask(RowsTask):
     """Images in memory. A subclass says how a target is corrupted, mirrored, and made a tensor of with others.
 
     Attributes:
-        given: the targets trained on, wrong ones among them, one of each sample.
+        targets: those trained on, wrong ones among them, one of each sample.
         mean, std: of the pixels trained on, by channel, in 0..1 units, (3,).
     """
 
@@ -97,7 +97,7 @@ class SceneTask(RowsTask):
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
-        self.given = self._given(self.parts.train, self.parts.wrong)
+        self.targets = self._given(self.parts.train, self.parts.wrong)
         blocks = (self.parts.train[start : start + 1024] for start in range(0, self.n, 1024))
         images = torch.from_numpy(self.data.train.images)
         self.mean, self.std = pixel_statistics(images[block] for block in blocks)
@@ -115,15 +115,11 @@ class SceneTask(RowsTask):
         raise NotImplementedError
 
     def _given(self, rows: np.ndarray, wrong: np.ndarray) -> list[np.ndarray]:
-        """Return the targets of some rows, those that are ``wrong`` corrupted by (seed, row)."""
-        targets = [self.data.train.targets[row] for row in rows]
-        for place in np.flatnonzero(wrong):
-            targets[place] = self.wrong(targets[place], generator(self.config.seed, "corruption", int(rows[place])))
-        return targets
+        return self.given(self.data.train.targets, rows, wrong, self.wrong)
 
     @cached_property
     def train(self) -> Batches:
-        return self._batches(self.data.train.images[self.parts.train], self.given, self.config.dataset.flip)
+        return self._batches(self.data.train.images[self.parts.train], self.targets, self.config.dataset.flip)
 
     @cached_property
     def reference(self) -> Batches:
