@@ -14,7 +14,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from alignprune_exp.commandline import next_commands, refuse_clashes
+from alignprune_exp.advice import next_commands
+from alignprune_exp.commandline import refuse_clashes
 from alignprune_exp.config import MODEL, PRUNER, REGISTRIES, Config, identity, validate
 from alignprune_exp.errors import UsageError
 from alignprune_exp.models import MODELS

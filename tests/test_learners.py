@@ -12,7 +12,8 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 from torch.nn import functional as F
 
-from alignprune_exp.commandline import config_dir, inert_keys
+from alignprune_exp.advice import inert_keys
+from alignprune_exp.commandline import config_dir
 from alignprune_exp.config import LEARNER, identity, validate
 from alignprune_exp.errors import UsageError
 from alignprune_exp.learners import Step

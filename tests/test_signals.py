@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import logsumexp, softmax
 
-from alignprune_exp.commandline import inert_keys, next_commands
+from alignprune_exp.advice import inert_keys, next_commands
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning.signals import OTHER_NAMES, SIGNALS, extent
 from harness import composed, config_of, ids_of, metrics_of, summary_of

@@ -6,11 +6,9 @@ import math
 import os
 import re
 import shlex
-import shutil
-import sys
 import unicodedata
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -34,11 +32,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .config import LEARNER, NOISE, PATHS, PRUNER, SCORE, TASK, UNRANKED, Config, NoiseKeys, ScoreKeys, validate
+from .config import PATHS, Config, validate
 from .errors import UsageError
-from .pruning.signals import SIGNALS
-from .registry import settings
-from .schema import shown, suggest
+from .schema import suggest
 
 PROGRAM = "python -m alignprune_exp.train"
 OF_HYDRA = ("hydra/launcher", "hydra.launcher", "hydra.searchpath")  # keys of Hydra's own that may be set
@@ -104,9 +100,9 @@ def read_line(arguments: Sequence[str]) -> list[str]:
     for override in overrides:
         _check_override(override, sweeping)
     if sweeping:
-        swept = {_key(str(override.input_line)) for override in overrides if override.is_sweep_override()}
+        swept = {key_of(str(override.input_line)) for override in overrides if override.is_sweep_override()}
         swept |= {"pruner", "score"} if "method" in swept else set()
-        read |= {line: _of_each(typed) for line, typed in read.items() if _key(line).partition(".")[0] in swept}
+        read |= {line: _of_each(typed) for line, typed in read.items() if key_of(line).partition(".")[0] in swept}
     return [read.get(argument, argument) for argument in arguments]
 
 
@@ -158,7 +154,7 @@ def with_path(line: str, sweeping: bool) -> str:
     if sweeping and "," in value:
         grid = f"{key}=choice({','.join(map(_in_quotes, value.split(',')))})"
         raise UsageError(
-            f"{line} may be one path or several: write {_typed(one)} for one, or {_typed(grid)} for a grid"
+            f"{line} may be one path or several: write {as_typed(one)} for one, or {as_typed(grid)} for a grid"
         )
     return one
 
@@ -167,7 +163,7 @@ def _in_quotes(value: str) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
-def _typed(line: str) -> str:
+def as_typed(line: str) -> str:
     """Return how a shell is given an override with quotes in it."""
     return shlex.quote(line) if set(line) & set('"$`\\!') else f'"{line}"'
 
@@ -226,7 +222,7 @@ def check_size(overrides: Iterable[Override]) -> None:
 
 def refuse_clashes(overrides: Sequence[str]) -> None:
     """Raise UsageError for keys of which one would silently win over the other."""
-    given = set(map(_key, overrides))
+    given = set(map(key_of, overrides))
     if any(key.partition("@")[0].partition("/")[0] == "recipe" for key in given):
         raise UsageError("recipe follows from dataset, scale, model, learner and noise; choose those")
     if "method" in given and (twice := given & {"pruner", "score"}):
@@ -269,9 +265,9 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str:
         key, given, value = error.override.partition("=")
         if listed := re.fullmatch(r"\[([^'\"]*)\]", value):
             texts = ",".join(_in_quotes(part.strip()) for part in listed[1].split(","))
-            hint = f"write {_typed(f'{key}=[{texts}]')} if these are texts"
+            hint = f"write {as_typed(f'{key}=[{texts}]')} if these are texts"
         else:
-            hint = f"write {_typed(f'{key}={_in_quotes(value)}')} if that is a text"
+            hint = f"write {as_typed(f'{key}={_in_quotes(value)}')} if that is a text"
         hint = hint if given else f"{PROGRAM} --help shows the keys"
         return f"cannot read {error.override!r} as key=value; {hint}"
     text = str(error)
@@ -290,7 +286,7 @@ def unknown_key(key: str, arguments: Sequence[str]) -> str:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         choices = [a for a in arguments if "=" in a and "." not in a.split("=")[0] and not a.startswith("-")]
         try:
-            node: Any = compose("train", [*_folders_typed(arguments), *(a for a in choices if _key(a) != key)])
+            node: Any = compose("train", [*_folders_typed(arguments), *(a for a in choices if key_of(a) != key)])
         except Exception:  # it may be anything that Hydra raises over the other arguments
             node = compose("train")
     *parents, last = key.split(".")
@@ -316,7 +312,7 @@ def unknown_key(key: str, arguments: Sequence[str]) -> str:
 
 def _folders_typed(arguments: Sequence[str]) -> list[str]:
     """Return the override that finds what a command line's ``--config-dir`` or search path finds, or none."""
-    if searched := [word for word in arguments if _key(word) == "hydra.searchpath"]:
+    if searched := [word for word in arguments if key_of(word) == "hydra.searchpath"]:
         return searched
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("-") else [word])]
     named = [folder for flag, folder in pairwise(words) if flag in ("--config-dir", "-cd")]
@@ -328,133 +324,19 @@ def searching(folder: str | Path) -> str:
     return f"hydra.searchpath=[{_in_quotes(f'file://{os.path.abspath(folder)}')}]"
 
 
-def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
-    """Say which keys of the command line have no effect."""
-    notes = []
-    given = sorted({override.split("=")[0].lstrip("+") for override in overrides})
-    pruner, plan = config.pruner.name, PRUNER.make(config.pruner)
-    signal = any(map(_records_a_signal, overrides))
-    scores = [key for key in given if key.partition(".")[0] == "score" or (signal and key == "recorded")]
-    if scores and not plan.uses_scores:
-        notes.append(f"{', '.join(scores)} has no effect under pruner={pruner}, which ranks nothing")
-    if "saved" in given and plan.keeps is None and plan.planned(config.epochs) == config.epochs:
-        notes.append(f"saved has no effect under pruner={pruner}, which saves nothing")
-    smoothing = [key for key in given if key == "label_smoothing" or (key == "recorded" and not signal)]
-    for key, seam, name in (("learner", LEARNER, config.learner.name), ("task", TASK, config.task.name)):
-        if smoothing and not seam.find(name).smooths:
-            notes.append(f"{', '.join(smoothing)} has no effect under {key}={name}, which does not smooth")
-    if named := [key for key in given if key in [f"pruner.{name}" for name in plan.inert()]]:
-        notes.append(f"{', '.join(named)} has no effect beside the other settings of pruner={pruner}")
-    inert = NoiseKeys.model_fields.keys() - {"name", *settings(NOISE.find(config.noise.name))}
-    if named := [key for key in given if key in [f"noise.{name}" for name in inert]]:
-        notes.append(f"{', '.join(named)} has no effect under noise={config.noise.name}")
-    return notes
-
-
-def _ranks(override: str) -> bool:
-    """Return whether an override has a say in nothing but a ranking."""
-    return _key(override).partition(".")[0] == "score" or _records_a_signal(override)
-
-
-def _records_a_signal(override: str) -> bool:
-    """Return whether an override has trajectories made of something else than losses."""
-    key, _, value = override.lstrip("+").partition("=")
-    return key == "recorded" and value.strip("'\"") in SIGNALS
+def key_of(override: str) -> str:
+    """Return the key, or the group, that an override is of."""
+    return override.split("=")[0].lstrip("+~")
 
 
 def own_options(hydra: HydraConf | DictConfig) -> tuple[str, ...]:
     """Return the words of the command line that Hydra has read by which it finds options of one's own."""
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     searched = [line for line in hydra.overrides.hydra if line.partition("=")[0] == "hydra.searchpath"]
-    return *(f"--config-dir={_from_here(folder)}" for folder in folders), *searched
+    return *(f"--config-dir={from_here(folder)}" for folder in folders), *searched
 
 
-def _from_here(path: str) -> str:
+def from_here(path: str) -> str:
+    """Return a path as it is typed here."""
     here = os.path.relpath(path)
     return path if here.startswith("..") else here
-
-
-def interpreter() -> str:
-    """Return how to call this interpreter from here: ``python`` where that is it."""
-    return "python" if shutil.which("python") == sys.executable else _from_here(sys.executable)
-
-
-def _shell(words: Sequence[str]) -> str:
-    """Return words as a shell is given them."""
-    return " ".join(word if shlex.quote(word) == word else _typed(word) for word in words)
-
-
-def _of_method(config: Config, given: set[str]) -> list[str]:
-    """Return settings, ready to type, that neither ``pruner=`` and ``score=`` nor the keys given would choose."""
-    plan = PRUNER.find(config.pruner.name)
-    chosen = given | ({f"pruner.{plan.keeps}"} if "saved" in given else set())
-    own = {f"pruner.{name}": (getattr(config.pruner, name), default) for name, (_, default) in settings(plan).items()}
-    for name in sorted(ScoreKeys.model_fields.keys() - {"name"}):
-        own[f"score.{name}"] = getattr(config.score, name), getattr(UNRANKED, name)
-    return [f"{key}={shown(value)}" for key, (value, default) in own.items() if value != default and key not in chosen]
-
-
-def _key(override: str) -> str:
-    return override.split("=")[0].lstrip("+~")
-
-
-def _otherwise(
-    config: Config, overrides: Sequence[str], choices: Mapping[str, str], pruner: str | None, score: str | None
-) -> list[str]:
-    """Return what to type for the same run with another pruner, or with its own one for None, and another score."""
-    asked = SCORE.schema(score).model_fields if score else {}
-    ranks = PRUNER.make(config.pruner).uses_scores
-    of_losses = score is None or (score == "loss" and not (ranks and config.score.name == "loss"))
-    kept = [
-        override
-        for override in overrides
-        if (key := _key(override)) not in ("method", "pruner", "score", "score.name", "force")
-        and (pruner is None or not (key.startswith("pruner.") or key == "saved"))
-        and (not key.startswith("score.") or key.removeprefix("score.") in asked)
-        and not (of_losses and _records_a_signal(override))
-    ]
-    choice = [f"pruner={pruner or choices.get('pruner', config.pruner.name)}", *([f"score={score}"] if score else [])]
-    of_method = pruner is None and "method" in map(_key, overrides)
-    return [*kept, *choice, *(_of_method(config, {*map(_key, kept)}) if of_method else [])]
-
-
-def next_commands(
-    config: Config,
-    overrides: Sequence[str],
-    own: Sequence[str] = (),
-    choices: Mapping[str, str] | None = None,
-    fits: Callable[[list[str]], bool] = lambda words: True,
-) -> list[tuple[str, str]]:
-    """Return three commands worth typing after a run, each with what it does; fewer where some would be refused.
-
-    Args:
-        config: of the run.
-        overrides: that chose it.
-        own: see `own_options`.
-        choices: the option of each group that they chose.
-        fits: whether a run of some overrides would be accepted.
-    """
-    program = [interpreter(), *PROGRAM.split()[1:], *own]
-    score, ranks = config.score.name, PRUNER.make(config.pruner).uses_scores
-    others = ["loss", *(["das"] if config.reference.aligns else []), "small_loss"]
-    proposed: list[tuple[str, list[str]] | None] = []
-
-    def propose(pruner: str | None, scores: Sequence[str | None], meaning: str) -> None:
-        """Propose another pruner, or the same for None, with the first of some scores that fits."""
-        lines = ((each, _otherwise(config, overrides, choices or {}, pruner, each)) for each in scores)
-        proposed.append(next(((meaning.format(each), words) for each, words in lines if fits(words)), None))
-
-    if ranks:
-        propose("full", [None], "the same without pruning")
-        propose(None, [each for each in others if each != score], "the same, ranked by {}")
-    else:
-        propose("infobatch", others[1:], "the same, pruned by InfoBatch with {}")
-        propose("infobatch", ["loss"], "the same, pruned by InfoBatch as it is")
-    if config.dataset.name == "digits":
-        paths = [line for line in overrides if _key(line).startswith("paths.")]
-        proposed.append(("real images, in minutes", ["dataset=cifar10", "dataset.download=true", "scale=cpu", *paths]))
-    else:
-        inert = () if ranks else [line for line in overrides if _ranks(line)]
-        seeded = [line for line in overrides if _key(line) not in ("seed", "force") and line not in inert]
-        proposed.append(("another seed", [*seeded, f"seed={config.seed + 1}"]))
-    return [(_shell([*program, *words]), meaning) for meaning, words in filter(None, proposed)]

@@ -33,6 +33,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from .advice import inert_keys, next_commands
 from .commandline import (
     PROGRAM,
     checked,
@@ -40,8 +41,6 @@ from .commandline import (
     config_dir,
     explained,
     group_of,
-    inert_keys,
-    next_commands,
     own_options,
     read_line,
     refuse_clashes,
