@@ -1,4 +1,7 @@
-"""What a person reads while a run works and when it ends. Every line stands alone, so logs stay readable."""
+"""What a person types, and reads while a run works and when it ends.
+
+Every line stands alone, so logs stay readable.
+"""
 
 from __future__ import annotations
 

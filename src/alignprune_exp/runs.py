@@ -1,4 +1,4 @@
-"""A run on disk: identity, lock, checkpoints, and what its record says. The record is the truth."""
+"""A run on disk: its identity, folder, lock and checkpoints; `records` reads what it leaves."""
 
 from __future__ import annotations
 
