@@ -346,6 +346,16 @@ def assert_same(state, other):
     torch.testing.assert_close(numbers, others, rtol=0, atol=0, equal_nan=True)
 
 
+def test_losses_beyond_half_precision_stay_finite_in_a_bank_of_another_type():
+    wide, narrow = make(), make(bank_dtype=torch.float16)
+    wide.update(torch.arange(N), LOSSES[0] * 1e6)
+    wide.end_epoch(1.0)
+    narrow.load_state_dict(wide.state_dict())
+    assert narrow.trajectories.losses_WN[0].isfinite().all()
+    wide.load_state_dict(narrow.state_dict())
+    assert wide.trajectories.losses_WN[0].max() == torch.finfo(torch.float16).max
+
+
 @pytest.mark.parametrize("other", [{"window": 4}, {"dataset": range(N + 1)}])
 def test_a_state_of_another_size_is_refused_and_changes_nothing(other):
     donor = DynamicPruning(other.get("dataset", range(N)), T, window=other.get("window", WINDOW))
@@ -539,6 +549,21 @@ print("pandas" in sys.modules)
 def test_a_reduced_loss_is_refused(loss):
     with pytest.raises(ValueError, match="reduction='none'"):
         make().update(torch.arange(4), loss)
+
+
+@pytest.mark.parametrize("losses", [torch.ones(()), torch.ones(2), torch.ones(3, 1)], ids=str)
+def test_a_record_of_another_shape_is_refused_and_leaves_no_trace(losses):
+    pruning = make("full", "loss")
+    with pytest.raises(ValueError, match=r"the loss has shape .* for 3 samples: pruning needs one value a sample"):
+        pruning.record(torch.arange(3), losses)
+    pruning.update(torch.arange(N), LOSSES[0])
+    pruning.end_epoch()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_a_bank_of_another_type_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"a bank of {dtype} cannot be kept; use one of torch.float32, torch.float16"):
+        make(bank_dtype=dtype)
 
 
 def test_observed_of_another_shape_is_refused():

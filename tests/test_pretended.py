@@ -232,12 +232,13 @@ def test_a_pruning_lies_where_the_first_loss_does():
     for mine, other in zip(*found, strict=True):
         if isinstance(mine, np.ndarray):
             np.testing.assert_allclose(mine, other, atol=1e-5)
-    with pretended():
-        gone_on = DynamicPruning(range(40), 7, window=3, delta=1.0, clean=[True] * 40)
-        gone_on.load_state_dict(found[0][2])
-        index = torch.from_numpy(gone_on.order())[:5]
-        gone_on.update(index, torch.ones(5, device="cuda:0"))
-        assert gone_on.trajectories.last_N.cpu()[index].tolist() == [1.0] * 5
+    for place in ("cuda:0", "cpu"):
+        with pretended():
+            gone_on = DynamicPruning(range(40), 7, window=3, delta=1.0, clean=[True] * 40)
+            gone_on.load_state_dict(mapped(lambda x, place=place: x.to(place), found[0][2]))
+            index = torch.from_numpy(gone_on.order())[:5]
+            gone_on.update(index, torch.ones(5, device="cuda:0"))
+            assert gone_on.trajectories.last_N.cpu()[index].tolist() == [1.0] * 5
 
 
 def test_a_sample_that_was_not_selected_is_found_at_the_end_of_the_epoch():

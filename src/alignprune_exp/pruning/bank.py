@@ -18,6 +18,7 @@ from torch import Tensor
 from .arguments import check_version, check_whole
 
 UNSEEN = ("carry", "mask", "refresh")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK = 1 << 17  # samples: rows of it stay in the processor's cache, and are long enough for torch's threads to share
 BLOCK_ELSEWHERE = 1 << 20  # the same on other devices, which want fewer and larger pieces of work
 
@@ -99,6 +100,8 @@ class Trajectories:
         check_whole("window", window, 3)
         if unseen not in UNSEEN:
             raise ValueError(f"unseen={unseen!r} is unknown; use one of {', '.join(UNSEEN)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"a bank of {dtype} cannot be kept; use one of {', '.join(map(str, DTYPES))}")
         self.n, self.window, self.unseen = n, window, unseen
         self.epoch = 0
         self.recorded = 0  # losses in the running epoch's row
@@ -242,7 +245,7 @@ class Trajectories:
                 f"this run {self.n} samples over a window of {self.window}"
             )
         self.epoch, self.recorded = state["epoch"], state["recorded"]
-        self.losses_WN.copy_(state["losses"])
+        self.losses_WN.copy_(self._fit(state["losses"].float()))
         self.last_N.copy_(state["last"])
         self.sum_N.copy_(state["sum"])
         self.count_N.copy_(state["count"])

@@ -164,9 +164,14 @@ class DynamicPruning(Selecting):
         return self.trajectories.unseen_samples()
 
     def record(self, index: Tensor, losses: Tensor) -> None:
-        """Record the losses (B,) of samples ``index`` (B,) that were forwarded without being trained on."""
+        """Record the losses (B,) of samples ``index`` (B,) that were forwarded without being trained on.
+
+        Raises IndexError and ValueError as `update` does.
+        """
+        index = torch.as_tensor(index)
+        losses = one_a_sample("the loss", losses, index)
         self._follow(losses.device)
-        self.running.record(self.trajectories.place(torch.as_tensor(index)), losses.detach())
+        self.running.record(self.trajectories.place(index), losses.detach())
 
     def tell(self, values: Sequence[float] | np.ndarray | Tensor | Foretold) -> None:
         """Tell, in the running epoch, what the score goes by beside the losses, wherever `due` asks for it.
@@ -322,10 +327,10 @@ class DynamicPruning(Selecting):
                 )
         self.trajectories.load_state_dict(state["trajectories"])
         self.first, self.epochs = state["first"], self.epochs - self.first + state["first"]
-        self._scores = state["scores"].numpy().copy()
-        self.times_selected = state["times_selected"].numpy().copy()
+        self._scores = state["scores"].cpu().numpy().copy()
+        self.times_selected = state["times_selected"].cpu().numpy().copy()
         self.sizes = list(state["sizes"])
-        self._memory = state["memory"].numpy().copy()
+        self._memory = state["memory"].cpu().numpy().copy()
         self._noise.load_state_dict(state["noise"])
         self.told, self.told_in = state["told"].to(self.told.device), state["told_in"]
         self._begin()
