@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
 from pandas.testing import assert_frame_equal
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -411,3 +412,24 @@ def replaced(rank):
 def test_a_sampler_that_lightning_replaces_is_one_sentence(together):
     for error in together(2, replaced):
         assert str(error).endswith("in place of pruning.sampler; pass Trainer(use_distributed_sampler=False)")
+
+
+class Sharded(Module):
+    def configure_model(self): ...
+
+
+def in_parts(rank):
+    pruning = make()
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    trainer(pruning, strategy=strategy, devices=2).fit(Sharded(pruning), loader_of(pruning))
+
+
+def each_for_itself(rank):
+    pruning = make(rank=0, world_size=1)
+    trainer(pruning, strategy="ddp", devices=2).fit(Module(pruning), loader_of(pruning))
+
+
+@pytest.mark.parametrize(("train", "takes", "gives"), [(in_parts, 1, 2), (each_for_itself, 2, 1)])
+def test_processes_that_would_not_get_the_batches_that_they_need_are_one_sentence(together, train, takes, gives):
+    for error in together(2, train):
+        assert f"processes take {takes} different batches in a step, and the pruning gives them {gives};" in str(error)

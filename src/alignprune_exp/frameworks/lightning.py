@@ -93,6 +93,12 @@ class PruningCallback(Callback):
             )
         if (why := needs_reference(pruning)) and self.reference is None and not overridden:
             raise ValueError(f"{why} a reference set; pass PruningCallback(pruning, reference=loader)")
+        theirs, size = trainer.distributed_sampler_kwargs, pruning.processes.size
+        if pruning.divide and theirs and theirs["num_replicas"] != size:
+            raise ValueError(
+                f"the Trainer's processes take {theirs['num_replicas']} different batches in a step, and the pruning "
+                f"gives them {size}; train by data parallelism alone, and leave rank and world_size out"
+            )
         drawn = getattr(self.reference, "sampler", None)
         if pruning.processes.size > 1 and isinstance(drawn, RandomSampler | DistributedSampler):
             raise ValueError(
