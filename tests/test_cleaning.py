@@ -292,6 +292,7 @@ GOOD = (torch.tensor([0, 1]), torch.zeros(2, C), torch.tensor([0, 1]))
         (torch.tensor([0, N]), None, None, IndexError, f"sample index {N} is out of range: there are {N}"),
         (torch.tensor([-1, 0]), None, None, IndexError, "sample index -1"),
         (torch.tensor([0.0, 1.0]), None, None, ValueError, "whole numbers"),
+        (torch.tensor([False, True]), None, None, ValueError, "whole numbers"),
         (torch.tensor([0]), None, None, ValueError, "shapes"),
         (None, torch.zeros(2), None, ValueError, "shapes"),
         (None, None, torch.zeros(2, C), ValueError, "shapes"),

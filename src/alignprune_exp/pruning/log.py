@@ -193,7 +193,7 @@ class TrajectoryLog:
                 f"index, logits and labels have shapes {tuple(index.shape)}, {tuple(logits.shape)} and "
                 f"{tuple(labels.shape)}; they must be (B,), (B, C) and (B,), the labels as classes"
             )
-        if index.is_floating_point() or labels.is_floating_point():
+        if index.is_floating_point() or index.dtype == torch.bool or labels.is_floating_point():
             raise ValueError(f"index and labels are {index.dtype} and {labels.dtype}; both must be whole numbers")
         if size == 0:
             return
