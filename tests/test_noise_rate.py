@@ -82,6 +82,15 @@ def test_unknown_trusted_losses_do_not_count():
     assert math.isnan(rate.estimate(10))
 
 
+def test_an_epoch_that_has_trained_on_nothing_does_not_count():
+    rate, other = NoiseRate(), NoiseRate()
+    for trained in (ALL[:4], ALL[:4], ~ALL[:4]):
+        rate.observe(torch.ones(4), trained, 0.5, 1.0, ranked=False)
+    for _ in range(2):
+        other.observe(torch.ones(4), ALL[:4], 0.5, 1.0, ranked=False)
+    assert rate.estimate(10) == other.estimate(10) > 0
+
+
 # ---- the sieve --------------------------------------------------------------------------------------------
 
 

@@ -67,7 +67,7 @@ class NoiseRate:
             passes: over the data so far, this epoch among them.
             ranked: whether scores have chosen the samples.
         """
-        counts = not ranked and passes <= PASSES + 1e-9
+        counts = not ranked and passes <= PASSES + 1e-9 and bool(trained.any())
         if counts and not math.isnan(between := (self._before + trusted) / 2):
             self._pairs.append((probability(losses[trained]), between))
         self._before = trusted if counts else math.nan
