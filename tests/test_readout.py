@@ -179,6 +179,16 @@ def test_what_was_told_stays_when_its_array_is_used_again():
     assert pruning.told.tolist() == [1, 2, 3, 4]
 
 
+def test_what_is_told_keeps_no_gradients():
+    features = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = np.arange(20) % 2
+    pruning, other = (DynamicPruning(range(20), 8, "topk", "features", labels=labels) for _ in range(2))
+    pruning.tell(readout(features, labels))
+    other.tell(readout(features.detach(), labels).margins.requires_grad_())
+    assert not pruning.told.requires_grad
+    np.testing.assert_array_equal(pruning.ranking, other.ranking)
+
+
 def test_a_readout_that_is_due_is_asked_for():
     pruning = DynamicPruning(range(4), 8, "sieve", SCORES["readout"](every=1), labels=[0, 0, 1, 1])
     pruning.update(torch.from_numpy(pruning.order()), torch.ones(len(pruning.order())))

@@ -560,6 +560,9 @@ def test_a_log_of_the_warm_up_takes_tensors_and_its_own_number_of_samples():
     assert log.forgotten.tolist() == other.forgotten.tolist()
     with pytest.raises(ValueError, match=r"losses have shape \(2,\), correct \(3,\); both must be \(3,\)"):
         log.observe(np.ones(2), np.ones(3, bool))
+    with pytest.raises(ValueError, match="correct has values other than 0 and 1; it says of each sample whether"):
+        log.observe(np.ones(3), np.array([0.9, 0.2, 0.7]))
+    assert log.epochs == 1
     with pytest.raises(ValueError, match="the state is of 3 samples, this log of 4"):
         WarmUpLog(4).load_state_dict(log.state_dict())
 

@@ -191,7 +191,7 @@ class DynamicPruning(Selecting):
         if told.shape != (self.n,) or told.isinf().any():
             what = f"of shape {tuple(told.shape)}" if told.shape != (self.n,) else "infinite in places"
             raise ValueError(f"what is told is {what}; tell ({self.n},) numbers, one a sample, NaN where unknown")
-        self.told, self.told_in = told.clone(), self.epoch
+        self.told, self.told_in = told.detach().clone(), self.epoch
         if isinstance(values, Foretold) and math.isnan(self._noise.foretold):
             self._noise.foretold = values.noise_rate
         if self.epoch == self.first and not self.trajectories.recorded:

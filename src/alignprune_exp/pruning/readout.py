@@ -31,6 +31,7 @@ class Foretold:
     noise_rate: float
 
 
+@torch.no_grad()
 def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Foretold:
     r"""Foretell each label out of all the others, and estimate how many are wrong, with no trusted one.
 

@@ -81,16 +81,18 @@ class WarmUpLog:
     def observe(self, losses: Floats | Tensor, correct: NDArray[np.bool_] | Tensor) -> None:
         """Take note of an epoch: every sample's loss (n,), and whether it was classified right (n,).
 
-        Raises ValueError for another number of samples.
+        Raises ValueError for another number of samples, and for what is neither right nor wrong.
         """
-        losses, correct = array(losses), array(correct).astype(bool)
+        losses, correct = array(losses), array(correct)
         if losses.shape != self.sums.shape or correct.shape != self.sums.shape:
             raise ValueError(
                 f"losses have shape {losses.shape}, correct {correct.shape}; both must be {self.sums.shape}"
             )
+        if not np.isin(correct, (0, 1)).all():
+            raise ValueError("correct has values other than 0 and 1; it says of each sample whether it was right")
         self.epochs += 1
         self.sums += losses
-        count_forgotten(self.events, self.learnt, self.right, slice(None), correct)
+        count_forgotten(self.events, self.learnt, self.right, slice(None), correct.astype(bool))
 
     @property
     def losses(self) -> NDArray[np.float64]:
