@@ -96,8 +96,8 @@ class Device(TorchDispatchMode):
     """Keeps the pretended device.
 
     Attributes:
-        noted: while it is ``watched``, what the CPU had to wait for, what blocked it, and what deterministic mode
-            refuses: (kind, operation, elements, line of the package).
+        noted: while it is ``watched``, what the CPU had to wait for, what blocked it, what it may read before it is
+            there, and what deterministic mode refuses: (kind, operation, elements, line of the package).
     """
 
     def __init__(self):
@@ -133,7 +133,9 @@ class Device(TorchDispatchMode):
         )
         at_once = kwargs.get("non_blocking") or (func is aten.copy_.default and len(args) > 2 and args[2])
         elements = (there or here)[0].numel() if there or here else 0
-        if (there and (func in WAITS or masks)) or (crosses and goes_here):
+        if crosses and goes_here and at_once:
+            self._add("races", func, elements)
+        elif (there and (func in WAITS or masks)) or (crosses and goes_here):
             self._add("waits", func, elements)
         elif crosses and not at_once:
             self._add("blocks", func, elements)

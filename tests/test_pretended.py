@@ -241,6 +241,16 @@ def test_a_pruning_lies_where_the_first_loss_does():
             assert gone_on.trajectories.last_N.cpu()[index].tolist() == [1.0] * 5
 
 
+def test_a_pruning_that_stays_on_the_cpu_waits_for_indices_that_come_from_a_card():
+    with pretended() as device:
+        pruning = DynamicPruning(range(20), 6, "full", "loss", device="cpu")
+        for index in torch.from_numpy(pruning.order()).split(5):
+            pruning.update(index.to("cuda:0"), index.float().to("cuda:0"))
+        pruning.end_epoch()
+        assert {kind for kind, *_ in device.noted} == {"waits", "blocks"}
+    assert pruning.report()["loss"].tolist() == list(range(20))
+
+
 def test_a_sample_that_was_not_selected_is_found_at_the_end_of_the_epoch():
     with pretended():
         pruning = DynamicPruning(range(20), 6, "random", "loss", ratio=0.5, seed=1)

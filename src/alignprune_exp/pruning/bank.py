@@ -155,7 +155,7 @@ class Trajectories:
         index, device = index.long(), self.last_N.device
         if index.device.type == "cpu" != device.type and not ((index >= 0) & (index < self.n)).all():
             raise outside(index, self.n)
-        return index.to(device, non_blocking=True)
+        return index.to(device, non_blocking=device.type != "cpu")  # on the CPU it would be read before it is there
 
     def pick(self, values_N: Tensor, index: Tensor) -> Tensor:
         """Return ``values_N`` at ``index`` (B,), as `place` gives it; IndexError, on the CPU, if it is out of range."""
