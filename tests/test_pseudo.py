@@ -53,7 +53,9 @@ def test_class_shares_are_proportional_by_largest_remainder(labels, data):
     [
         (np.ones(4), [0, 0, 1, 1], 5, "size=5 is out of range; there are 4 samples"),
         (np.ones(4), [0, 0, 1, 1], -1, "size=-1 is out of range"),
+        (np.ones(4), [0, 0, 1, 1], 2.5, "size=2.5 is out of range; use a whole number"),
         (np.ones(3), [0, 0, 1, 1], 2, r"trust has shape \(3,\), labels \(4,\)"),
+        (np.ones(4), [0, 0, 1, np.nan], 2, "labels has nan for sample 3, and none for 1 in all"),
     ],
 )
 def test_more_than_there_are_cannot_be_trusted(trust, labels, size, sentence):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cleaning import array
+from .arguments import check_whole
+from .cleaning import array, check_classes
 from .noise_rate import probability
 from .processes import DisagreementError, Exchange
 from .selection import proportional
@@ -88,7 +89,7 @@ def most_trusted(trust: np.ndarray, labels: np.ndarray, size: int, rng: np.rando
     Returns:
         Sample indices, int64 (R,), ascending.
 
-    Raises ValueError for another number of labels, and for more samples than there are.
+    Raises ValueError for another number of labels, for missing ones, and for more samples than there are.
 
     >>> most_trusted(np.array([0.9, 0.1, 0.2, 0.8]), np.array([0, 0, 1, 1]), 2, np.random.default_rng(0))
     array([0, 3])
@@ -96,7 +97,9 @@ def most_trusted(trust: np.ndarray, labels: np.ndarray, size: int, rng: np.rando
     trust, labels = array(trust), array(labels)
     if trust.shape != labels.shape or trust.ndim != 1:
         raise ValueError(f"trust has shape {trust.shape}, labels {labels.shape}; both must be (N,), one a sample")
-    if not 0 <= size <= len(labels):
+    check_classes(labels, len(labels))
+    check_whole("size", size, 0)
+    if size > len(labels):
         raise ValueError(f"size={size} is out of range; there are {len(labels)} samples to choose from")
     classes, quota = class_shares(labels, size, rng)
     distrust = np.where(np.isnan(trust), np.inf, -trust)
