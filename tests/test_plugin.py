@@ -759,6 +759,15 @@ def test_epochs_that_are_no_whole_number_are_refused(epochs):
         make("infobatch", "loss", epochs=epochs)
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_labels_that_are_put_right_later_do_not_change_a_run(kind):
+    labels, clean = kind([0, 1] * (N // 2)), kind([True, False] * (N // 2))
+    pruning = make("full", "loss", labels=labels, clean=clean)
+    labels[:], clean[:] = 0, True
+    assert pruning.labels.tolist() == [0, 1] * (N // 2)
+    assert pruning.clean.tolist() == [True, False] * (N // 2)
+
+
 def test_a_mask_of_clean_labels_is_no_list_of_classes():
     with pytest.raises(ValueError, match="clean has values other than 0 and 1"):
         make("topk", "oracle", warmup=0, clean=np.arange(N) % 3)

@@ -76,9 +76,9 @@ class Selecting(Indexed):
         self.first, self.epochs = self.epoch, self.epoch + epochs
         self.pruner.check(epochs)
         self._check_window()
-        self.clean = None if clean is None else _mask(array(clean), self.n).to(device)
+        self.clean = None if clean is None else _mask(array(clean).copy(), self.n).to(device)
         self.told, self.told_in = torch.full((self.n,), torch.nan, device=device), -1
-        self.labels = None if labels is None else array(labels)
+        self.labels = None if labels is None else array(labels).copy()
         if self.labels is not None:
             check_classes(self.labels, self.n)
         self._classes = 0 if self.labels is None else len(np.unique(self.labels))
