@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from alignprune_exp.packs import packed_runs
 from alignprune_exp.pruning import PRUNERS, Criterion, DynamicPruning, Evidence, Fixed, Pruner, Selection, pruners
 from alignprune_exp.pruning.kmeans import cluster
-from alignprune_exp.pruning.selection import epochs_of
+from alignprune_exp.pruning.selection import MAX_RATIO, epochs_of
 from alignprune_exp.records import read_config
 
 LATE = 10**6  # a run so long that pruning does not end
@@ -338,7 +338,7 @@ def test_pruning_lasts_while_epoch_plus_one_is_at_most_delta_times_epochs(epochs
 def test_a_handful_of_samples_leaves_something_to_train_on(name, n):
     settings = [{}] if name in UNTOLD else [{}, {"ratio": 0}, {"ratio": 0.9}]
     having = ("infobatch", "seta", "random", "rs2", "sieve", "query")
-    settings += [{"budget": b} for b in (0.1, 0.5, 1.0)] if name in having else []
+    settings += [{"budget": b} for b in (0.11, 0.5, 1.0)] if name in having else []
     for scores in ([0.5] * n, list(range(n)), [3.0] + [0.0] * (n - 1)):
         for kwargs in settings:
             for t in range(12):
@@ -481,7 +481,6 @@ def check_uniform(counts, draws, taken):
         ("infobatch", [1, 0] * 12, range(1, 24, 2), 6, {}),
         ("infobatch", [1, 0] * 12, range(1, 24, 2), 3, {"ratio": 0.7}),
         ("infobatch", [1, 0] * 10, range(1, 20, 2), 4, {"budget": 0.7}),
-        ("infobatch", [1, 0] * 10, range(20), 1, {"budget": 0.08}),  # all are low
         ("topk", [2, 1, 1, 1, 1, 1, 0, 0], range(1, 6), 4, {"ratio": 0.35, "warmup": 0}),
         ("seta", [0] * 20, range(20), 18, {"epoch": 0}),
         ("seta", [0] * 20, range(20), 10, {"epoch": 9, "epochs": 10, "ratio": 0.5}),
@@ -521,12 +520,24 @@ def test_infobatchs_weighted_sum_is_unbiased_up_to_its_floor(settings):
 # ---- budgets ----------------------------------------------------------------------------------------------
 
 
-@given(some_scores, budgets, st.booleans(), st.integers(0, 9))
+@given(some_scores, budgets.filter(lambda budget: budget > 0.1), st.booleans(), st.integers(0, 9))
 def test_infobatch_meets_its_budget_exactly_and_conserves_mass(scores, budget, rescale, seed):
     selection = select("infobatch", np.float32(scores), seed=seed, budget=budget, rescale=rescale)
     check_infobatch_budget(selection, scores, budget, rescale)
     if not rescale:
         assert set(selection.weights.tolist()) == {1.0}
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.1, 1 - MAX_RATIO])
+def test_infobatch_refuses_a_budget_of_which_no_score_would_choose(budget):
+    with pytest.raises(ValueError, match=r"keeps a tenth of the samples at most, .* use more than 0\.1"):
+        PRUNERS["infobatch"](budget=budget)
+    with pytest.raises(ValueError, match=r"saved=0\.8 is out of reach: .* use saved below 0\.787, or another delta"):
+        PRUNERS["infobatch"]().saving(0.8, 40)
+    scores = np.arange(100, dtype=np.float32)
+    settings = {"budget": PRUNERS["infobatch"]().saving(0.75, 40).budget}
+    first, other = (set(select("infobatch", each, seed=3, **settings).indices.tolist()) for each in (scores, -scores))
+    assert first != other
 
 
 def test_infobatch_budget_weighs_the_kept_low_ones_by_low_over_kept_low():

@@ -229,7 +229,8 @@ class InfoBatch(Pruner):
         rescale: false drops the weights.
         budget: keep exactly floor(budget * N) samples in every pruning epoch instead, the kept low ones at
             weight |low| / |kept low|. Where that would keep less than a tenth of the low ones, the boundary
-            between low and high moves up the ranking until it keeps a tenth, or all samples are low.
+            between low and high moves up the ranking until it keeps a tenth. By a budget of a tenth all samples would
+            be low, and no score would choose.
     """
 
     ratio: float = 0.5
@@ -237,6 +238,15 @@ class InfoBatch(Pruner):
     rescale: bool = True
     budget: float | None = None
     keeps: ClassVar[str] = "budget"
+    least: ClassVar[float] = 1 - MAX_RATIO
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None and self.budget <= self.least + 1e-9:
+            raise ValueError(
+                f"InfoBatch: budget={self.budget:.3g} keeps a tenth of the samples at most, which no score would "
+                "choose; use more than 0.1"
+            )
 
     def inert(self) -> tuple[str, ...]:
         return () if self.budget is None else ("ratio",)

@@ -60,6 +60,7 @@ class Plan:
     Attributes:
         keeps: the setting that says which share of all samples an epoch keeps, or ``ratio`` for that which it prunes;
             None where there is none.
+        least: the share of all samples that an epoch keeps at the least, where it ``keeps`` a share.
         revision: raised where the rule is corrected so that it chooses otherwise: it is part of what a run is, and
             what ran by the old rule is another run.
         asks: whether it is for whoever trains to find out the labels of what it selects, before an epoch, and none but
@@ -67,6 +68,7 @@ class Plan:
     """
 
     keeps: ClassVar[str | None] = None
+    least: ClassVar[float] = 0.0
     revision: ClassVar[int] = 0
     uses_scores: ClassVar[bool] = False
     asks: ClassVar[bool] = False
@@ -127,7 +129,7 @@ class Plan:
         if not (is_number(saved) and 0 < saved < 1):
             raise ValueError(f"saved={saved!r} is out of range; use a number above 0 and below 1")
         pruned, beside = len(self.pruned(epochs)), self.beside(epochs)
-        least = 1 - MAX_RATIO if self.keeps == "ratio" else 0.0
+        least = 1 - MAX_RATIO if self.keeps == "ratio" else self.least
         left = epochs - saved * epochs - beside
         if not (left > 0 and least * pruned <= left <= pruned):
             causes = [key for key in ("warmup", "delta") if hasattr(self, key)]
