@@ -372,6 +372,7 @@ class TopK(Pruner):
     warmup: int = 5
     delta: float = 1.0
     keeps: ClassVar[str] = "ratio"
+    least: ClassVar[float] = 1 - MAX_RATIO
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -60,7 +60,7 @@ class Plan:
     Attributes:
         keeps: the setting that says which share of all samples an epoch keeps, or ``ratio`` for that which it prunes;
             None where there is none.
-        least: the share of all samples that an epoch keeps at the least, where it ``keeps`` a share.
+        least: the share of all samples that a pruned epoch keeps at the least, whatever is to be saved.
         revision: raised where the rule is corrected so that it chooses otherwise: it is part of what a run is, and
             what ran by the old rule is another run.
         asks: whether it is for whoever trains to find out the labels of what it selects, before an epoch, and none but
@@ -129,12 +129,11 @@ class Plan:
         if not (is_number(saved) and 0 < saved < 1):
             raise ValueError(f"saved={saved!r} is out of range; use a number above 0 and below 1")
         pruned, beside = len(self.pruned(epochs)), self.beside(epochs)
-        least = 1 - MAX_RATIO if self.keeps == "ratio" else self.least
         left = epochs - saved * epochs - beside
-        if not (left > 0 and least * pruned <= left <= pruned):
+        if not (left > 0 and self.least * pruned <= left <= pruned):
             causes = [key for key in ("warmup", "delta") if hasattr(self, key)]
             settings = " and ".join(f"{key}={getattr(self, key)}" for key in causes)
-            most, fewest = 1 - (beside + least * pruned) / epochs, 1 - (beside + pruned) / epochs
+            most, fewest = 1 - (beside + self.least * pruned) / epochs, 1 - (beside + pruned) / epochs
             remedies = [f"another {' or '.join(causes)}"]
             if left > pruned:
                 remedies.insert(0, f"saved of at least {fewest:.3g}")

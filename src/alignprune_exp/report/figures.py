@@ -179,7 +179,7 @@ def _panels(
     across = min(count, across)
     down = -(-count // across)
     wide = (width + 0.5) * across + left - 0.5
-    columns = max(1, min(3, int(wide / (0.75 + 0.08 * max(map(len, legend or [""]))))))
+    columns = max(1, min(3, int(wide / (0.75 + 0.08 * max(map(len, legend or ()), default=0)))))
     below = 0.25 + 0.2 * -(-len(legend) // columns) if legend else 0.0
     high = (height + 0.8) * down + 0.4 + below
     figure = Figure(figsize=(wide, high))

@@ -680,9 +680,10 @@ def digest(table: Table, key: str | None = None) -> str:
         raise UsageError(f"the runs of table {table.name} have no number {key}; a run's summary.json has the names")
     unverified = set(long.loc[long["pairing"] == "unverified", "column"]) if "pairing" in long else set()
     known = long.dropna(subset=[shown])
-    columns = [column for column in table.columns if column in set(known["column"])]
+    rows = [row for row in table.rows if (known["row"] == row).any()]
+    columns = [column for column in table.columns if (known["column"] == column).any()]
     lines = [[_corner(table), *(f"{column}*" if column in unverified else column for column in columns)]]
-    for row in (row for row in table.rows if row in set(known["row"])):
+    for row in rows:
         cells = (table.runs(row, column)[shown].dropna().tolist() for column in columns)
         lines.append([row, *(plus_minus(*mean_and_std(values), digits) if values else MISSING for values in cells)])
     return _markdown_table(lines)
