@@ -139,9 +139,10 @@ class Plan:
                 remedies.insert(0, f"saved of at least {fewest:.3g}")
             elif most > 0:
                 remedies.insert(0, f"saved below {most:.3g}")
+            kept = f", and {self.least:.2g} of the rest always kept" if self.least and left <= pruned else ""
             raise ValueError(
                 f"saved={saved:g} is out of reach: with {settings} as much as {beside:g} of {epochs} epochs is never "
-                f"pruned; use {', or '.join(remedies)}"
+                f"pruned{kept}; use {', or '.join(remedies)}"
             )
         keeps = left / pruned
         setting: dict[str, Any] = {self.keeps: 1 - keeps if self.keeps == "ratio" else keeps}
