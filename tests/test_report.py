@@ -26,7 +26,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning import SCORES
-from alignprune_exp.records import finished_configs, read_dynamics, read_record, read_samples
+from alignprune_exp.records import Damaged, finished_configs, read_dynamics, read_record, read_samples
 from alignprune_exp.report.figures import BLUE, RED, draw, inline_svg, save
 from alignprune_exp.report.findings import BOUNDS, findings
 from alignprune_exp.report.html import page
@@ -43,6 +43,7 @@ from alignprune_exp.report.tables import (
     wide_csv,
 )
 from alignprune_exp.runs import run_folders
+from alignprune_exp.status import overview
 from alignprune_exp.suites import load_suite
 from alignprune_exp.suspects import Sheet
 from alignprune_exp.train import main as train
@@ -288,6 +289,26 @@ def test_a_pack_that_cannot_be_read_is_one_sentence(results, suite, damage):
         read_records([results / "records"])
 
 
+def test_damaged_dynamics_of_a_pack_are_of_its_runs_alone(results, suite):
+    publish(suite, results)
+    (pack,) = (results / "records").iterdir()
+    data = bytearray(pack.read_bytes())
+    group = pq.ParquetFile(pack).metadata.row_group(0)
+    columns = {column.path_in_schema: column for column in map(group.column, range(group.num_columns))}
+    values = columns["dynamics.list.element.value"]
+    data[values.data_page_offset + values.total_compressed_size // 2] ^= 1
+    pack.write_bytes(data)
+    records = read_records([results / "records"])
+    assert len(records) == 17
+    with pytest.raises(
+        Damaged, match=r"dynamics\.parquet is damaged \(cannot be read: .*; take it back with git$"
+    ) as damaged:
+        read_dynamics(next(iter(records.values())))
+    assert "None" not in str(damaged.value)
+    with pytest.raises(UsageError, match=r"take it back with git$"):
+        publish(suite, results)
+
+
 def test_published_records_are_read_in_a_folder_of_any_name(results, suite, tmp_path, make_tables, capsys):
     publish(suite, results)
     named = shutil.copytree(results / "records", tmp_path / "theirs")
@@ -315,6 +336,20 @@ def test_what_is_published_does_not_count_as_done(results, suite, tmp_path, name
     published = shutil.copytree(results / "records", tmp_path / "elsewhere" / name)
     assert len(finished_configs(results)) == 17
     assert finished_configs(published) == {}
+
+
+def test_status_marks_what_is_published_until_a_run_of_ones_own_is_there(results, suite):
+    def last_lines(places):
+        overview(suite, results, file := io.StringIO())
+        assert file.getvalue().count("○") == places + (places > 0)  # and in the legend
+        return file.getvalue().splitlines()[-2:]
+
+    publish(replace(suite, cells=suite.cells[:5]), results)
+    assert last_lines(0)[0] == "17 done, 1 missing of 18 runs at scale=smoke"
+    (results / "runs").rename(results / "elsewhere")
+    counts, left = last_lines(5)
+    assert counts == "5 published, 13 missing of 18 runs at scale=smoke"
+    assert left.endswith("one run at a time, the published ones, which are trained again, among them")
 
 
 def test_a_different_record_is_never_overwritten(results, suite):

@@ -6,7 +6,8 @@ import errno
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,17 +62,21 @@ class Packed:
     is_file = exists
 
     def read_bytes(self) -> bytes:
-        """Raises FileNotFoundError for what is not packed, and OSError for dynamics that were altered."""
+        """Raises FileNotFoundError for what is not packed, and OSError for dynamics that are damaged."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         if self.file not in COLUMNS:
             raise FileNotFoundError(str(self))
-        table, rows = _opened(self.pack, self.pack.stat().st_mtime_ns)
+        changed = self.pack.stat().st_mtime_ns
+        table, rows = _opened(self.pack, changed)
         row = rows[self.run]
-        content = table[COLUMNS[self.file]][row]
         if self.file != FILES["dynamics"]:
-            return content.as_py().encode()
+            return table[COLUMNS[self.file]][row].as_py().encode()
+        try:
+            content = _dynamics(self.pack, changed)[row]
+        except (pa.ArrowException, OSError) as error:
+            raise OSError(errno.EIO, reason_of(error), str(self)) from None
         if _digest(content.as_py()) != table["digest_dynamics"][row].as_py():
             raise OSError(errno.EIO, "it does not match its checksum", str(self))
         buffer = io.BytesIO()
@@ -108,7 +113,11 @@ def pack(path: Path, runs: Mapping[str, Mapping[str, bytes]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    old = _opened(path, path.stat().st_mtime_ns)[0].to_pylist() if path.exists() else []
+    old = []
+    if path.exists():
+        changed = path.stat().st_mtime_ns
+        with _readable(path):
+            old = _opened(path, changed)[0].append_column("dynamics", _dynamics(path, changed)).to_pylist()
     rows = {row["id"]: row for row in old} | {id: _row(id, files) for id, files in runs.items()}
     table = pa.Table.from_pylist([rows[id] for id in sorted(rows)])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,19 +143,40 @@ def _digest(values: list[Any]) -> str:
 
 @lru_cache(maxsize=64)
 def _opened(path: Path, changed: int) -> tuple[Any, dict[str, int]]:
-    """Return the table of a pack, and the row of each run; ``changed`` is when, so that a new file is read anew."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Return a pack's table less its dynamics, and the row of each run.
 
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        if missing := {"id", *FILES, *DIGESTS} - set(table.column_names):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        for row in table.select([*TEXTS, "digest"]).to_pylist():
+    ``changed`` is when, so that a new file is read anew.
+    """
+    with _readable(path):
+        table = _read(path, [*TEXTS, *DIGESTS])
+        for row in table.to_pylist():
             if _digest([row[column] for column in TEXTS]) != row["digest"]:
                 raise ValueError(f"run {row['id']} does not match its checksum")
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+    return table, {id: row for row, id in enumerate(table["id"].to_pylist())}
+
+
+@lru_cache(maxsize=64)
+def _dynamics(path: Path, changed: int) -> Any:
+    """Return the column of the dynamics, most of a pack."""
+    return _read(path, ["dynamics"])["dynamics"]
+
+
+def _read(path: Path, columns: list[str]) -> Any:
+    import pyarrow.parquet as pq
+
+    if missing := {"id", *FILES, *DIGESTS} - set(pq.read_schema(path).names):
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    return pq.read_table(path, columns=columns, page_checksum_verification=True)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise UsageError for a pack that cannot be read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read as published records ({reason_of(error)}): take it back with git"
         ) from None
-    return table, {id: row for row, id in enumerate(table["id"].to_pylist())}

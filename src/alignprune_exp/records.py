@@ -100,7 +100,10 @@ class Damaged(UsageError):
     """
 
     def __init__(self, path: Folder, what: str) -> None:
-        super().__init__(one_line(f"{path} is damaged ({what}); run it again with force=true, or remove the folder"))
+        remedy = (
+            "run it again with force=true, or remove the folder" if isinstance(path, Path) else "take it back with git"
+        )
+        super().__init__(one_line(f"{path} is damaged ({what}); {remedy}"))
         self.folder, self.reason = path.parent, one_line(f"{path.name}: {what}")
 
 

@@ -16,12 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .console import command, duration, one_line
+from .packs import packed_runs
 from .records import Damaged, Metric, config_ids_of, headline, read_environment, read_metrics, read_record, read_summary
 from .runs import Folder, owner_alive, run_folders
 from .suites import Suite, label, suite_of
 
 STATES = {  # of several folders the last counts; each with its mark in the grid, and the colour of that
     "missing": ("·", "dim"),
+    "published": ("○", "green"),
     "damaged": ("!", "bold red"),
     "interrupted": ("◌", "yellow"),
     "failed": ("✗", "red"),
@@ -36,7 +38,8 @@ UNLIMITED = 100_000  # columns of a file, in which no line is cut
 class State:
     """What one run's folder says of it; ``taken`` and ``left`` are seconds, where known.
 
-    A run that is done has a ``value`` of the metric that it is ``judged`` by; of others there may be a ``detail``.
+    A run that is done, or published, has a ``value`` of the metric that it is ``judged`` by; of others there may be a
+    ``detail``.
     """
 
     name: str = "missing"
@@ -53,7 +56,8 @@ def state(folder: Folder) -> State:
         if (record := read_record(folder)) is not None:
             judged = headline(record.summary)
             final = record.summary[f"test_{judged.name}_final"]
-            return State("done", judged=judged, value=final, taken=record.summary["seconds_total"])
+            name = "done" if isinstance(folder, Path) else "published"
+            return State(name, judged=judged, value=final, taken=record.summary["seconds_total"])
         if (summary := read_summary(folder)) is not None:
             return State("failed", one_line(summary["error"]), taken=summary.get("seconds_total"))
         return _unfinished(folder)
@@ -95,7 +99,8 @@ def overview(suite: Suite, results: Path, file: IO[str]) -> None:
     if taken and counts["done"] < len(known):
         typical = sum(taken) / len(taken)
         rest = sum(found.left or typical for found in known.values() if found.name != "done")
-        lines.append(f"about {duration(rest)} of computing to go, one run at a time")
+        again = ", the published ones, which are trained again, among them" * bool(counts["published"])
+        lines.append(f"about {duration(rest)} of computing to go, one run at a time{again}")
     console.print("\n".join(lines), soft_wrap=True)
 
 
@@ -103,7 +108,7 @@ def _found(suite: Suite, results: Path) -> tuple[dict[str, State], list[State]]:
     """Return the state of each of the suite's runs by config id, and those of all damaged folders."""
     known = {cell.config_id: State() for cell in suite.cells}
     damaged = []
-    for folder in run_folders(results):
+    for folder in (*run_folders(results), *packed_runs(results / "records")):
         ids = config_ids_of(folder)
         if not ids & known.keys() and (ids or not _begun(folder)):
             continue
