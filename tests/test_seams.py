@@ -211,9 +211,14 @@ def test_one_of_everything_from_outside_runs_and_is_a_row_of_a_table(own, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "choice", ["pruner=best score=powered", "pruner=best score=powered pruner.part=0.3 score.power=3", "method=mine"]
+    ("place", "choice"),
+    [
+        ("own", "pruner=best score=powered"),
+        ("own", "method=mine"),
+        ("my own", "pruner=best score=powered pruner.part=0.3 score.power=3"),
+        ("hydra.searchpath", "method=mine"),
+    ],
 )
-@pytest.mark.parametrize("place", ["own", "my own", "hydra.searchpath"])
 def test_what_a_run_says_to_type_and_was_typed_finds_what_is_of_ones_own(
     own, tmp_path, monkeypatch, capsys, choice, place
 ):
