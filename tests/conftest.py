@@ -137,6 +137,7 @@ def together(tmp_path):
 
     SERVER.set_forkserver_preload(
         ["pytest", "pandas", "torch._dynamo", "torch.nn.parallel", "torch.utils.data", "alignprune_exp.pruning.dynamic"]
+        + ["torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
         + [name for name in ("lightning.pytorch", "accelerate", "transformers.trainer") if name in sys.modules]
     )
 

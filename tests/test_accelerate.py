@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from alignprune_exp.pruning import DynamicPruning
+from alignprune_exp.pruning.losses import whole
 
 N, EPOCHS, BATCH = 46, 6, 8
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,13 +45,16 @@ def losses_of(model, x, y):
     return F.cross_entropy(model(x), y, reduction="none")
 
 
-def train(pruning, accelerator, batch=BATCH, folder=None, resume=None, stop=None):
+def train(pruning, accelerator, batch=BATCH, folder=None, resume=None, stop=None, sharded=False):
     """Train as accelerate's documentation has it; return the network, and the rates and samples of every step."""
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)
+    if sharded:
+        model = accelerator.prepare_model(fully_shard(model), evaluation_mode=True)  # without wrapping it
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     scheduler = LambdaLR(optimizer, pruning.schedule(lambda progress: 1 - progress))
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    model = model if sharded else accelerator.prepare(model)
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     loader = pruning.prepare(accelerator, batch_size=batch)
     accelerator.register_for_checkpointing(pruning)
     if resume:
@@ -142,7 +148,7 @@ def test_the_readme_runs(in_the_readme):
 # ---- two processes -----------------------------------------------------------------------------------------
 
 
-def in_two(rank, split):
+def in_two(rank, split, sharded=False):
     accelerator = accelerated(dataloader_config=DataLoaderConfiguration(split_batches=split))
     assert accelerator.num_processes == 2
     pruning = make("full", "loss")
@@ -150,16 +156,14 @@ def in_two(rank, split):
         assert pruning.prepare(accelerator, batch_size=BATCH).batch_sampler.batch_size == BATCH // 2
         with pytest.raises(ValueError, match="batch_size=7 cannot be split over 2 processes; use a multiple of 2"):
             pruning.prepare(accelerator, batch_size=7)
-        alone = DynamicPruning(data(N), EPOCHS, "full", "loss", rank=0, world_size=1)
-        with pytest.raises(ValueError, match=f"process {rank} of 2, and the pruning 0 of 1; leave rank and world_size"):
-            alone.prepare(accelerator, batch_size=8)
         return None
-    model, _, seen = train(pruning, accelerator, BATCH // 2)
-    return seen, pruning.report().to_numpy(), model.weight.tolist()
+    model, _, seen = train(pruning, accelerator, BATCH // 2, sharded=sharded)
+    return seen, pruning.report().to_numpy(), whole(model.weight).tolist()
 
 
-def test_two_processes_train_as_one_does_with_no_sample_twice(together):
-    one, two = together(2, in_two, False)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_as_one_does_with_no_sample_twice(together, sharded):
+    one, two = together(2, in_two, False, sharded)
     own = make("full", "loss")
     model, order = by_hand(own)
     for epoch in range(EPOCHS):
@@ -185,6 +189,24 @@ def test_a_loader_that_accelerate_divides_once_more_is_found_at_the_end_of_the_e
 
 def test_batches_may_be_those_of_all_processes_together(together):
     assert together(2, in_two, True) == [None, None]
+
+
+def in_tensors(rank):
+    """Prepare a loader where each process takes batches of its own, and where all take the same, or pairs of them."""
+    accelerator = accelerated()
+    alone = DynamicPruning(data(N), EPOCHS, "full", "loss", rank=0, world_size=1)
+    with pytest.raises(ValueError, match=r"take 2 different .*, and the pruning gives them 1; leave rank and world_s"):
+        alone.prepare(accelerator, batch_size=8)
+    accelerator.state.parallelism_config = ParallelismConfig(tp_size=2)  # which accelerate itself takes on cards alone
+    with pytest.raises(ValueError, match=r"take 1 different .*, and the pruning gives them 2; pass rank=0, world_size"):
+        make().prepare(accelerator, batch_size=8)
+    return [index.tolist() for index, _ in alone.prepare(accelerator, batch_size=8)]
+
+
+def test_processes_that_divide_a_network_by_its_tensors_take_the_same_batches(together):
+    one, two = together(2, in_tensors)
+    assert one == two
+    assert sorted(sample for batch in one for sample in batch) == list(range(N))
 
 
 @pytest.mark.parametrize("option", ["shuffle", "sampler", "batch_sampler", "dataset"])

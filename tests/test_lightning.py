@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.strategies import ModelParallelStrategy
 from pandas.testing import assert_frame_equal
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -232,6 +234,56 @@ def test_two_processes_train_as_one_does(together):
         np.testing.assert_allclose(one[2][key], value, rtol=1e-4, atol=1e-5)
 
 
+SHARDS, TENSORS = ({"data_parallel_size": data, "tensor_parallel_size": 2 // data} for data in (2, 1))
+ALONE = {"rank": 0, "world_size": 1}
+
+
+class Parts(Module):
+    """A network that is divided, as one of so many processes that take different batches does it."""
+
+    def __init__(self, pruning, different):
+        super().__init__(pruning)
+        self.different = different
+
+    def configure_model(self):
+        if self.different == 1:
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+        elif self.different:
+            for part in (self.net[0], self.net[2], self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def in_parts(rank, folder, strategy, arguments):
+    """Train without a break, and on from checkpoints: one within an epoch, and one at the end of one."""
+    warnings.simplefilter("ignore")
+    found, different = [], strategy["data_parallel_size"]
+    for path in (None, folder / "step=11.ckpt", folder / "step=18.ckpt"):
+        pruning = make("infobatch", "settled", budget=0.625, **arguments)
+        every = ModelCheckpoint(None if path else folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        fit = trainer(pruning, *([] if path else [every]), strategy=ModelParallelStrategy(**strategy), devices=2)
+        module = Parts(pruning, different)
+        loader = DataLoader(pruning, BATCH // different, sampler=pruning.sampler)
+        fit.fit(module, loader, ckpt_path=path, weights_only=True)
+        found.append((module.seen, pruning.report().to_numpy(), module.net[0].weight.full_tensor().tolist()))
+    return found
+
+
+@pytest.mark.parametrize(("strategy", "arguments"), [(SHARDS, {}), (TENSORS, ALONE)])
+def test_a_network_in_parts_learns_what_one_in_one_piece_does(together, tmp_path, strategy, arguments):
+    (one, *resumed), (two, *others) = together(2, in_parts, tmp_path, strategy, arguments)
+    own, different = make("infobatch", "settled", budget=0.625), strategy["data_parallel_size"]
+    expected = by_hand(own)
+    for epoch, order in enumerate(expected.seen):
+        shares = [one[0][epoch], two[0][epoch]][:different]
+        assert [sample for step in zip(*shares, strict=True) for sample in step] == order
+    np.testing.assert_allclose(one[1], own.report(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(one[2], expected.net[0].weight.detach(), rtol=1e-4, atol=1e-5)
+    for _, report, weight in (two, *resumed, *others):
+        np.testing.assert_array_equal(report, one[1])
+        assert weight == one[2]
+
+
 def tried(rank):
     warnings.simplefilter("ignore")
     pruning = make()
@@ -414,22 +466,26 @@ def test_a_sampler_that_lightning_replaces_is_one_sentence(together):
         assert str(error).endswith("in place of pruning.sampler; pass Trainer(use_distributed_sampler=False)")
 
 
-class Sharded(Module):
-    def configure_model(self): ...
+def misplaced(rank, arguments, strategy):
+    pruning = make(**arguments)
+    strategy = ModelParallelStrategy(**strategy) if strategy else "ddp"
+    fit = trainer(pruning, strategy=strategy, devices=dist.get_world_size())
+    fit.fit(Parts(pruning, 0), loader_of(pruning))
 
 
-def in_parts(rank):
-    pruning = make()
-    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
-    trainer(pruning, strategy=strategy, devices=2).fit(Sharded(pruning), loader_of(pruning))
-
-
-def each_for_itself(rank):
-    pruning = make(rank=0, world_size=1)
-    trainer(pruning, strategy="ddp", devices=2).fit(Module(pruning), loader_of(pruning))
-
-
-@pytest.mark.parametrize(("train", "takes", "gives"), [(in_parts, 1, 2), (each_for_itself, 2, 1)])
-def test_processes_that_would_not_get_the_batches_that_they_need_are_one_sentence(together, train, takes, gives):
-    for error in together(2, train):
-        assert f"processes take {takes} different batches in a step, and the pruning gives them {gives};" in str(error)
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "strategy", "takes", "gives", "remedy"),
+    [
+        (2, {}, TENSORS, 1, 2, "pass rank=0, world_size=1, and each selects the same"),
+        (2, ALONE, None, 2, 1, "leave rank and world_size out"),
+        (4, {}, {**TENSORS, "data_parallel_size": 2}, 2, 4, "train by data parallelism or by tensor parallelism alone"),
+    ],
+)
+def test_processes_that_would_not_get_the_batches_that_they_need_are_one_sentence(
+    together, ranks, arguments, strategy, takes, gives, remedy
+):
+    for error in together(ranks, misplaced, arguments, strategy):
+        assert str(error) == (
+            f"the Trainer's processes take {takes} different batches in a step, and the pruning gives them {gives}; "
+            + remedy
+        )

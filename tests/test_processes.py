@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from alignprune_exp.pruning import DisagreementError, DynamicPruning, LostProcessError, NonFiniteLossError
+from alignprune_exp.pruning.processes import Exchange
+from alignprune_exp.pruning.reference import shared_loss
 
 EPOCHS, CLASSES = 8, 3
 
@@ -49,10 +55,10 @@ class FirstOf:
         return iter(self.pruning.order()[: len(self)].tolist())
 
 
-def train(pruning, batch_size, accumulate=1, workers=0, until=EPOCHS, state=None, sampler=None):
+def train(pruning, batch_size, accumulate=1, workers=0, until=EPOCHS, state=None, sampler=None, parallel=None):
     """Train as a user would; return the network and, of each epoch, the samples that this process trained on."""
     model = network()
-    net = DistributedDataParallel(model) if dist.is_initialized() else model
+    net = (parallel or DistributedDataParallel)(model) if dist.is_initialized() else model
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     persistent = {"persistent_workers": True, "multiprocessing_context": "fork"} if workers else {}
     sampler = sampler or pruning.sampler
@@ -213,6 +219,54 @@ def test_an_exchange_within_an_epoch_makes_the_state_whole(together):
     assert np.nan_to_num(state["trajectories/last"], nan=-1).tolist() == predicted
 
 
+def sharded(model):
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def in_tensors(model, first=None, last=None):
+    plan = {"0": first or ColwiseParallel(), "2": last or RowwiseParallel()}
+    return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+
+
+def in_classes(model):
+    """Divide the losses too, which are no plain tensors then."""
+    classes = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    return in_tensors(model, ColwiseParallel(output_layouts=Replicate()), classes)
+
+
+def in_parts(rank, parallel, batch_size, arguments):
+    """Train a network that is divided, without a break and with one."""
+    whole, first, second = (make(40, "infobatch", "settled", budget=0.6, **arguments) for _ in range(3))
+    with loss_parallel():
+        model, seen = train(whole, batch_size, parallel=parallel)
+        half, _ = train(first, batch_size, parallel=parallel, until=EPOCHS // 2)
+        state = {"pruning": first.state_dict(), "model": half.state_dict()}
+        train(second, batch_size, parallel=parallel, state=state)
+    assert second.report().equals(whole.report())
+    weights = {key: value.full_tensor() for key, value in model.state_dict().items()}
+    return flat({"pruning": whole.state_dict(), "model": weights}), seen
+
+
+ALONE = {"rank": 0, "world_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "different", "arguments"), [(sharded, 2, {}), (in_tensors, 1, ALONE), (in_classes, 1, ALONE)]
+)
+def test_a_network_in_parts_learns_what_one_in_one_piece_does(together, parallel, different, arguments):
+    (state, seen), (other, others) = together(2, in_parts, parallel, 8 // different, arguments)
+    assert_equal(state, other)
+    alone = make(40, "infobatch", "settled", budget=0.6)
+    model, order = train(alone, 8)
+    for epoch, samples in enumerate(order):
+        shares = [seen[epoch], others[epoch]][:different]
+        assert [sample for step in zip(*shares, strict=True) for sample in step] == samples
+        assert sorted(seen[epoch] + others[epoch]) == sorted(samples * (2 // different))
+    assert_equal(state, outcome(alone, model, order)[0], rtol=1e-4, atol=1e-5)
+
+
 def refreshed(rank):
     pruning = make(25, "random", "loss", unseen="refresh", ratio=0.5)
     for _ in range(2):
@@ -266,6 +320,15 @@ def referred(rank, given):
 )
 def test_the_reference_loss_is_one_for_all(together, given, loss):
     assert together(3, referred, given) == [pytest.approx([loss], rel=1e-12)] * 3
+
+
+def laid_out(rank):
+    losses = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (2,)), [Shard(0)])
+    return [shared_loss(given, Exchange())[0] for given in (losses, losses.mean(), (losses.sum(), 6))]
+
+
+def test_reference_losses_that_lie_in_several_processes_are_one_mean(together):
+    assert together(2, laid_out) == [[2.5] * 3] * 2
 
 
 @pytest.mark.parametrize(

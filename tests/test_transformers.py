@@ -18,6 +18,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     T5Config,
@@ -26,6 +27,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.distributed import DistributedConfig
 
 from alignprune_exp.frameworks.transformers import PruningMixin
 from alignprune_exp.pruning import DynamicPruning, within_class
@@ -211,11 +213,18 @@ def compiled():
     return torch.compile(language_model(), backend="eager")
 
 
+SIZE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def of_text():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=WORDS, bos_token_id=None, eos_token_id=None))
+
+
 def of_images_and_text():
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    images = CLIPVisionConfig(**size, image_size=8, patch_size=4)
-    text = LlamaConfig(**size, vocab_size=WORDS + 1, bos_token_id=None, eos_token_id=None)
+    images = CLIPVisionConfig(**SIZE, image_size=8, patch_size=4)
+    text = LlamaConfig(**SIZE, vocab_size=WORDS + 1, bos_token_id=None, eos_token_id=None)
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=images, text_config=text, image_token_id=WORDS))
 
 
@@ -373,29 +382,41 @@ def test_the_readme_runs(in_the_readme, tmp_path):
 # ---- two processes -----------------------------------------------------------------------------------------
 
 
-def in_two(rank, folder):
+PLAIN = {"per_device_eval_batch_size": 2, "optim": "sgd", "max_grad_norm": 0}  # five batches of the reference set
+
+
+def in_two(rank, folder, model=None):
+    """Train a network that each process has whole, or the saved one that they divide."""
     warnings.simplefilter("ignore")
     pruning = make(documents(), "full", "loss", labels=range(N))
-    settings = {"per_device_train_batch_size": BATCH // 2, "ddp_backend": "gloo", "optim": "sgd", "max_grad_norm": 0}
-    hf = trainer(folder, language_model(), pruning, documents(9, 1), save_strategy="epoch", **settings)
+    settings = {"per_device_train_batch_size": BATCH // 2, "ddp_backend": "gloo", "save_strategy": "epoch", **PLAIN}
+    if model:
+        model = LlamaForCausalLM.from_pretrained(model, distributed_config=DistributedConfig(fsdp_size=2))
+        settings["save_strategy"] = "no"
+    hf = trainer(folder, model or language_model(), pruning, documents(9, 1), **settings)
     hf.data_collator = Padding()
     hf.train()
     assert hf.args.world_size == dist.get_world_size() == 2
     return pruning.report().to_numpy(), hf.state.global_step, pruning.noise_rate
 
 
-def test_two_processes_train_as_one_does(together, tmp_path):
-    (report, steps, rate), (other, _, same) = together(2, in_two, tmp_path / "two")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_as_one_does(together, tmp_path, sharded):
+    model, saved = (of_text(), [tmp_path / "model"]) if sharded else (language_model(), [])
+    for folder in saved:
+        model.save_pretrained(folder)
+    (report, steps, rate), (other, _, same) = together(2, in_two, tmp_path / "two", *saved)
     pruning = make(documents(), "full", "loss", labels=range(N))
-    hf = trainer(tmp_path / "one", language_model(), pruning, documents(9, 1), optim="sgd", max_grad_norm=0)
+    hf = trainer(tmp_path / "one", model, pruning, documents(9, 1), **PLAIN)
     hf.data_collator = Padding()
     hf.train()
     assert rate == same == pytest.approx(pruning.noise_rate, rel=1e-4)
     np.testing.assert_array_equal(report, other)
     np.testing.assert_allclose(report, pruning.report(), rtol=1e-4, atol=1e-5)
     assert steps == hf.state.global_step
-    state = torch.load(io.BytesIO((tmp_path / "two" / f"checkpoint-{steps}" / "pruning.pt").read_bytes()))
-    assert state["processes"] == 2
+    if not sharded:
+        state = torch.load(io.BytesIO((tmp_path / "two" / f"checkpoint-{steps}" / "pruning.pt").read_bytes()))
+        assert state["processes"] == 2
 
 
 # ---- what a score is told ----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler, RandomSampler
 
 from ..pruning import DynamicPruning
-from .reference import evaluating, gathered, needs_reference
+from .reference import dealt, evaluating, gathered, needs_reference
 
 
 class PruningCallback(Callback):
@@ -51,10 +50,10 @@ class PruningCallback(Callback):
         if self.reference is None:
             return None
         losses = self.losses or type(module).reference_losses
-        parts, processes = [], self.pruning.processes
+        parts = []
         with evaluating(module), trainer.precision_plugin.forward_context():
-            for batch in islice(self.reference, processes.rank, None, processes.size):
-                parts.append(losses(module, trainer.strategy.batch_to_device(batch)))
+            for batch, counts in dealt(self.reference, self.pruning.processes):
+                parts.append((losses(module, trainer.strategy.batch_to_device(batch)), counts))
         return gathered(self.pruning, parts)
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
@@ -93,12 +92,8 @@ class PruningCallback(Callback):
             )
         if (why := needs_reference(pruning)) and self.reference is None and not overridden:
             raise ValueError(f"{why} a reference set; pass PruningCallback(pruning, reference=loader)")
-        theirs, size = trainer.distributed_sampler_kwargs, pruning.processes.size
-        if pruning.divide and theirs and theirs["num_replicas"] != size:
-            raise ValueError(
-                f"the Trainer's processes take {theirs['num_replicas']} different batches in a step, and the pruning "
-                f"gives them {size}; train by data parallelism alone, and leave rank and world_size out"
-            )
+        if pruning.divide and (theirs := trainer.distributed_sampler_kwargs):
+            pruning.processes.check_batches("the Trainer", theirs["num_replicas"])
         drawn = getattr(self.reference, "sampler", None)
         if pruning.processes.size > 1 and isinstance(drawn, RandomSampler | DistributedSampler):
             raise ValueError(

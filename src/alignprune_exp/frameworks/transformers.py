@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..files import write_atomically
 from ..pruning import DynamicPruning
 from ..pruning.losses import one_a_sample
-from .reference import evaluating, gathered, needs_reference
+from .reference import dealt, evaluating, gathered, needs_reference
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
@@ -97,15 +97,18 @@ class PruningMixin(Base):
         """Return what `DynamicPruning.end_epoch` takes; override it where there is no trusted set."""
         if self.reference_dataset is None:
             return None
-        processes = self.pruning.processes
-        share = Subset(self.reference_dataset, range(processes.rank, len(self.reference_dataset), processes.size))
-        loader = DataLoader(share, self.args.per_device_eval_batch_size, collate_fn=self._collator("Reference"))
+        processes, samples = self.pruning.processes, range(len(self.reference_dataset))
+        size, each = processes.size, processes.size * self.args.per_device_eval_batch_size
+        batches = (samples[start + rank : start + each : size] for start in samples[::each] for rank in range(size))
+        own = [*dealt(filter(len, batches), processes)]
+        indices = [[*batch] for batch, _ in own]
+        loader = DataLoader(self.reference_dataset, batch_sampler=indices, collate_fn=self._collator("Reference"))
         parts = []
         with evaluating(self.model):
-            for batch in loader:
+            for batch, (_, counts) in zip(loader, own, strict=True):
                 batch = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    parts.append(self._losses(self.model, batch)[0])
+                    parts.append((self._losses(self.model, batch)[0], counts))
         return gathered(self.pruning, parts)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

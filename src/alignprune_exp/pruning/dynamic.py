@@ -156,7 +156,8 @@ class DynamicPruning(Selecting):
     def unseen(self) -> Tensor:
         """Return the samples (K,) not yet observed in the running epoch, for ``unseen="refresh"``.
 
-        Processes that divide their samples `exchange` first, and get a share each.
+        Processes that divide their samples `exchange` first, and get a share each, of sizes that differ by one at the
+        most: a network that is sharded wants as many batches in each of them all the same.
         """
         if self.processes.size > 1 and self.divide:
             self.exchange()

@@ -5,10 +5,17 @@ Shape legend: B samples of a batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 REDUCE = ("mean", "sum")
+
+
+def whole(values: Any) -> Any:
+    """Return ``values`` in one piece, differentiable, where tensor parallelism has laid them in several processes."""
+    return values.full_tensor() if hasattr(values, "full_tensor") else values
 
 
 def one_a_sample(
@@ -34,6 +41,7 @@ def one_a_sample(
             f"compute it with reduction='none', and where that gives shape ({index.numel()}, …), pass reduce='mean' "
             "or reduce='sum'"
         )
+    values = whole(values)
     if reduce is None:
         return values
     if values.dtype in (torch.float16, torch.bfloat16):

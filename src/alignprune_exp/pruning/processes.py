@@ -49,6 +49,17 @@ class Exchange:
             )
         return Exchange(rank, world_size)
 
+    def check_batches(self, trainer: str, takes: int) -> None:
+        """Raise ValueError where the processes of a trainer take another number of different batches in a step."""
+        world = self.found().size
+        if self.size == takes in (1, world):
+            return
+        remedies = {world: "leave rank and world_size out", 1: "pass rank=0, world_size=1, and each selects the same"}
+        raise ValueError(
+            f"{trainer}'s processes take {takes} different batches in a step, and the pruning gives them {self.size}; "
+            + remedies.get(takes, "train by data parallelism or by tensor parallelism alone")
+        )
+
     @contextmanager
     def connected(self) -> Iterator[None]:
         """Turn what a broken connection raises into LostProcessError."""

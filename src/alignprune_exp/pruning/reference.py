@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .arguments import check_whole
 from .cleaning import array, check_classes
+from .losses import whole
 from .noise_rate import probability
 from .processes import DisagreementError, Exchange
 from .selection import proportional
@@ -33,9 +34,9 @@ def shared_loss(given: ReferenceLoss, processes: Exchange) -> tuple[float | None
     """
     kind, value, count, fit = NO_LOSS, 0.0, 1.0, math.nan
     if isinstance(given, tuple):
-        kind, (value, count) = PART, map(float, given)
+        kind, (value, count) = PART, (float(whole(part)) for part in given)
     elif given is not None:
-        losses = torch.as_tensor(given, dtype=torch.float64)
+        losses = torch.as_tensor(whole(given), dtype=torch.float64)
         if losses.numel() == 0:
             raise ValueError("the reference set has no loss; pass the losses (R,) of one sample or more")
         kind, value, fit = MEAN, losses.mean().item(), probability(losses) if losses.dim() else math.nan

@@ -233,18 +233,16 @@ class Selecting(Indexed):
         taken = sorted({"dataset", "sampler", "batch_sampler", "shuffle"} & options.keys())
         if taken:
             raise ValueError(f"{taken[0]} is the pruning's own; leave it out of prepare()")
-        processes, theirs = self.processes, (accelerator.process_index, accelerator.num_processes)
-        if self.divide and (processes.rank, processes.size) != theirs:
-            raise ValueError(
-                f"accelerate has process {theirs[0]} of {theirs[1]}, and the pruning {processes.rank} of "
-                f"{processes.size}; leave rank and world_size out"
-            )
+        parallelism = getattr(accelerator, "parallelism_config", None)
+        takes = accelerator.num_processes // (parallelism.non_data_parallel_size if parallelism else 1)
+        if self.divide:
+            self.processes.check_batches("accelerate", takes)
         if accelerator.split_batches:
-            if batch_size % theirs[1]:
+            if batch_size % takes:
                 raise ValueError(
-                    f"batch_size={batch_size} cannot be split over {theirs[1]} processes; use a multiple of {theirs[1]}"
+                    f"batch_size={batch_size} cannot be split over {takes} processes; use a multiple of {takes}"
                 )
-            batch_size //= theirs[1]
+            batch_size //= takes
         loader = prepare_data_loader(
             DataLoader(self, batch_size, sampler=self.sampler, **options),
             accelerator.device,
