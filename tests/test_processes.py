@@ -483,8 +483,10 @@ def test_processes_named_without_torch_distributed_divide_and_cannot_exchange():
         ({"rank": 0}, "pass world_size too"),
         ({"world_size": 2}, "pass rank too"),
         ({"rank": 2, "world_size": 2}, "rank=2 is none of world_size=2 processes"),
-        ({"rank": 0, "world_size": 0}, "rank=0 is none of world_size=0 processes"),
-        ({"rank": -1, "world_size": 2}, "rank=-1 is none"),
+        ({"rank": 0, "world_size": 0}, "world_size=0 is out of range; use a whole number, 1 or more"),
+        ({"rank": -1, "world_size": 2}, "rank=-1 is out of range; use a whole number, 0 or more"),
+        ({"rank": "0", "world_size": "2"}, "rank='0' is out of range; use a whole number"),
+        ({"rank": 0.5, "world_size": 2}, "rank=0.5 is out of range; use a whole number"),
     ],
 )
 def test_a_wrong_rank_is_refused(arguments, words):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .arguments import check_whole
+
 
 class LostProcessError(RuntimeError):
     """Another process has ended, or is silent for longer than the process group's timeout."""
@@ -42,7 +44,9 @@ class Exchange:
         if rank is None or world_size is None:
             missing = "rank" if rank is None else "world_size"
             raise ValueError(f"rank and world_size go together; pass {missing} too, or neither")
-        if not 0 <= rank < world_size:
+        check_whole("rank", rank, 0)
+        check_whole("world_size", world_size, 1)
+        if rank >= world_size:
             raise ValueError(
                 f"rank={rank} is none of world_size={world_size} processes, which count from 0; leave both out to use "
                 "torch.distributed's own"
