@@ -199,6 +199,15 @@ def test_update_is_the_weighted_sum_over_the_batch_size_and_so_is_its_gradient(d
         assert loss.grad.tolist() == pytest.approx([weights[i] / len(index) for i in index.tolist()], rel=4e-3)
 
 
+def test_a_batch_without_samples_weighs_nothing_and_moves_nothing():
+    weight, pruning = torch.ones(3, requires_grad=True), make()
+    loss = pruning.update(torch.arange(0), torch.ones(0, 3) @ weight)
+    loss.backward()
+    assert loss.item() == 0
+    assert weight.grad.tolist() == [0, 0, 0]
+    epoch_of(pruning)
+
+
 def test_observed_is_recorded_in_place_of_the_loss_that_is_trained_on():
     pruning = weighted_pruning()
     index = torch.from_numpy(pruning.order())
@@ -551,6 +560,14 @@ def test_a_reduced_loss_is_refused(loss):
         make().update(torch.arange(4), loss)
 
 
+@pytest.mark.parametrize("loss", [1.0, [1.0] * 4, np.ones(4), None], ids=lambda loss: type(loss).__name__)
+def test_a_loss_that_is_no_tensor_is_refused(loss):
+    pruning = make()
+    for record in (pruning.update, pruning.record):
+        with pytest.raises(ValueError, match=f"^the loss is of type {type(loss).__name__}; pass a tensor, as reductio"):
+            record(torch.arange(4), loss)
+
+
 @pytest.mark.parametrize("losses", [torch.ones(()), torch.ones(2), torch.ones(3, 1)], ids=str)
 def test_a_record_of_another_shape_is_refused_and_leaves_no_trace(losses):
     pruning = make("full", "loss")
@@ -721,6 +738,7 @@ def test_a_number_of_a_pruner_is_a_number_and_a_switch_true_or_false(name):
 def test_numbers_of_numpy_are_numbers():
     pruning = make(ratio=np.float32(0.5), budget=np.float64(0.5), window=np.int64(4), epochs=np.int32(9))
     assert len(pruning.order()) == N // 2
+    through_disk(pruning.state_dict())
 
 
 @pytest.mark.parametrize("value", ["0.5", True, math.nan, None, [0.5]])
@@ -876,6 +894,16 @@ def test_a_score_in_half_precision_ranks():
     assert pruning.ranking.dtype == np.float32
 
 
+@pytest.mark.parametrize("change", [list.pop, lambda items: items.extend(range(3))], ids=["shrinks", "grows"])
+def test_a_data_set_that_changes_its_length_is_refused_where_the_next_epoch_begins(change):
+    items = list(range(N))
+    pruning = DynamicPruning(items, T, "full", "loss", window=WINDOW)
+    epoch_of(pruning)
+    change(items)
+    with pytest.raises(ValueError, match=f"^the data set has {len(items)} samples by now, and the pruning is of {N}; "):
+        list(pruning.sampler)
+
+
 def test_an_empty_data_set_is_refused():
     with pytest.raises(ValueError, match="empty"):
         DynamicPruning([], 200)
@@ -935,14 +963,14 @@ def test_refresh_that_misses_samples_is_an_error_that_counts_them():
     assert pruning.epoch == 1
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39])
 @pytest.mark.parametrize("where", ["loss", "observed"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_epoch_and_the_first_bad_step(bad, where):
     pruning = make()
     for _ in range(2):
         epoch_of(pruning)
     for step, index in enumerate(torch.from_numpy(pruning.order()).split(4)):
-        loss, observed = LOSSES[2][index].clone(), LOSSES[2][index].clone()
+        loss, observed = LOSSES[2][index].double(), LOSSES[2][index].double()
         if step in (1, 3):
             (loss if where == "loss" else observed)[2] = bad
         pruning.update(index, loss, observed=observed)

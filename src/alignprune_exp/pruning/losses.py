@@ -29,12 +29,15 @@ def one_a_sample(
             precision is summed, and returned, in float32.
         mask: of the shape of ``values``, true or 1 where a value counts; all count without one.
 
-    Raises ValueError for another shape, a mask of other values than 0 and 1, and a sample of which no value counts.
+    Raises ValueError for what is no tensor, another shape, a mask of other values than 0 and 1, and a sample of which
+    no value counts.
     """
     if reduce not in (None, *REDUCE):
         raise ValueError(f"reduce={reduce!r} is unknown; use one of {', '.join(REDUCE)}")
     if mask is not None and reduce is None:
         raise ValueError("mask says which values to reduce; pass reduce='mean' or reduce='sum' with it")
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{what} is of type {type(values).__name__}; pass a tensor, as reduction='none' gives it")
     if index.dim() != 1 or values.shape[:1] != index.shape or (reduce is None and values.dim() > 1):
         raise ValueError(
             f"{what} has shape {tuple(values.shape)} for {index.numel()} samples: pruning needs one value a sample; "
@@ -55,8 +58,8 @@ def one_a_sample(
 
 
 def weighted_mean(losses_B: Tensor, weights_B: Tensor) -> Tensor:
-    """Return the loss to differentiate, a scalar: the weighted sum divided by B."""
-    return (losses_B * weights_B.to(losses_B.device)).sum() / len(losses_B)
+    """Return the loss to differentiate, a scalar: the weighted sum divided by B, and 0 where there is no sample."""
+    return (losses_B * weights_B.to(losses_B.device)).sum() / max(1, len(losses_B))
 
 
 def _masked(what: str, values: Tensor, index: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,8 +56,8 @@ class Running:
         self.watch(losses)
 
     def watch(self, losses: Tensor) -> None:
-        """Note the first step with a loss that is not finite, without waiting for the device."""
-        fine = torch.isfinite(losses).all().to(self._bad_step.device) | (self._bad_step < NO_STEP)
+        """Note the first step with a loss that is not finite in float32, without waiting for the device."""
+        fine = torch.isfinite(losses.float()).all().to(self._bad_step.device) | (self._bad_step < NO_STEP)
         self._bad_step = torch.where(fine, self._bad_step, self.step)
 
     def train(self, index: Tensor) -> None:

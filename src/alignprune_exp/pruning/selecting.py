@@ -73,7 +73,7 @@ class Selecting(Indexed):
         if self.trajectories.n != self.n:
             raise ValueError(f"bank is of {self.trajectories.n} samples, and the data set has {self.n}; pass its own")
         device = self.trajectories.last_N.device
-        self.first, self.epochs = self.epoch, self.epoch + epochs
+        self.first, self.epochs = self.epoch, self.epoch + int(epochs)
         self.pruner.check(epochs)
         self._check_window()
         self.clean = None if clean is None else _mask(array(clean).copy(), self.n).to(device)
@@ -125,6 +125,11 @@ class Selecting(Indexed):
         if self._selection is None:
             if self.epoch >= self.epochs:
                 raise ValueError(f"all {self.epochs} epochs are done; make a new DynamicPruning to train on")
+            if (samples := len(self.dataset)) != self.n:
+                raise ValueError(
+                    f"the data set has {samples} samples by now, and the pruning is of {self.n}; make a new "
+                    "DynamicPruning of it"
+                )
             scores = np.nan_to_num(self._scores, nan=UNSCORED)
             epoch, epochs = self.epoch - self.first, self.epochs - self.first
             pruner = self.pruner.informed(self.noise_rate) if self.pruner.needs_noise_rate else self.pruner
