@@ -411,6 +411,29 @@ def test_labels_that_are_texts_are_those_of_training(tmp_path):
         _load("parquet", root)
 
 
+@pytest.mark.parametrize("kind", ["large", "view", "dictionary"])
+def test_labels_and_images_are_the_same_in_whatever_types_they_are_written(tmp_path, kind):
+    root = _miniature("parquet", tmp_path / "set")
+    for file in root.glob("data/*.parquet"):
+        _labelled(file, [f"n{label}" for label in pq.read_table(file)["label"].to_pylist()])
+    whole = _load("parquet", root)
+    texts, encoded = {
+        "large": (pa.large_string(), pa.large_binary()),
+        "view": (pa.string_view(), pa.binary_view()),
+        "dictionary": (pa.dictionary(pa.int32(), pa.string()), pa.binary()),
+    }[kind]
+    for file in root.glob("data/*.parquet"):
+        table = pq.read_table(file)
+        labels, images = table["label"].to_pylist(), table["image"].to_pylist()
+        images = pa.array(images, pa.struct({"bytes": encoded, "path": pa.string()}))
+        pq.write_table(pa.table({"label": pa.array(labels, texts), "image": images}), file)
+    found = _load("parquet", root)
+    assert (found.fingerprint, found.classes) == (whole.fingerprint, whole.classes)
+    for ours, theirs in ((found.train, whole.train), (found.test, whole.test)):
+        assert (ours.labels == theirs.labels).all()
+        assert ours.pixels(np.arange(len(ours))).equal(theirs.pixels(np.arange(len(theirs))))
+
+
 def test_a_column_of_labels_or_images_that_is_another_is_named(tmp_path):
     root = _miniature("parquet", tmp_path / "set")
     train = sorted(root.glob("data/train-*.parquet"))

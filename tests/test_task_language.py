@@ -188,7 +188,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, jsonl, line):
 
 def test_parquet_and_files_give_the_same_documents(tmp_path, task):
     texts = sentences(120)
-    pq.write_table(pa.table({"body": pa.array(texts).dictionary_encode()}), tmp_path / "a.parquet")
+    columns = {"dictionary": pa.array(texts).dictionary_encode()}
+    columns |= {str(k): pa.array(texts).cast(k) for k in (pa.string(), pa.string_view(), pa.binary(), pa.binary_view())}
+    pq.write_table(pa.table(columns), tmp_path / "a.PARQUET")
     (tmp_path / "folder" / "below").mkdir(parents=True)
     for row, text in enumerate(texts):
         (tmp_path / "folder" / "below" / f"{row:03}.txt").write_text(text, "utf-8-sig" if row % 2 else "utf-8")
@@ -196,7 +198,7 @@ def test_parquet_and_files_give_the_same_documents(tmp_path, task):
         (tmp_path / "folder" / hidden).parent.mkdir(exist_ok=True)
         (tmp_path / "folder" / hidden).write_text("\0 what macOS keeps to itself, or somebody threw away")
     for more in (
-        (f"dataset.root={tmp_path / 'a.parquet'}", "dataset.column=body"),
+        *((f"dataset.root={tmp_path / 'a.PARQUET'}", f"dataset.column={name}") for name in columns),
         (f"dataset.root={tmp_path / 'folder'}",),
     ):
         found = open_task(composed(*TINY, *more)).opened()
@@ -246,6 +248,8 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, jsonl):
     said = refused(*line, f"dataset.root={folder / 'e.parquet'}")
     assert "e.parquet has 2 columns text: write it with other names" in said
     assert "has 0 texts of 32 characters or more" in refused(*line, root, "dataset.column=body")
+    pq.write_table(pa.table({"text": pa.array([b"\xff"])}), folder / "d.parquet")
+    assert "d.parquet holds bytes that are no UTF-8, no texts: type dataset.column=NAME" in refused(*line, root)
     pq.write_table(pa.table({"text": pa.array([b"\xff"]).view(pa.string())}), folder / "d.parquet")
     assert "d.parquet cannot be read as Parquet (" in refused(*line, root)
 

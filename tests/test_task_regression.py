@@ -259,6 +259,49 @@ def test_what_is_too_far_from_those_trained_on_is_named_before_a_run_begins(tmp_
     assert said in refused(*line)
 
 
+TYPES_OF_TEXTS = (
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+    pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.int32(), pa.large_string()),
+)
+
+
+@pytest.mark.parametrize("kind", TYPES_OF_TEXTS, ids=str)
+def test_a_table_is_the_same_in_whatever_types_and_files_it_is_written(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    whole = pa.table(
+        {
+            "rooms": pa.array(rng.integers(1, 6, 60)),
+            "town": pa.array(rng.choice(["Aarau", "Bern", "Zürich"], 60).tolist(), mask=np.arange(60) == 59),
+            "new": pa.array(rng.random(60) < 0.5),
+            "price": pa.array(rng.normal(size=60)),
+        }
+    )
+    pq.write_table(whole, tmp_path / "whole.parquet")
+    texts = whole["town"].combine_chunks()
+    texts = texts.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else texts.cast(kind)
+    written = whole.set_column(1, "town", texts)
+    pq.write_table(written, tmp_path / "whole.PARQUET")
+    (tmp_path / "halves").mkdir()
+    pq.write_table(whole[:30], tmp_path / "halves" / "a.parquet")
+    other = written[30:].select(["price", "town", "rooms", "new"])
+    other = other.set_column(2, "rooms", other["rooms"].cast(pa.decimal128(21, 1)))
+    pq.write_table(other.add_column(0, "__index_level_0__", pa.array(range(30))), tmp_path / "halves" / "b.Parquet")
+
+    def opened(place):
+        line = ("dataset=table", f"dataset.root={tmp_path / place}", "dataset.target=price")
+        return open_task(composed(*TINY, *line)).data
+
+    assert opened("whole.parquet").columns == ["rooms", "town=Aarau", "town=Bern", "town=Zürich", "new"]
+    assert opened("whole.PARQUET").fingerprint == opened("whole.parquet").fingerprint
+    assert opened("halves").fingerprint == opened("whole.parquet").fingerprint
+
+
 def test_an_index_of_pandas_is_no_feature(table):
     pq.read_table(table, columns=["rooms", "price"]).to_pandas().sort_values("price").to_parquet(table)
     assert "__index_level_0__" in pq.read_schema(table).names
@@ -288,7 +331,7 @@ def test_a_mistake_in_the_table_is_one_sentence(tmp_path, refused, table):
     )
     assert "dataset.features has price, which is the target" in refused(*price, "dataset.features=[price]")
     assert "the column sold of" in refused(*price)
-    assert "holds string where numbers are wanted: choose other columns with dataset.target" in refused(
+    assert "holds texts where numbers are wanted: choose other columns with dataset.target" in refused(
         *line, "dataset.target=name", "dataset.features=[rooms]"
     )
     rooms = [*price, "dataset.features=[rooms]", "reference.size=2"]
@@ -323,6 +366,16 @@ def test_a_mistake_in_the_table_is_one_sentence(tmp_path, refused, table):
     pq.write_table(pa.table({"a": ["b", "c"] * 30, "a=b": list(range(60)), "price": list(range(60))}), table)
     assert "makes a feature a=b, and so does another column: rename one, or" in refused(*price)
     pq.write_table(pa.table({"rooms": [1] * 60}), table.parent / "other.parquet")
-    assert "differ in their columns" in refused(*rooms, f"dataset.root={table.parent}")
+    folder = refused(*rooms, f"dataset.root={table.parent}")
+    assert folder.endswith(
+        f"{table} and {table.parent / 'other.parquet'} differ in their columns (a is in one of them alone): write all "
+        "with the same, or move the others elsewhere"
+    )
+    mixed = pa.table({"a": [1, 2] * 30, "a=b": list(range(60)), "price": list(range(60))})
+    pq.write_table(mixed, table.parent / "other.parquet")
+    assert "a has incompatible types: large_string vs double): write" in refused(*rooms, f"dataset.root={table.parent}")
+    pq.write_table(pa.table({"rooms": pa.array([b"\xff"] * 60), "price": list(range(60))}), table)
+    assert "the column rooms of" in (said := refused(*rooms))
+    assert "holds bytes that are no UTF-8 where numbers are wanted: choose other columns" in said
     table.write_bytes(b"nothing")
     assert "homes.parquet cannot be read as Parquet" in refused(*rooms)

@@ -159,7 +159,7 @@ class Shards(Files):
     """Encoded images, in a column of Parquet files; a path is ``FILE#ROW``.
 
     Attributes:
-        columns: of each file, pyarrow.ChunkedArray of binary.
+        columns: of each file, pyarrow.ChunkedArray of large_binary.
     """
 
     columns: Mapping[str, Any]

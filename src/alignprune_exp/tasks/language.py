@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from ..config import MODEL, Config
 from ..console import Progress
+from ..data import columns
 from ..data.batches import Batch, Batches, TensorBatches
 from ..data.source import DataSet, Root, brief
 from ..errors import UsageError
@@ -408,23 +409,9 @@ class Reader:
                 yield f"{name}#{number}", text or ""
 
     def _parquet(self, file: Path, name: str) -> Iterator[Text]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            schema = pq.read_schema(file)
-            if self.column not in schema.names:
-                raise UsageError(f"{file} has no column {self.column}, but {', '.join(schema.names)}: {self.remedy}")
-            if (count := schema.names.count(self.column)) > 1:
-                raise UsageError(f"{file} has {count} columns {self.column}: write it with other names")
-            column = schema.field(self.column).type
-            kind = column.value_type if pa.types.is_dictionary(column) else column
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise UsageError(f"the column {self.column} of {file} holds {kind}, no texts: {self.remedy}")
-            texts = pq.read_table(file, columns=[self.column]).column(0)
-            texts.validate(full=True)
-        except pa.ArrowException as error:
-            raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from None
+        texts = columns.read(file, [[self.column]], self.remedy).column(0)
+        if (held := columns.holds(texts)) != columns.TEXTS:
+            raise UsageError(f"the column {self.column} of {file} holds {held}, no texts: {self.remedy}")
         for row, text in enumerate(texts.to_pylist()):
             yield f"{name}#{row}", text or ""
 

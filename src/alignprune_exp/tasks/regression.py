@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import MODEL, Config
+from ..data import columns
 from ..data.batches import Batch, Batches, TensorBatches
 from ..data.source import DataSet, Root, brief
 from ..data.sources.digits import shipped
@@ -271,8 +271,8 @@ class ParquetTable(DataSet):
 
     def open(self) -> Table:
         table = self._read()
-        own = [name for name in table.column_names if name != self.target and not name.startswith(PANDAS_INDEX)]
-        names = own if self.features is None else self.features
+        others = [name for name in table.column_names if name != self.target]
+        names = others if self.features is None else self.features
         for name in (self.target, *names):
             if name not in table.column_names:
                 key = "target" if name == self.target else "features"
@@ -280,72 +280,77 @@ class ParquetTable(DataSet):
                 raise UsageError(f"{self.root} has no column {name}, but {there}: type dataset.{key}=… of these")
         if self.target in names:
             raise UsageError(f"dataset.features has {self.target}, which is the target: leave it out")
-        columns: dict[str, np.ndarray] = {}
+        features: dict[str, np.ndarray] = {}
         for each in dict.fromkeys(names):
             numbers = self._numbers(each, table.column(each))
-            if twice := [name for name in numbers if name in columns]:
+            if twice := [name for name in numbers if name in features]:
                 raise UsageError(
                     f"the column {each} of {self.root} makes a feature {twice[0]}, and so does another column: rename "
                     "one, or choose other columns with dataset.features=[…]"
                 )
-            columns |= numbers
-        if not columns:
+            features |= numbers
+        if not features:
             raise UsageError(f"{self.root} has no column with values beside {self.target} to predict it by: add some")
         ((_, targets),) = self._numbers(self.target, table.column(self.target), texts=False).items()
         missing = np.isnan(targets)
         if missing.all():
             raise UsageError(f"no row of {self.root} has a {self.target}: choose another column with dataset.target=…")
-        rows = Rows(np.column_stack(list(columns.values())), targets, np.arange(len(targets)))
+        rows = Rows(np.column_stack(list(features.values())), targets, np.arange(len(targets)))
         skipped = [f"row {row} of {self.root} has no {self.target}" for row in np.flatnonzero(missing)]
-        return Table.split(rows.of(np.flatnonzero(~missing)), self.held_out, list(columns), False, skipped)
+        return Table.split(rows.of(np.flatnonzero(~missing)), self.held_out, list(features), False, skipped)
 
     def _read(self) -> Any:
+        """Return the columns of all files, in the order of the first one's."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         if self.root is None:
             raise UsageError(f"dataset={self.name} needs its file: type dataset.root=FILE.parquet, or a folder of such")
         root = Path(self.root).expanduser()
-        files = [root] if root.is_file() else below(root, "*.parquet")
+        files = [root] if root.is_file() else [file for file in below(root, "*") if file.suffix.lower() == ".parquet"]
         if not files:
             raise UsageError(f"dataset.root={root} is no Parquet file, nor a folder of *.parquet: type where these are")
-        tables = []
+        asked = {self.target, *(self.features or ())}
+        tables: list[Any] = []
+        schema = pa.schema([])
         for file in files:
+            read = columns.read(file)
+            names = [name for name in read.column_names if name in asked or not name.startswith(PANDAS_INDEX)]
+            table = pa.table({name: _as_numbers(read.column(name)) for name in names})
             try:
-                names = Counter(pq.read_schema(file).names)
-                if twice := [name for name in names if names[name] > 1]:
-                    raise UsageError(f"{file} has {names[twice[0]]} columns {twice[0]}: write it with other names")
-                tables.append(pq.read_table(file))
-                tables[-1].validate(full=True)
-            except (pa.ArrowException, OSError) as error:
-                reason = brief(error)
-                raise UsageError(f"{file} cannot be read as Parquet ({reason}): write it as that, anew") from None
-        try:
-            return pa.concat_tables(tables)
-        except pa.ArrowException:
-            raise UsageError(f"the files of {root} differ in their columns: type a file, or move the others") from None
+                if tables and (other := set(names) ^ set(schema.names)):
+                    raise pa.ArrowInvalid(f"{min(other)} is in one of them alone")
+                schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
+                tables.append(table.select(schema.names))
+            except pa.ArrowException as error:
+                differ = f"{files[0]} and {file} differ in their columns ({brief(error)})"
+                raise UsageError(f"{differ}: write all with the same, or move the others elsewhere") from None
+        return pa.concat_tables(tables, promote_options="permissive")
 
     def _numbers(self, name: str, column: Any, texts: bool = True) -> dict[str, np.ndarray]:
         """Return a column as numbers, float64 (n,), NaN for what is missing; of texts one for each of them, 0 or 1."""
         import pyarrow as pa
-        import pyarrow.compute as pc
 
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         leave = f"choose other columns with dataset.{'features=[…]' if texts else 'target=…'}"
-        if any(
-            fits(kind) for fits in (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-        ):
-            numbers = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
+        if pa.types.is_float64(column.type):
+            numbers = column.to_numpy()
             if (large := numbers[np.abs(numbers) > LARGEST]).size:
                 raise UsageError(f"the column {name} of {self.root} has the value {large[0]:g}: mend it, or {leave}")
             return {name: numbers}
-        if not (texts and (pa.types.is_string(kind) or pa.types.is_large_string(kind))):
-            raise UsageError(f"the column {name} of {self.root} holds {kind} where numbers are wanted: {leave}")
+        if (held := columns.holds(column)) != columns.TEXTS or not texts:
+            raise UsageError(f"the column {name} of {self.root} holds {held} where numbers are wanted: {leave}")
         values = np.array(column.to_pylist(), dtype=object)
         if len(known := sorted(set(values) - {None})) > MOST_TEXTS:
             raise UsageError(f"the column {name} of {self.root} has {len(known)} different texts, too many: {leave}")
         missing = np.array([value is None for value in values])
         return {f"{name}={text}": np.where(missing, np.nan, values == text) for text in known}
+
+
+def _as_numbers(column: Any) -> Any:
+    """Return a column of numbers, or truth values, as float64; others as they are."""
+    import pyarrow as pa
+
+    kinds = pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal
+    return column.cast(pa.float64(), safe=False) if any(fits(column.type) for fits in kinds) else column
 
 
 # --- a network

@@ -16,10 +16,11 @@ import numpy as np
 
 from ...errors import UsageError
 from ...files import below
+from .. import columns
 from ..images import Shards
 from ..index import Found, Splits, Survey
 from ..layout import Photographs
-from ..source import brief, fits_into_memory
+from ..source import fits_into_memory
 
 # What follows a split's name in those of its shards on the hub; of ``<split>-<more>`` they are another split's.
 NUMBERED = re.compile(r"(?:-(?P<more>.+))?-(?P<number>\d+)-of-(?P<of>\d+)(?:-[0-9a-f]+)?")
@@ -135,18 +136,20 @@ class Tables:
 
     Attributes:
         where: they lie.
-        images: encoded, of each file, pyarrow.ChunkedArray of binary.
+        images: encoded, of each file, pyarrow.ChunkedArray of large_binary.
 
     Raises UsageError where they cannot be read, or have other columns.
     """
 
     def __init__(self, root: Path, files: list[str], image: Sequence[str], labels: list[str], remedy: str) -> None:
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         self.root, self.remedy = root, remedy
         self.where = f"{root / files[0]}{' and its like' if len(files) > 1 else ''}"
         self.tables = {file: _table(root / file, image, labels, remedy) for file in files}
-        self.images = {file: pc.struct_field(table.column(0), "bytes") for file, table in self.tables.items()}
+        images = {file: pc.struct_field(table.column(0), "bytes") for file, table in self.tables.items()}
+        self.images = {file: column.cast(pa.large_binary()) for file, column in images.items()}
 
     def hub_names(self, column: str) -> list[str]:
         """Return the class names that the hub's ``datasets`` library writes into the schema, if any."""
@@ -218,29 +221,19 @@ def _table(file: Path, images: Sequence[str], labels: list[str], remedy: str) ->
     """Return the columns of encoded images and of labels."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    try:
-        schema = pq.read_schema(file)
-        image = next((name for name in images if name in schema.names), images[0])
-        for column in (image, *labels):
-            if column not in schema.names:
-                wanted = " and ".join(name for name in (image, *labels) if name not in schema.names)
-                raise UsageError(f"{file} has no column {wanted}, but {', '.join(schema.names)}: {remedy}")
-            if (times := schema.names.count(column)) > 1:
-                raise UsageError(f"{file} has {times} columns {column}: write it with other names")
-            kind = schema.field(column).type
-            if column == image:
-                fits, wanted = _holds_bytes(kind), "a struct with binary bytes"
-            else:
-                fits, wanted = pa.types.is_integer(kind) or pa.types.is_string(kind), "class numbers or names"
-            if not fits:
-                raise UsageError(f"the column {column} of {file} holds {kind} where {wanted} are wanted: {remedy}")
-        table = pq.read_table(file, columns=[image, *labels])
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{file} cannot be read as Parquet ({brief(error)}): fetch that file again") from error
+    table = columns.read(file, [images, *([label] for label in labels)], remedy)
+    for place, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        kind, held = column.type, columns.holds(column)
+        if place == 0:
+            fits, wanted = _holds_bytes(kind), "a struct with binary bytes"
+        else:
+            fits, wanted = pa.types.is_integer(kind) or held == columns.TEXTS, "class numbers or names"
+        if not fits:
+            raise UsageError(f"the column {name} of {file} holds {held} where {wanted} are wanted: {remedy}")
     if len(table) and pc.struct_field(table.column(0), "bytes").null_count == len(table):
-        raise UsageError(f"the column {image} of {file} has no bytes of an image: write it with these, not with paths")
+        what = f"the column {table.column_names[0]} of {file} has no bytes of an image"
+        raise UsageError(f"{what}: write it with these, not with paths")
     return table
 
 
@@ -249,4 +242,4 @@ def _holds_bytes(kind: Any) -> bool:
 
     if not pa.types.is_struct(kind) or (place := kind.get_field_index("bytes")) < 0:
         return False
-    return pa.types.is_binary(kind.field(place).type) or pa.types.is_large_binary(kind.field(place).type)
+    return kind.field(place).type in (pa.binary(), pa.large_binary(), pa.binary_view())
