@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from alignprune_exp.config import MODEL
 from alignprune_exp.distributed import Processes
@@ -219,6 +219,36 @@ def test_a_set_as_its_owner_ships_it_is_read(ships, kind):
     image = np.asarray(Image.open(root / PHOTOGRAPHS[kind][0].format(name_of(kind, 3))))[:, 5:35].transpose(2, 0, 1)
     assert (scenes.train.images[3] == image).all()
     assert task.corrupted.sum() == 3
+
+
+def test_images_that_exif_has_turned_are_taken_as_stored_with_a_word_where_their_size_tells_nothing(tmp_path, ships):
+    root = ships("voc")
+    line = ("task=segmentation", "dataset=voc", f"dataset.root={root}", "dataset.image_size=30", "reference.size=2")
+
+    def notes(size, orientation):
+        mask = Image.open(root / "SegmentationClass/a_3.png")
+        mask.crop((0, 0, *size)).save(root / "SegmentationClass/a_3.png")
+        exif, image = Image.Exif(), root / "JPEGImages/a_3.jpg"
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.fromarray(np.random.default_rng(3).integers(0, 256, (*size[::-1], 3), np.uint8)).save(image, exif=exif)
+        data = open_task(composed(*line)).data
+        stored = np.asarray(ImageOps.fit(Image.open(image), (30, 30), Image.Resampling.BILINEAR))
+        assert (data.train.images[3] == stored.transpose(2, 0, 1)).all()
+        return list(data.notes)
+
+    for size in ((40, 30), (30, 30)):
+        for orientation in range(10):
+            said = notes(size, orientation)
+            shown = ImageOps.exif_transpose(Image.open(image := root / "JPEGImages/a_3.jpg"))
+            differs = shown.size == size and np.any(np.asarray(shown) != np.asarray(Image.open(image)))
+            assert bool(said) == differs, (size, orientation)
+    assert open_task(composed(*line)).notes == []
+    notes((30, 30), 6)
+    assert open_task(composed(*line)).notes == [
+        "1 of the images, such as JPEGImages/a_3.jpg, are shown turned or mirrored by their EXIF orientation, and "
+        "taken as they are stored; if their masks or boxes were drawn on them as shown, turn them, as mogrify "
+        "-auto-orient does"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["voc", "grey", "white", "black"])

@@ -11,6 +11,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from pydantic import Field
 from torch import Tensor
 
@@ -65,6 +66,7 @@ class Scenes:
         classes: their names.
         clean: whether the targets count as clean where no noise is injected.
         skipped: what was left out since it could not be read, one line each.
+        notes: what is said of them before training, in sentences.
     """
 
     train: Pictured
@@ -72,6 +74,7 @@ class Scenes:
     classes: Sequence[str]
     clean: bool
     skipped: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,6 +100,7 @@ class SceneTask(RowsTask):
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
+        self.notes = self.data.notes
         self.targets = self._given(self.parts.train, self.parts.wrong)
         blocks = (self.parts.train[start : start + 1024] for start in range(0, self.n, 1024))
         images = torch.from_numpy(self.data.train.images)
@@ -245,7 +249,15 @@ class PictureFiles(DataSet):
                 f"to be trained on once, or evaluated on: choose other lists, or mend these in {self.folder}"
             )
         refuse_too_many(len(times), self.bytes_a_pixel, self.image_size)
-        return Scenes(self._read(train, survey), self._read(test, survey), classes, False, survey.skipped)
+        parts = self._read(train, survey), self._read(test, survey)
+        notes = []
+        if turned := [name for part in parts for name in part.names if shown_turned(self.folder / name)]:
+            notes = [
+                f"{len(turned)} of the images, such as {printable(turned[0])}, are shown turned or mirrored by their "
+                "EXIF orientation, and taken as they are stored; if their masks or boxes were drawn on them as shown, "
+                "turn them, as mogrify -auto-orient does"
+            ]
+        return Scenes(*parts, classes, False, survey.skipped, notes)
 
     def _read(self, entries: list[Entry], survey: Survey) -> Pictured:
         images = np.empty((len(entries), 3, self.image_size, self.image_size), np.uint8)
@@ -264,6 +276,17 @@ class PictureFiles(DataSet):
         if not names:
             raise UsageError(f"{self.folder} lists no image that can be read: fetch {self.holds} again")
         return Pictured(images[: len(names)], targets, names)
+
+
+def shown_turned(file: Path) -> bool:
+    """Return whether EXIF has an image shown turned or mirrored, in the very size in which it is stored.
+
+    So the size of a mask, or that of an annotation, does not tell which of the two it was drawn on.
+    """
+    with Image.open(file) as image, suppress(Exception):  # EXIF that cannot be read turns nothing
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation in (2, 3, 4) or (orientation in (5, 6, 7, 8) and image.width == image.height)
+    return False
 
 
 def first_words(survey: Survey, file: Path) -> list[str]:
