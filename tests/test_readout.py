@@ -112,10 +112,21 @@ def test_classes_that_nobody_has_are_not_last():
     assert many.noise_rate == few.noise_rate == pytest.approx(0.3, abs=0.05)
 
 
-def test_embeddings_that_are_all_the_same_foretell_the_shares_of_the_others():
-    labels = torch.tensor([0, 0, 0, 1, 1])
-    expected = torch.tensor([2 / 4 - 2 / 4] * 3 + [1 / 4 - 3 / 4] * 2)
-    torch.testing.assert_close(readout(torch.full((5, 3), 7.0), labels).margins, expected)
+@pytest.mark.parametrize("size", [0.0, 7.0, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_embeddings_that_are_all_the_same_but_for_rounding_foretell_nothing(size, dtype):
+    same, labels = torch.full((500, 3), size, dtype=dtype), torch.arange(500) % 2
+    rounded = same.clone()
+    rounded[::3, 1] = torch.nextafter(rounded[::3, 1], torch.tensor(torch.inf, dtype=dtype))
+    for embeddings in (same, rounded) if size else (same,):
+        with pytest.raises(ValueError, match="the embeddings are the same for every sample, so that they foretell no"):
+            readout(embeddings, labels)
+
+
+def test_embeddings_that_differ_little_beside_their_mean_still_foretell():
+    labels = torch.arange(500) % 2
+    assert readout(1e4 + labels[:, None].float(), labels).noise_rate == 0
+    assert readout(1e-20 * labels[:, None].float(), labels).noise_rate == 0
 
 
 @pytest.mark.parametrize(
@@ -226,6 +237,16 @@ def test_a_run_whose_embeddings_are_not_finite_has_failed(tmp_path):
     norm = next(part for part in one.loop.network.learner.modules() if isinstance(part, torch.nn.BatchNorm2d))
     norm.running_var.fill_(torch.nan)
     with pytest.raises(Failed, match="an embedding became NaN or infinite at the end of epoch 0"):
+        trained(one)
+
+
+def test_a_run_whose_embeddings_are_all_the_same_ends_in_a_sentence(tmp_path):
+    one = Run(config_of(tmp_path, *LINE, "score.every=1"))
+    for part in one.loop.network.learner.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            torch.nn.init.zeros_(part.weight)
+            part.requires_grad_(False)
+    with pytest.raises(Failed, match=r"^run \w+ cannot go on: the embeddings are the same for every sample, .*score="):
         trained(one)
 
 

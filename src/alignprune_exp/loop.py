@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .console import Progress
-from .errors import Stopped
+from .errors import Failed, Stopped
 from .learners import Step
 from .network import Network
 from .pruning import DynamicPruning, NonFiniteLossError, Selection, WarmUpLog
@@ -240,7 +240,13 @@ class Loop:
         if not features.isfinite().all():
             raise NonFiniteLossError(self.pruning.epoch, what="an embedding")
         assert self.setup.task.strata is not None
-        self.pruning.tell(readout(features, torch.from_numpy(self.setup.task.strata), ridge))
+        try:
+            foretold = readout(features, torch.from_numpy(self.setup.task.strata), ridge)
+        except ValueError as error:
+            raise Failed(
+                f"run {self.setup.id} cannot go on: {error}; lower optimizer.lr, or use score=settled"
+            ) from None
+        self.pruning.tell(foretold)
 
     def recorded(self, samples: Tensor) -> Tensor:
         """Return what trajectories are made of, of samples (k,) under the network, in eval mode."""

@@ -15,6 +15,7 @@ from .bank import exact
 RIDGE = 0.01  # for embeddings that the labels have shaped
 WEAK = 0.1  # for features that are many, and of which each says little
 ROWS = 8192  # that are in double precision at a time
+SAME = 8  # steps of floating point beside their mean, within which embeddings that differ are the same
 LAST = 10  # a label comes last where no more than a tenth of the classes, or one, are foretold less
 
 
@@ -57,7 +58,7 @@ def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Foretol
         ridge: λ, above 0, over the mean of the diagonal of XᵀX: `RIDGE`, or `WEAK`.
 
     Raises ValueError for labels of one class or of other samples, a ridge that is not above 0, and for embeddings that
-    are not finite.
+    are not finite, or the same for every sample but for rounding.
     """
     n = len(embeddings)
     labels = torch.as_tensor(labels, device=embeddings.device)
@@ -81,6 +82,9 @@ def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Foretol
         cross_DC += x_BD.T @ y_BC
     if not gram_DD.isfinite().all():
         raise ValueError("the embeddings are not finite")
+    rounding = SAME * torch.finfo(embeddings.dtype).eps if embeddings.is_floating_point() else 0.0
+    if gram_DD.trace() <= rounding**2 * n * mean_D.square().sum():
+        raise ValueError("the embeddings are the same for every sample, so that they foretell no label")
     inverse_DD = torch.linalg.inv(ridged(gram_DD, ridge))
     there_C = shares_C > 0
     there = int(there_C.sum())
