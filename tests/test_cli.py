@@ -622,6 +622,17 @@ def test_a_run_ends_with_a_small_table_its_record_and_three_commands(place, caps
     assert [path.name for path in place.iterdir()] == ["results"]
 
 
+def test_a_network_that_never_moves_is_said_to_leave_das_nothing_in_every_run_of_a_sweep(place, capfd):
+    still = ("optimizer.lr=1e-12", "optimizer.weight_decay=0", "model.norm=group", "precision=fp32", "threads=1")
+    line = ("-m", "seed=0,1", "epochs=8", "score.window=3", "dataset.subset=100", "dataset.test_subset=60")
+    assert main([*line, *still]) == 0
+    said = capfd.readouterr()
+    warned = [line for line in said.out.splitlines() if line.startswith("warning: score='das' is 0 for every sample")]
+    assert len(warned) == 2
+    assert len(set(warned)) == 2
+    assert "Warning" not in said.err
+
+
 def test_a_run_that_has_estimated_the_noise_says_how_much(place, capsys):
     assert main([*(part for part in SMALL if "delta" not in part), "method=sieve"]) == 0
     heads, values = capsys.readouterr().out.split("\n\n")[1].splitlines()

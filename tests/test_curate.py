@@ -863,7 +863,17 @@ MISTAKES = [
     (("losses", "--keep", "0.5", "--reference", "twice.csv"), "twice.csv checkpoint 0 twice"),
     (("losses", "--keep", "0.5", "--reference", "nan.csv"), "nan.csv nan checkpoint 500"),
     (("losses", "--keep", "0.5", "--reference", "empty.csv"), "empty.csv empty"),
-    (("losses", "--keep", "0.5", "--reference", "short.csv"), "losses/0.parquet 6 losses where 2 are due"),
+    (("losses", "--keep", "0.5", "--reference", "short.csv"), "losses/0.parquet 6 losses where 3 are due"),
+    (
+        ("losses", "--keep", "0.5", "--reference", "two.csv"),
+        "two.csv 2 losses to go by --score das would be 0 give 3 or more that differ",
+    ),
+    (
+        ("losses", "--keep", "0.5", "--score", "spearman", "--reference", "still.csv"),
+        "still.csv the loss 2 at each of 3 checkpoints --score spearman would be 0",
+    ),
+    (("losses", "--keep", "0.5", "--score", "cosine", "--reference", "still.csv"), "losses/0.parquet 6 losses where 3"),
+    (("losses", "--keep", "0.5", "--score", "cosine", "--reference", "zero.csv"), "zero.csv the loss 0 at each of 3"),
     (("losses", "--keep", "0.001", "--score", "settled"), "keeps none of 400 ids"),
     (("nowhere", "--keep", "0.5", "--score", "settled"), "nowhere no Parquet file"),
     (("losses", "--keep", "0.5", "--score", "settled", "--columns", "id"), "--columns id"),
@@ -893,14 +903,18 @@ MISTAKES = [
 def test_a_mistake_gets_one_sentence_and_leaves_nothing(place, capsys, line, words):
     ids, losses_NW, _ = drawn()
     lay_out("rows", ids, losses_NW)
-    for name, text in {"twice": "0,1\n0,2", "nan": "0,1\n500,nan", "empty": "", "short": "0,1\n500,2"}.items():
+    texts = {"twice": "0,1\n0,2", "nan": "0,1\n500,nan", "empty": "", "short": "0,1\n500,2\n1000,1"}
+    texts |= {"two": "0,1\n500,2", "still": "0,2\n500,2\n1000,2", "zero": "0,0\n500,0\n1000,0"}
+    for name, text in texts.items():
         Path(f"{name}.csv").write_text(f"checkpoint,loss\n{text}\n")
     before = contents(place)
     assert cli.main(["curate", *line, *(() if "-o" in line else ("-o", "keep"))]) == 2
     said = capsys.readouterr()
     assert not missing(words, sentence_of(said.err))
     assert said.out == ""
-    if not any(each in line for each in ("0.001", "short.csv")):  # these were scored, and are not scored again
+    if not any(
+        each in line for each in ("0.001", "short.csv", "still.csv")
+    ):  # these were scored, and are not scored again
         assert contents(place) == before
 
 

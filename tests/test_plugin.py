@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -27,6 +28,7 @@ from alignprune_exp.pruning import (
     WarmUpLog,
     within_class,
 )
+from alignprune_exp.pruning.running import PruningWarning
 from harness import through_disk
 
 N, T, WINDOW, BATCH = 30, 8, 3, 8  # samples, epochs, window, batch size
@@ -616,6 +618,43 @@ def test_a_missing_reference_loss_is_refused_where_the_score_compares_with_it():
         pruning.update(torch.from_numpy(pruning.order()), torch.ones(len(pruning.sampler)))
         pruning.end_epoch()
         assert pruning.epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("score", "reference", "tied"),
+    [
+        ("das", 0.7, True),
+        ("spearman", 0.7, True),
+        ("cosine", 0.7, False),
+        ("cosine", 0.0, True),
+        ("loss", 0.7, False),
+    ],
+)
+def test_a_reference_that_tells_no_sample_from_another_is_said_once(score, reference, tied):
+    pruning = make("infobatch", score, delta=1.0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for epoch in range(T):
+            index = torch.from_numpy(pruning.order())
+            pruning.update(index, LOSSES[epoch][index])
+            pruning.end_epoch(reference)
+            assert len(said) == (tied and epoch + 1 >= WINDOW)
+    for warning in said:
+        assert warning.category is PruningWarning
+        assert warning.filename == __file__
+        assert str(warning.message).startswith(
+            f"score={score!r} is 0 for every sample after epoch {WINDOW - 1}, since the reference loss has been "
+            f"{reference:g} in each of the last {WINDOW} epochs, and so tells the pruner nothing; evaluate the"
+        )
+
+
+def test_a_pruning_without_use_for_scores_says_nothing_of_a_reference_that_never_moves(recwarn):
+    for pruning in (make("full"), make("random")):
+        for epoch in range(T):
+            index = torch.from_numpy(pruning.order())
+            pruning.update(index, LOSSES[epoch][index])
+            pruning.end_epoch(0.7)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, torch.tensor(math.nan)], ids=str)

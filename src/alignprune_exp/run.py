@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,7 @@ from .pruning import (
     Trajectories,
     WarmUpLog,
 )
+from .pruning.running import PruningWarning
 from .pruning.seeding import generator
 from .record import Row
 from .records import PROBABILITIES, read_summary
@@ -184,7 +186,7 @@ class Run:
             say(f"note: {note}")
         say(self._beginning())
         try:
-            with _stop_signals() as stop, self._batches_turn_bad(), self.writing:
+            with _stop_signals() as stop, _warnings_said(), self._batches_turn_bad(), self.writing:
                 error = self._walk(folder, stop, mirror)
                 self.writing.wait()
             summary = record.summary(setup, self.loop, self.choice, self.journal.rows, error)
@@ -465,6 +467,23 @@ def _evidence(setup: Setup, criterion: Criterion, network: Network, log: WarmUpL
         samples += task.held_out
     assert task.strata is not None
     return Evidence(task.strata, **known), samples
+
+
+@contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Say what a pruning warns of as a run's own line, in every run of a sweep; show other warnings as they were."""
+    show = warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, PruningWarning):
+            say(f"warning: {message}")
+        else:
+            show(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PruningWarning)
+        warnings.showwarning = shown
+        yield
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
@@ -57,6 +58,20 @@ def checkpoints(
     if not shared:
         raise UsageError("the losses and the reference have no checkpoint in common; write both with the same names")
     return shared, skipped
+
+
+def reference(path: Path, losses: Sequence[float | None], score: str) -> None:
+    """Raise UsageError for a reference with which no trajectory has a correlation, so that all scores would be 0."""
+    known = [loss for loss in losses if loss is not None]
+    still = len(set(known)) == 1 and (score != "cosine" or known[0] == 0)
+    if still or len(known) < formulas.LEAST:
+        what = (
+            f"the loss {known[0]:g} at each of {len(known)} checkpoints" if still else f"{len(known)} losses to go by"
+        )
+        raise UsageError(
+            f"--reference {path} has {what}, so that --score {score} would be 0 for every id; give {formulas.LEAST} or "
+            "more that differ, or use --score settled"
+        )
 
 
 def _kind(checkpoint: Any) -> str:

@@ -183,6 +183,8 @@ class Look:
                 f"--score spearman ranks {MOST_RANKED} checkpoints at most, not {len(checkpoints)}; use das"
             )
         losses = list(reference.values()) if lists else [reference.get(at) for at in checkpoints]
+        if order.reference is not None and order.score != "settled":
+            check.reference(order.reference, losses, order.score)
         return Question(order.score, columns, tuple(checkpoints), tuple(losses or [None] * len(checkpoints))), skipped
 
     def _scored(self, question: Question, files: Sequence[File]) -> tuple[str, list[Scored]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from .losses import one_a_sample, weighted_mean
 from .processes import DisagreementError
 from .readout import Foretold
 from .reference import ReferenceLoss, shared_loss
-from .running import NonFiniteLossError
+from .running import NonFiniteLossError, PruningWarning
 from .selecting import Selecting
 
 
@@ -251,6 +252,8 @@ class DynamicPruning(Selecting):
             DisagreementError: the processes were given different reference losses.
             ValueError: the reference loss is missing, or what is `due`, nothing was recorded, a sample was observed
                 twice or was not selected, ``unseen="refresh"`` misses one, or the samples were divided twice.
+
+        Warns once, with a PruningWarning, where the comparison with the reference tells no sample from another.
         """
         if self.due:
             raise ValueError(f"score={self.score.name!r} goes by what you tell of every sample; call tell() before")
@@ -274,7 +277,9 @@ class DynamicPruning(Selecting):
         self._begin()
         if self.score.aligned and self.epoch == self.trajectories.window:
             self._memory.fill(np.nan)
-        self._scores = self.pruner.digest(self._rank(), selected, seen, self._memory)
+        ranking = self._rank()
+        self._warn_of_ties(ranking)
+        self._scores = self.pruner.digest(ranking, selected, seen, self._memory)
 
     def change_reference(self, reference_loss: ReferenceLoss) -> None:
         """Say, between two epochs, that the reference set is another one from now on.
@@ -377,6 +382,24 @@ class DynamicPruning(Selecting):
             self.clean, self.told = None if self.clean is None else self.clean.to(device), self.told.to(device)
             self._weights = None
         self._follows = False
+
+    def _warn_of_ties(self, ranking: np.ndarray) -> None:
+        """Warn, the first time, where samples (n,) are compared with the reference, and all of them are alike."""
+        known = ranking[~np.isnan(ranking)]
+        if self._warned or not (self.compares and self._ranking_score().aligned) or len(known) < 2 or np.ptp(known) > 0:
+            return
+        self._warned, past_W = True, self.trajectories.reference_W
+        why = ""
+        if (past_W == past_W[0]).all():
+            why = f", since the reference loss has been {past_W[0]:g} in each of the last {len(past_W)} epochs"
+        if self.processes.rank == 0:
+            warnings.warn(
+                f"score={self.score.name!r} is {known[0]:g} for every sample after epoch {self.epoch - 1}{why}, and so "
+                "tells the pruner nothing; evaluate the reference set anew after every epoch, in eval mode, and see "
+                "that the network learns",
+                PruningWarning,
+                stacklevel=3,
+            )
 
     def _check_noise_rate(self, trusted: float) -> None:
         """Raise ValueError where the pruner needs the noise rate, and nothing will tell it."""

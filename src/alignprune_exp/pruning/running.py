@@ -23,6 +23,10 @@ class NonFiniteLossError(ValueError):
         super().__init__(f"{what} became NaN or infinite {where}; lower the learning rate or clip gradients")
 
 
+class PruningWarning(UserWarning):
+    """Training goes on, and its choice of samples is hardly what is meant."""
+
+
 class Running:
     """The running epoch of n samples, of whose losses the bank ``trajectories`` is kept.
 

@@ -89,6 +89,7 @@ class Selecting(Indexed):
         self.times_selected = np.zeros(self.n, np.int32)  # and trained on, in finished epochs
         self.sizes: list[int] = []  # of the finished epochs' selections
         self._noise = NoiseRate()
+        self._warned = False
         self._memory = np.full((self.pruner.memory, self.n), np.nan, np.float32)
         self.sampler = EpochSampler(self)
         self._begin()
