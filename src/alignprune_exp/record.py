@@ -86,9 +86,9 @@ class Journal:
 
 
 def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> Row:
-    """Return an epoch's row of ``metrics.jsonl``, whose AUROCs are still missing.
+    """Return an epoch's row of ``metrics.jsonl``, whose AUROCs are still missing; see `completion`.
 
-    It counts the epoch's seconds, and so comes after all that is done before the next epoch, `diagnostics` included.
+    It counts the epoch's seconds, and so comes after all that is done before the next epoch, `completion` included.
     """
     pruning, clock = loop.pruning, now.clock
     plain_noise, weighted_noise = kept_noise(now.selection, setup.noisy)
@@ -122,8 +122,8 @@ def epoch_row(setup: Setup, loop: Loop, now: Epoch) -> Row:
     }
 
 
-def diagnostics(setup: Setup, loop: Loop, now: Epoch) -> Callable[[], tuple[Row, list[Row]]]:
-    """Return what works out an epoch's AUROCs, and its rows of ``dynamics.parquet``.
+def completion(setup: Setup, loop: Loop, now: Epoch) -> Callable[[], tuple[Row, list[Row]]]:
+    """Return what works out the AUROCs that an epoch's row lacks, and its rows of ``dynamics.parquet``.
 
     It goes by copies, so that the next epoch may train meanwhile.
     """

@@ -126,7 +126,7 @@ class Values(BaseModel):
         return self
 
 
-class Finished(Values):
+class FinishedSummary(Values):
     """``summary.json`` of a run that finished. Accuracies in per cent.
 
     ``headline_…`` describe the `Metric` that it is judged by, where that is not the accuracy.
@@ -166,7 +166,7 @@ class Finished(Values):
     finished_at: str
 
     @model_validator(mode="after")
-    def _check_headline(self) -> Finished:
+    def _check_headline(self) -> FinishedSummary:
         values = self.model_dump(exclude_unset=True)
         for key in ("headline_name", "headline_words"):
             if values.get(key) is None and any(other.startswith("headline_") for other in values):
@@ -177,7 +177,7 @@ class Finished(Values):
         return self
 
 
-class Failed(Values):
+class FailedSummary(Values):
     """``summary.json`` of a run that could not go on."""
 
     id: str
@@ -198,7 +198,7 @@ class Environment(Values):
     mirrored: bool = False  # from a service that has no dynamics
 
 
-class Row(Values):
+class EpochRow(Values):
     """A line of ``metrics.jsonl``: one epoch."""
 
     epoch: Count
@@ -224,7 +224,7 @@ class Row(Values):
     seconds_test: Seconds
 
     @model_validator(mode="after")
-    def _check_parts(self) -> Row:
+    def _check_parts(self) -> EpochRow:
         parts = ("select", "train", "refresh", "reference", "score", "test")
         if (spent := sum(getattr(self, f"seconds_{part}") for part in parts)) > self.seconds * (1 + 1e-9):
             raise ValueError(f"its parts take {_shown(spent)}, of {_shown(self.seconds)} seconds in all")
@@ -321,7 +321,7 @@ def read_summary(folder: Folder) -> dict[str, Any] | None:
     except OSError as error:
         raise Damaged(path, f"cannot be read: {error.strerror}") from None
     summary = _object(path, text)
-    _check(Failed if summary.get("status") == "failed" else Finished, summary, path)
+    _check(FailedSummary if summary.get("status") == "failed" else FinishedSummary, summary, path)
     if summary["id"] != _id_of(folder):
         raise Damaged(path, f"of run {_shown(summary['id'])}")
     return summary
@@ -351,7 +351,7 @@ def read_metrics(folder: Folder, ended: bool = True) -> list[dict[str, Any]]:
     for number, line in enumerate(lines):
         where = f"line {number + 1}: "
         row = _object(path, line, where)
-        _check(Row, row, path, where)
+        _check(EpochRow, row, path, where)
         if row["epoch"] != number:
             raise Damaged(path, f"{where}epoch {row['epoch']} in the place of {number}")
         if rows and (lacking := rows[-1].keys() - row.keys()):

@@ -279,13 +279,13 @@ class Run:
                     now = loop.epoch(stop, lambda: self._save(folder))
                 except NonFiniteLossError as error:
                     return str(error)
-                diagnostics = record.diagnostics(setup, loop, now) if setup.processes.rank == 0 else None
+                complete = record.completion(setup, loop, now) if setup.processes.rank == 0 else None
                 row = record.epoch_row(setup, loop, now)
                 self.done += 1
                 stops = self.done < setup.epochs and setup.processes.any(stop.is_set())
-                if diagnostics is not None:
+                if complete is not None:
                     last = stops or loop.pruning.epoch == loop.pruning.epochs
-                    self._write_down(folder, mirror, row, diagnostics, last)
+                    self._write_down(folder, mirror, row, complete, last)
                 else:
                     self.journal.rows.append(row)
                 recent.append(row["seconds"])
@@ -369,7 +369,7 @@ class Run:
         folder: RunFolder,
         mirror: Mirror,
         row: Row,
-        diagnostics: Callable[[], tuple[Row, list[Row]]],
+        complete: Callable[[], tuple[Row, list[Row]]],
         checkpoint: bool,
     ) -> None:
         """Have an epoch's record completed and written, and a checkpoint, where one is due or asked for."""
@@ -377,7 +377,7 @@ class Run:
         save = self._checkpoint(folder) if due else None
 
         def write() -> None:
-            aurocs, drawn = diagnostics()
+            aurocs, drawn = complete()
             whole = row | aurocs
             self.journal.add(whole, drawn)
             self.journal.write(folder)

@@ -55,7 +55,8 @@ AGAINST = {  # axes of a suite that are numbers, with what to write below them
 }
 REALISED = ("pruner.ratio", "saved")  # of these, drawn at the share of the training that was really saved
 WIDE = 4  # panels beside each other at most
-ON_PAGE = ("differences", "against", "kept")
+WITH_TABLES = ("differences", "against")  # the kinds of figures that stand with their tables on a page
+ON_PAGE = (*WITH_TABLES, "kept")  # which stands first, or nowhere
 BAND = "mean over seeds, the band from the lowest to the highest seed"
 
 

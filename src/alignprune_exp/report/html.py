@@ -14,12 +14,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..suspects import Sheet
-from .figures import Picture
+from .figures import WITH_TABLES, Picture
 from .findings import Findings, brief, findings, largest_first
 from .publish import scrubbed_command
 from .tables import MISSING, Block, Entry, Table, blocks
-
-FOLDED = ("differences", "against")  # the kinds of figures that stand with their tables
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def _cells(shown: Iterable[Block]) -> list[Entry]:
 def _section(
     table: Table, figures: Mapping[str, Picture], first: Mapping[str, Picture], sheet: Sheet | None
 ) -> dict[str, Any]:
-    own = [f"{table.name}_{kind}" for kind in FOLDED if f"{table.name}_{kind}" in figures]
+    own = [f"{table.name}_{kind}" for kind in WITH_TABLES if f"{table.name}_{kind}" in figures]
     return {
         **_named(table),
         "brief": brief(table),

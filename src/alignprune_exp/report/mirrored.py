@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, reason_of
-from ..records import Finished, Row
+from ..records import EpochRow, FinishedSummary
 
 
 def download(project: str, results: Path) -> None:
@@ -39,10 +39,10 @@ def write_record(
     rows = [{key: value for key, value in row.items() if not key.startswith("_")} for row in history]
     logged = {key for row in rows for key in row} - {"seconds_train"}  # of which the summary has the sum
     own = {key: value for key, value in summary.items() if not key.startswith("_") and key not in logged}
-    own = {key: own[key] for key in Finished.model_fields if key in own} | own  # in the order of other records
+    own = {key: own[key] for key in FinishedSummary.model_fields if key in own} | own  # in the order of other records
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(own))
     environment = (config.get("environment") or {}) | {"mirrored": True}
     (folder / "environment.json").write_text(json.dumps(environment))
-    unknown = dict.fromkeys([key for row in rows for key in row] + [*Row.model_fields])
+    unknown = dict.fromkeys([key for row in rows for key in row] + [*EpochRow.model_fields])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(unknown | row) + "\n" for row in rows))
