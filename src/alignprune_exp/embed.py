@@ -135,8 +135,8 @@ def _composed(settings: Sequence[str]) -> Config:
     """Return the config that the settings make. Raises UsageError."""
     from hydra import compose, initialize_config_dir
 
+    from .checks import check_load
     from .commandline import config_dir, read_line
-    from .setup import check_load
     from .sweep import job_of
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):

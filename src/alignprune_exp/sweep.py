@@ -109,7 +109,7 @@ Opened = dict[tuple[object, ...], Data | None]  # by what the data and the netwo
 
 def _tried(config: Config, finished: bool, opened: Opened) -> Data | None:
     """Return what a job's data are, once its config has been checked against them; see `_data`."""
-    from .setup import check_labels, check_load
+    from .checks import check_labels, check_load
 
     check_load(config)
     what = (config.task, config.dataset, config.noise, config.reference, config.paths.data, config.model)
