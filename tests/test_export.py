@@ -20,10 +20,10 @@ from omegaconf import OmegaConf
 import alignprune_exp
 from alignprune_exp import cli, export, keep
 from alignprune_exp.export import Samples, to_labelstudio
+from alignprune_exp.listing import suspects
 from alignprune_exp.pruning import TrajectoryLog
 from alignprune_exp.records import Damaged, read_probabilities, read_samples, write_parquet
 from alignprune_exp.suites import load_suite
-from alignprune_exp.suspects import suspects
 from alignprune_exp.train import main as train
 from recorded import SAMPLES, write_record
 

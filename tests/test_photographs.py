@@ -37,12 +37,13 @@ from alignprune_exp.data.images import Cut, resized_crop, rgb
 from alignprune_exp.data.split import prepare
 from alignprune_exp.errors import UsageError
 from alignprune_exp.learners.ce import CrossEntropy
+from alignprune_exp.records import read_samples
 from alignprune_exp.report.figures import save_all
 from alignprune_exp.report.html import page
 from alignprune_exp.report.publish import scrubbed_command, scrubbed_config
 from alignprune_exp.report.tables import make_table, markdown, read_records
+from alignprune_exp.sheet import report_sheet
 from alignprune_exp.suites import load_suite
-from alignprune_exp.suspects import report_sheet
 from alignprune_exp.train import main
 from harness import assert_same_results, composed, launch, metrics_of, only_run, rows_of, sentence_of, summary_of
 from test_data import noise_of, reference_of
@@ -1017,7 +1018,7 @@ def test_a_run_on_webvision_from_its_config_to_its_report(tmp_path, miniatures):
     assert summary["test_accuracy_imagenet_final"] == on_imagenet[-1]
     assert summary["test_accuracy_imagenet_best"] == max(on_imagenet)
     assert not (folder / "skipped.txt").exists()
-    samples = suspects.read_samples(folder)
+    samples = read_samples(folder)
     assert samples["path"].str.match(r"google/q\d{4}/\d{6}\.jpg").all()
     assert samples["clean_label"].isna().all()
     sheet = tmp_path / "sheet.png"
@@ -1120,7 +1121,7 @@ def test_names_that_are_not_of_utf8_are_trained_on_and_recorded(tmp_path):
     folder, summary, _ = _record(tmp_path)
     assert summary["skipped"] == 1
     assert "n\\xff/broken\\xfe.JPEG" in (folder / "skipped.txt").read_text()
-    paths = suspects.read_samples(folder)["path"]
+    paths = read_samples(folder)["path"]
     assert paths.is_unique
     assert "train/n\\xff/\\xe9té.JPEG" in set(paths)
     assert _load("imagenet", root, "skip").classes[-1] == "n\\xff"

@@ -43,9 +43,9 @@ from alignprune_exp.report.tables import (
     wide_csv,
 )
 from alignprune_exp.runs import run_folders
+from alignprune_exp.sheet import Sheet
 from alignprune_exp.status import overview
 from alignprune_exp.suites import load_suite
-from alignprune_exp.suspects import Sheet
 from alignprune_exp.train import main as train
 from harness import environment_of, rows_of, summary_of
 from recorded import HOST, SECRET, edit_json, edit_rows, write_record

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from alignprune_exp.errors import UsageError
-from alignprune_exp.suspects import main, report_sheet
+from alignprune_exp.sheet import report_sheet
+from alignprune_exp.suspects import main
 from recorded import edit_json, write_record, write_samples
 
 CONFIG = """

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from .console import command, parser_of
 from .errors import UsageError
-from .files import csv, refuse_nowhere, refuse_target, write_atomically
+from .files import csv, refuse_nowhere, refuse_target, write_atomically, write_table
+from .listing import CLEANING, labelled, read_checked, scores_of, suspects
 from .records import PROBABILITIES, read_probabilities
 from .runs import run_folder, write_text
-from .suspects import CLEANING, labelled, read_checked, scores_of, suspects, write_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -74,6 +74,14 @@ def csv(frame: pd.DataFrame) -> str:
     return frame.assign(**texts).rename(columns=plain).to_csv(index=False, lineterminator="\n")
 
 
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table as the file's ending says: CSV that is safe to open in a spreadsheet, or Parquet."""
+    if path.suffix == ".csv":
+        write_atomically(path, lambda file: file.write(printable(csv(frame)).encode()))
+    else:
+        write_atomically(path, lambda file: frame.to_parquet(file, index=False))
+
+
 def refuse_target(path: Path | None, endings: Sequence[str], force: bool) -> None:
     """Raise UsageError unless a file may be written there, before anything is computed for it."""
     if path is None:

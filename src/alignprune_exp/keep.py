@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from .console import command, parser_of
 from .errors import UsageError
-from .files import refuse_target
+from .files import refuse_target, write_table
+from .listing import CLEANING, check_known, labelled, score_to_list_by, scores_of
 from .pruning.cleaning import within_class
 from .pruning.selection import floor
 from .runs import run_folder
-from .suspects import CLEANING, check_known, labelled, score_to_list_by, scores_of, write_table
 
 if TYPE_CHECKING:
     import pandas as pd

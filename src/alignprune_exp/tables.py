@@ -27,8 +27,8 @@ from .report.mirrored import download
 from .report.tables import Table, filled, latex, long_csv, make_table, markdown, read_records, wide_csv
 from .report.workers import workers
 from .runs import run_folders, write_text
+from .sheet import Sheet, report_sheet
 from .suites import load_suite, option_names
-from .suspects import Sheet, report_sheet
 
 FILES = {".md": markdown, ".csv": wide_csv, "_long.csv": long_csv, ".tex": latex}  # of a table, by their ending
 RESULTS = [Path("results"), Path("results/records")]

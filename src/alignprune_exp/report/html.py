@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..suspects import Sheet
+from ..sheet import Sheet
 from .figures import WITH_TABLES, Picture
 from .findings import Findings, brief, findings, largest_first
 from .publish import scrubbed_command
