@@ -385,8 +385,10 @@ class DynamicPruning(Selecting):
 
     def _warn_of_ties(self, ranking: np.ndarray) -> None:
         """Warn, the first time, where samples (n,) are compared with the reference, and all of them are alike."""
+        if self._warned or not (self.compares and self._ranking_score().aligned):
+            return
         known = ranking[~np.isnan(ranking)]
-        if self._warned or not (self.compares and self._ranking_score().aligned) or len(known) < 2 or np.ptp(known) > 0:
+        if len(known) < 2 or np.ptp(known) > 0:
             return
         self._warned, past_W = True, self.trajectories.reference_W
         why = ""

@@ -15,7 +15,7 @@ from .bank import exact
 RIDGE = 0.01  # for embeddings that the labels have shaped
 WEAK = 0.1  # for features that are many, and of which each says little
 ROWS = 8192  # that are in double precision at a time
-SAME = 8  # steps of floating point beside their mean, within which embeddings that differ are the same
+SAME = 2  # steps of floating point beside their mean, within which embeddings that differ are the same
 LAST = 10  # a label comes last where no more than a tenth of the classes, or one, are foretold less
 
 

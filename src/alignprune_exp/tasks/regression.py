@@ -300,31 +300,35 @@ class ParquetTable(DataSet):
         return Table.split(rows.of(np.flatnonzero(~missing)), self.held_out, list(features), False, skipped)
 
     def _read(self) -> Any:
-        """Return the columns of all files, in the order of the first one's."""
+        """Return the columns of all files, in the order of the first one's; numbers as float64."""
         import pyarrow as pa
 
+        files = self._files()
+        tables = [self._columns(file) for file in files]
+        schema = tables[0].schema
+        for file, table in zip(files, tables, strict=True):
+            try:
+                schema = _united(schema, table.schema)
+            except (ValueError, TypeError) as error:
+                differ = f"{files[0]} and {file} differ in their columns ({brief(error)})"
+                raise UsageError(f"{differ}: write all with the same, or move the others elsewhere") from None
+        return pa.concat_tables([table.select(schema.names) for table in tables], promote_options="permissive")
+
+    def _files(self) -> list[Path]:
         if self.root is None:
             raise UsageError(f"dataset={self.name} needs its file: type dataset.root=FILE.parquet, or a folder of such")
         root = Path(self.root).expanduser()
         files = [root] if root.is_file() else [file for file in below(root, "*") if file.suffix.lower() == ".parquet"]
         if not files:
             raise UsageError(f"dataset.root={root} is no Parquet file, nor a folder of *.parquet: type where these are")
-        asked = {self.target, *(self.features or ())}
-        tables: list[Any] = []
-        schema = pa.schema([])
-        for file in files:
-            read = columns.read(file)
-            names = [name for name in read.column_names if name in asked or not name.startswith(PANDAS_INDEX)]
-            table = pa.table({name: _as_numbers(read.column(name)) for name in names})
-            try:
-                if tables and (other := set(names) ^ set(schema.names)):
-                    raise pa.ArrowInvalid(f"{min(other)} is in one of them alone")
-                schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
-                tables.append(table.select(schema.names))
-            except pa.ArrowException as error:
-                differ = f"{files[0]} and {file} differ in their columns ({brief(error)})"
-                raise UsageError(f"{differ}: write all with the same, or move the others elsewhere") from None
-        return pa.concat_tables(tables, promote_options="permissive")
+        return files
+
+    def _columns(self, file: Path) -> Any:
+        import pyarrow as pa
+
+        table, asked = columns.read(file), {self.target, *(self.features or ())}
+        names = [name for name in table.column_names if name in asked or not name.startswith(PANDAS_INDEX)]
+        return pa.table({name: _as_numbers(table.column(name)) for name in names})
 
     def _numbers(self, name: str, column: Any, texts: bool = True) -> dict[str, np.ndarray]:
         """Return a column as numbers, float64 (n,), NaN for what is missing; of texts one for each of them, 0 or 1."""
@@ -343,6 +347,15 @@ class ParquetTable(DataSet):
             raise UsageError(f"the column {name} of {self.root} has {len(known)} different texts, too many: {leave}")
         missing = np.array([value is None for value in values])
         return {f"{name}={text}": np.where(missing, np.nan, values == text) for text in known}
+
+
+def _united(schema: Any, other: Any) -> Any:
+    """Return the schema of two tables together. Raises ValueError or TypeError that says where they differ."""
+    import pyarrow as pa
+
+    if lone := set(schema.names) ^ set(other.names):
+        raise ValueError(f"{min(lone)} is in one of them alone")
+    return pa.unify_schemas([schema, other], promote_options="permissive")
 
 
 def _as_numbers(column: Any) -> Any:
