@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from alignprune_exp.frameworks.lightning import PruningCallback
 from alignprune_exp.pruning import SCORES, DynamicPruning, within_class
 from alignprune_exp.pruning.readout import WEAK, readout
+from alignprune_exp.pruning.running import PruningWarning
 
 N, EPOCHS, BATCH = 64, 6, 8
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -119,6 +120,14 @@ def by_hand(pruning, batch=BATCH):
         module.train()
         pruning.end_epoch(losses)
     return module
+
+
+def test_a_reference_loss_that_never_moves_is_said_once():
+    pruning = make()
+    callback = PruningCallback(pruning, reference=reference(), losses=lambda module, batch: torch.ones(len(batch[1])))
+    with pytest.warns(PruningWarning, match="is 0 for every sample .* the reference loss has been 1 in each") as said:
+        trainer(pruning, callback).fit(Module(pruning), loader_of(pruning))
+    assert sum(warning.category is PruningWarning for warning in said) == 1
 
 
 def test_lightning_trains_what_the_loop_of_ones_own_does():
