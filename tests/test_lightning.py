@@ -19,9 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from alignprune_exp.frameworks.lightning import PruningCallback
-from alignprune_exp.pruning import SCORES, DynamicPruning, within_class
+from alignprune_exp.pruning import SCORES, DynamicPruning, PruningWarning, within_class
 from alignprune_exp.pruning.readout import WEAK, readout
-from alignprune_exp.pruning.running import PruningWarning
 
 N, EPOCHS, BATCH = 64, 6, 8
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]

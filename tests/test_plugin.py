@@ -22,13 +22,13 @@ from alignprune_exp.pruning import (
     Fixed,
     NonFiniteLossError,
     Pruner,
+    PruningWarning,
     Score,
     Selection,
     TrajectoryLog,
     WarmUpLog,
     within_class,
 )
-from alignprune_exp.pruning.running import PruningWarning
 from harness import through_disk
 
 N, T, WINDOW, BATCH = 30, 8, 3, 8  # samples, epochs, window, batch size

@@ -34,10 +34,10 @@ from .pruning import (
     Full,
     NonFiniteLossError,
     Pruner,
+    PruningWarning,
     Trajectories,
     WarmUpLog,
 )
-from .pruning.running import PruningWarning
 from .pruning.seeding import generator
 from .record import Row
 from .records import PROBABILITIES, read_summary

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .log import TrajectoryLog
     from .processes import DisagreementError, LostProcessError
     from .pruners import PRUNERS, Fixed, Full
-    from .running import NonFiniteLossError
+    from .running import NonFiniteLossError, PruningWarning
     from .scores import SCORES, Score
     from .selection import Plan, Pruner, Selection
 
@@ -34,6 +34,7 @@ __all__ = [
     "NonFiniteLossError",
     "Plan",
     "Pruner",
+    "PruningWarning",
     "Score",
     "Selection",
     "Trajectories",
@@ -45,7 +46,7 @@ __all__ = [
 
 _HOME = {
     "DynamicPruning": "dynamic",
-    "NonFiniteLossError": "running",
+    **dict.fromkeys(("NonFiniteLossError", "PruningWarning"), "running"),
     **dict.fromkeys(("DisagreementError", "LostProcessError"), "processes"),
     **dict.fromkeys(("PRUNERS", "Fixed", "Full"), "pruners"),
     **dict.fromkeys(("Plan", "Pruner", "Selection"), "selection"),

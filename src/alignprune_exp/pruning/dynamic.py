@@ -278,8 +278,8 @@ class DynamicPruning(Selecting):
         if self.score.aligned and self.epoch == self.trajectories.window:
             self._memory.fill(np.nan)
         ranking = self._rank()
-        self._warn_of_ties(ranking)
         self._scores = self.pruner.digest(ranking, selected, seen, self._memory)
+        self._warn_of_ties(ranking)
 
     def change_reference(self, reference_loss: ReferenceLoss) -> None:
         """Say, between two epochs, that the reference set is another one from now on.
