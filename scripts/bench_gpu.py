@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import numpy as np
@@ -372,16 +372,15 @@ def epoch(report: OnDevice, sizes: Sizes) -> tuple[float, float]:
     rows, walls, n = walked(line(report, sizes, *overrides, "checkpoint_seconds=1000000"))
     peak = report.peak()
     _, with_checkpoints, _ = walked(line(report, sizes, *overrides, "checkpoint_seconds=0"))
-    wall, inside = median(walls), median(row["seconds_train"] for row in rows)
-    trained_on = round(median(row["kept_fraction"] for row in rows) * n)
-    outside, checkpoint = wall - inside, max(0.0, median(with_checkpoints) - wall)
-    report.add("epoch", trained_on, wall, peak, "its steps alone", inside)
+    checkpoint = max(0.0, median(with_checkpoints) - median(walls))
+    left = [wall - row["seconds_train"] for row, wall in zip(rows, walls, strict=True)]
+    typical = left.index(outside := median_low(left))  # one epoch, whose parts add up
+    row, wall = rows[typical], walls[typical]
+    report.add("epoch", round(row["kept_fraction"] * n), wall, peak, "its steps alone", row["seconds_train"])
     report.note("outside", outside, f"{outside:.4f} s of an epoch, {outside / wall:.1%}, are outside of its steps:")
-    for part in sorted(name for name in rows[0] if name.startswith("seconds_") and name != "seconds_train"):
-        seconds = median(row[part] for row in rows)
-        report.note(f"outside, {part[8:]}", seconds, f"    {part[8:]:<12} {seconds:.4f} s, {seconds / wall:.2%}")
-    rest = wall - median(row["seconds"] for row in rows)
-    report.note("outside, record", rest, f"    {'record':<12} {rest:.4f} s, {rest / wall:.2%}")
+    parts = {name[8:]: row[name] for name in sorted(row) if name.startswith("seconds_") and name != "seconds_train"}
+    for part, seconds in (parts | {"record": outside - sum(parts.values())}).items():
+        report.note(f"outside, {part}", seconds, f"    {part:<12} {seconds:.4f} s, {seconds / wall:.2%}")
     report.note("checkpoint", checkpoint, f"a checkpoint, beside the training, holds it up by {checkpoint:.4f} s")
     return outside, checkpoint
 
