@@ -374,7 +374,8 @@ def epoch(report: OnDevice, sizes: Sizes) -> tuple[float, float]:
     _, with_checkpoints, _ = walked(line(report, sizes, *overrides, "checkpoint_seconds=0"))
     checkpoint = max(0.0, median(with_checkpoints) - median(walls))
     left = [wall - row["seconds_train"] for row, wall in zip(rows, walls, strict=True)]
-    typical = left.index(outside := median_low(left))  # one epoch, whose parts add up
+    outside = median_low(left)
+    typical = left.index(outside)  # one epoch, whose parts add up
     row, wall = rows[typical], walls[typical]
     report.add("epoch", round(row["kept_fraction"] * n), wall, peak, "its steps alone", row["seconds_train"])
     report.note("outside", outside, f"{outside:.4f} s of an epoch, {outside / wall:.1%}, are outside of its steps:")

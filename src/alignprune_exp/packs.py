@@ -26,6 +26,7 @@ FILES = {  # of a run's folder, by column; all texts but the dynamics, which are
 COLUMNS = {name: column for column, name in FILES.items()}
 TEXTS = ("id", *(column for column in FILES if column != "dynamics"))
 DIGESTS = ("digest", "digest_dynamics")  # of a row's texts, and of its dynamics
+WHOLE = {"id", *FILES, *DIGESTS}  # the columns of a pack
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _has_the_columns(path: Path) -> bool | None:
     import pyarrow.parquet as pq
 
     try:
-        return {"id", *FILES, *DIGESTS} <= set(pq.read_schema(path).names)
+        return set(pq.read_schema(path).names) >= WHOLE
     except (pa.ArrowException, OSError):
         return None
 
@@ -147,8 +148,12 @@ def _opened(path: Path, changed: int) -> tuple[Any, dict[str, int]]:
 
     ``changed`` is when, so that a new file is read anew.
     """
+    import pyarrow.parquet as pq
+
     with _readable(path):
-        table = _read(path, [*TEXTS, *DIGESTS])
+        if missing := WHOLE - set(pq.read_schema(path).names):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        table = pq.read_table(path, columns=[*TEXTS, *DIGESTS], page_checksum_verification=True)
         for row in table.to_pylist():
             if _digest([row[column] for column in TEXTS]) != row["digest"]:
                 raise ValueError(f"run {row['id']} does not match its checksum")
@@ -158,15 +163,9 @@ def _opened(path: Path, changed: int) -> tuple[Any, dict[str, int]]:
 @lru_cache(maxsize=64)
 def _dynamics(path: Path, changed: int) -> Any:
     """Return the column of the dynamics, most of a pack."""
-    return _read(path, ["dynamics"])["dynamics"]
-
-
-def _read(path: Path, columns: list[str]) -> Any:
     import pyarrow.parquet as pq
 
-    if missing := {"id", *FILES, *DIGESTS} - set(pq.read_schema(path).names):
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    return pq.read_table(path, columns=["dynamics"], page_checksum_verification=True)["dynamics"]
 
 
 @contextmanager
