@@ -18,7 +18,7 @@ from .errors import Failed, Stopped
 from .learners import Step
 from .network import Network
 from .pruning import DynamicPruning, NonFiniteLossError, Selection, WarmUpLog
-from .pruning.readout import RIDGE, WEAK, readout
+from .pruning.readout import RIDGE, WEAK
 from .pruning.scores import Features
 from .reference import Reference
 from .setup import Setup
@@ -225,7 +225,7 @@ class Loop:
         return len(unseen)
 
     def _foretell(self) -> None:
-        """Tell what a readout of all samples' features foretells of their labels."""
+        """Tell what all samples' features foretell of their labels."""
         self._tell(self.setup.task.features(self.setup.own), WEAK)
 
     def _read_out(self) -> int:
@@ -235,13 +235,15 @@ class Loop:
         return self.setup.n
 
     def _tell(self, own: Tensor, ridge: float) -> None:
-        """Tell a `readout` of all samples' features, of which this process has its ``own`` share (k, d)."""
+        """Tell what all samples' features foretell, of which this process has its ``own`` share (k, d)."""
         features = self.setup.processes.gather(own)
         if not features.isfinite().all():
             raise NonFiniteLossError(self.pruning.epoch, what="an embedding")
-        assert self.setup.task.strata is not None
+        foretells, labels = self.pruning.score.foretells, self.setup.task.strata
+        assert foretells is not None
+        assert labels is not None
         try:
-            foretold = readout(features, torch.from_numpy(self.setup.task.strata), ridge)
+            foretold = foretells(features, torch.from_numpy(labels), ridge)
         except ValueError as error:
             raise Failed(
                 f"run {self.setup.id} cannot go on: {error}; lower optimizer.lr, or use score=settled"

@@ -179,15 +179,21 @@ class DynamicPruning(Selecting):
         """Tell, in the running epoch, what the score goes by beside the losses, wherever `due` asks for it.
 
         That is, before the first epoch, the irreducible losses for ``score="reducible"`` and ``"irreducible"``, and a
-        `readout` of features for ``"features"``; every few epochs one of the network's embeddings for ``"readout"``.
-        Several processes tell the same.
+        `readout` of features for ``"features"``, their `transition` for ``"transition"``; every few epochs a `readout`
+        of the network's embeddings for ``"readout"``. Several processes tell the same.
 
         Args:
-            values: (n,) one a sample, NaN where it is not known; or what `readout` returns, whose first estimate of the
-                noise rate a pruner goes by that needs one, where no trusted set tells it.
+            values: (n,) one a sample, NaN where it is not known; or what `readout` or `transition` returns, whose first
+                estimate of the noise rate is `noise_rate` where no trusted set tells it, or the score overrules it.
 
-        Raises ValueError for another number of them, and for infinite ones.
+        Raises ValueError for another number of them, for infinite ones, and for what the other of the two returns.
         """
+        foretells = self.score.foretells
+        if isinstance(values, Foretold) and foretells is not None and values.by != foretells.__name__:
+            raise ValueError(
+                f"score={self.score.name!r} goes by what {foretells.__name__}() returns, and this is of {values.by}(); "
+                f"call pruning.tell({foretells.__name__}(…))"
+            )
         margins = values.margins if isinstance(values, Foretold) else values
         told = torch.as_tensor(margins, dtype=torch.float32, device=self.told.device)
         if told.shape != (self.n,) or told.isinf().any():
@@ -407,7 +413,8 @@ class DynamicPruning(Selecting):
         """Raise ValueError where the pruner needs the noise rate, and nothing will tell it."""
         waits = self.score.foretells and (self.told_in < 0 or not math.isnan(self._noise.foretold))
         if self.pruner.needs_noise_rate and math.isnan(trusted) and not waits:
-            tell = "tell() what readout() returns as it is, " if self.score.foretells else ""
+            by = self.score.foretells
+            tell = f"tell() what {by.__name__}() returns as it is, " if by else ""
             raise ValueError(
                 f"the pruner needs the noise rate: {tell}pass the losses (R,) of a trusted set to end_epoch(), or "
                 "exclude=0.3"

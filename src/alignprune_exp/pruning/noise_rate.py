@@ -49,7 +49,7 @@ class NoiseRate:
     its beginning and its end.
 
     Attributes:
-        foretold: the rate that a `readout` estimates, which is taken where no epoch counts; NaN before it has.
+        foretold: the rate that a `readout` or a `transition` estimates; NaN before it has.
     """
 
     def __init__(self) -> None:
@@ -72,10 +72,15 @@ class NoiseRate:
             self._pairs.append((probability(losses[trained]), between))
         self._before = trusted if counts else math.nan
 
-    def estimate(self, classes: int) -> float:
-        """Return the `wrong_share` by the epochs so far, or where none counts what is foretold; NaN before either."""
+    def estimate(self, classes: int, foretold_first: bool = False) -> float:
+        """Return the `wrong_share` by the epochs so far, or where none counts what is foretold; NaN before either.
+
+        With ``foretold_first`` what is foretold counts before that.
+        """
         given, trusted = self._tensor()[:-1].T
-        return wrong_share(given, trusted, classes) if len(given) else self.foretold
+        if len(given) == 0 or (foretold_first and not math.isnan(self.foretold)):
+            return self.foretold
+        return wrong_share(given, trusted, classes)
 
     def state_dict(self) -> dict[str, Any]:
         return {"pairs": self._tensor(), "foretold": self.foretold}

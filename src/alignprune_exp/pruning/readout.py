@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,12 @@ class Foretold:
     Attributes:
         margins: (n,) float32, where the embeddings lie; higher means that the label fits what the others say.
         noise_rate: which share of the labels seems wrong, in [0, 1].
+        by: ``readout``, or ``transition``, whose margins are of another unit.
     """
 
     margins: Tensor
     noise_rate: float
+    by: str = "readout"
 
 
 @torch.no_grad()
@@ -60,14 +62,40 @@ def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Foretol
     Raises ValueError for labels of one class or of other samples, a ridge that is not above 0, and for embeddings that
     are not finite, or the same for every sample but for rounding.
     """
-    n = len(embeddings)
-    labels = torch.as_tensor(labels, device=embeddings.device)
+    labels = checked(labels, embeddings)
+    return fit(left_out(embeddings, labels, ridge), labels)
+
+
+def fit(blocks: Iterable[tuple[Tensor, Tensor]], labels: Tensor) -> Foretold:
+    """Return how labels (n,) fit what is foretold of them, f (B, C) and the labels (B, 1) of some at a time."""
+    there_C = labels.bincount() > 0
+    there = int(there_C.sum())
+    last = max(1, there // LAST)
+    margins, sure, comes_last = [], [], []
+    for f_BC, label_B1 in blocks:
+        f_B1, (first_B, second_B) = f_BC.gather(1, label_B1), f_BC.topk(2).values.T
+        margins.append(f_B1[:, 0] - f_BC.scatter(1, label_B1, -torch.inf).amax(1))
+        sure.append(first_B - second_B)
+        comes_last.append(((f_BC < f_B1) & there_C).sum(1) < last)
+    sure_n = torch.cat(sure)
+    share = torch.cat(comes_last)[sure_n >= sure_n.median()].double().mean().item()
+    return Foretold(torch.cat(margins).float(), min(1.0, share * (there - 1) / last))
+
+
+def checked(labels: Tensor, embeddings: Tensor) -> Tensor:
+    """Return the labels (n,) of embeddings (n, d), int64, where these are. Raises ValueError as `readout` does."""
+    n, labels = len(embeddings), torch.as_tensor(labels, device=embeddings.device)
     whole = labels.shape == (n,) and not labels.is_floating_point() and n > 0
     if not whole or labels.min() < 0 or labels.max() < 1:
         raise ValueError(f"a readout needs {n} labels, one a sample, whole numbers from 0, of two classes or more")
+    return labels.long()
+
+
+def left_out(embeddings: Tensor, labels: Tensor, ridge: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield f (B, C), of some rows at a time what all others foretell of them, and the labels (B, 1): see `readout`."""
     if not 0 < ridge < math.inf:
         raise ValueError(f"ridge={ridge} is out of range; use a number above 0")
-    labels, d, classes = labels.long(), embeddings.shape[1], int(labels.max()) + 1
+    (n, d), classes = embeddings.shape, int(labels.max()) + 1
     mean_D = embeddings.mean(0, dtype=exact(embeddings.device))
     shares_C = F.one_hot(labels, classes).to(mean_D.dtype).mean(0)
 
@@ -86,20 +114,9 @@ def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Foretol
     if gram_DD.trace() <= rounding**2 * n * mean_D.square().sum():
         raise ValueError("the embeddings are the same for every sample, so that they foretell no label")
     inverse_DD = torch.linalg.inv(ridged(gram_DD, ridge))
-    there_C = shares_C > 0
-    there = int(there_C.sum())
-    last = max(1, there // LAST)
-    margins, sure, comes_last = [], [], []
     for x_BD, y_BC, label_B1 in blocks():
         h_B = 1 / n + ((x_BD @ inverse_DD) * x_BD).sum(1)
-        f_BC = y_BC - (y_BC - x_BD @ (inverse_DD @ cross_DC)) / (1 - h_B)[:, None] + shares_C
-        f_B1, (first_B, second_B) = f_BC.gather(1, label_B1), f_BC.topk(2).values.T
-        margins.append(f_B1[:, 0] - f_BC.scatter(1, label_B1, -torch.inf).amax(1))
-        sure.append(first_B - second_B)
-        comes_last.append(((f_BC < f_B1) & there_C).sum(1) < last)
-    sure_n = torch.cat(sure)
-    share = torch.cat(comes_last)[sure_n >= sure_n.median()].double().mean().item()
-    return Foretold(torch.cat(margins).float(), min(1.0, share * (there - 1) / last))
+        yield y_BC - (y_BC - x_BD @ (inverse_DD @ cross_DC)) / (1 - h_B)[:, None] + shares_C, label_B1
 
 
 def ridged(gram_DD: Tensor, ridge: float) -> Tensor:

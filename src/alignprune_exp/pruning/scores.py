@@ -17,8 +17,10 @@ from .bank import History
 from .cleaning import standardised
 from .logistic import told_by_others
 from .noise_rate import PASSES
+from .readout import Foretold, readout
 from .seeding import generator
 from .selection import check_epochs, epochs_of
+from .transition import transition
 
 
 def pearson(losses_WB: Tensor, reference_W: Tensor) -> Tensor:
@@ -103,15 +105,21 @@ class Score:
     A score with ``aligned = True`` compares with the reference trajectory: it needs a reference loss every
     epoch, and before its window is full all samples are ranked by `Loss` instead, as the paper says.
     One with ``by_class = True`` goes by the given labels, one with ``by_truth = True`` by which of them are clean: a
-    control, of what is best possible. One with ``foretells = True`` is told a `readout`, which estimates the noise
-    rate; one with ``told_first = True`` is told what it goes by before the first epoch, not at the end of one.
+    control, of what is best possible. One with ``told_first = True`` is told what it goes by before the first epoch,
+    not at the end of one.
+
+    Attributes:
+        foretells: what returns what it is told, of embeddings and labels: `readout`, or `transition`; it estimates the
+            noise rate as well. None where it is told nothing of the kind.
+        overrules: whether that rate counts where trusted labels tell one too.
     """
 
     name: str
     aligned: bool = False
     by_class: bool = False
     by_truth: bool = False
-    foretells: bool = False
+    foretells: ClassVar[Callable[..., Foretold] | None] = None
+    overrules: bool = False
     told_first: bool = False
 
     def holdout_epochs(self, epochs: int) -> int:
@@ -267,7 +275,7 @@ class Readout(Cleaning):
     """
 
     name = "readout"
-    foretells = True
+    foretells = staticmethod(readout)
 
     def __init__(self, *, every: float = 0.25) -> None:
         check_epochs("every", every)
@@ -293,7 +301,7 @@ class Features(Cleaning):
     """
 
     name = "features"
-    foretells = True
+    foretells = staticmethod(readout)
     told_first = True
 
     def __init__(self, *, file: str | None = None) -> None:
@@ -301,7 +309,27 @@ class Features(Cleaning):
 
     def __call__(self, history: History) -> Tensor:
         known = min(1.0, history.count_N.double().mean().item() / PASSES)
-        return known * super().__call__(history).nan_to_num(nan=0.0) + self.standardised(told(history), history)
+        return known * super().__call__(history).nan_to_num(nan=0.0) + self.foretold(history)
+
+    def foretold(self, history: History) -> Tensor:
+        """Return what was told of each sample (N,) as far as it counts beside losses."""
+        return self.standardised(told(history), history)
+
+
+class Transition(Features):
+    """As `Features`, where some classes are taken for others more often than these for them.
+
+    It is told the log odds that each label is right, by a `transition` matrix, which compare samples of all classes: a
+    class without wrong labels loses none. The noise rate is the one that comes with them, whatever trusted labels say:
+    they see only wrong labels that do not look like right ones.
+    """
+
+    name = "transition"
+    foretells = staticmethod(transition)
+    overrules = True
+
+    def foretold(self, history: History) -> Tensor:
+        return told(history)
 
 
 class HeldOut(Score):
@@ -394,6 +422,7 @@ SCORES: dict[str, type[Score]] = {
         Curriculum,
         Readout,
         Features,
+        Transition,
         Reducible,
         Irreducible,
         Oracle,

@@ -1,0 +1,93 @@
+"""Of which classes samples are that bear a label, by what all the others' labels foretell of them; none is trusted.
+
+Shape legend: n samples, C classes, B samples of one of them or some at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .readout import ROWS, WEAK, Foretold, checked, fit, left_out
+
+TAILS = (0.1, 0.2, 0.5)  # shares of a class's samples, those that are most unlike another class
+UNSURE = 0.1  # of the chance of one in C: what a class has at the least
+
+
+@torch.no_grad()
+def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foretold:
+    r"""Estimate which labels each class's samples bear, and how likely each label is right, with no trusted one.
+
+    `readout` takes a wrong label for one drawn from all other classes. Those that people and machines give look like
+    right ones: a cat's for a dog. With κ as `mixed` has it, no pair of classes less so than by symmetric noise of the
+    rate that `readout` estimates, and V_jc the share of class c among the samples of label j,
+
+    .. math:: V_{jc} = \frac{\kappa_{jc}}{\sum_k \kappa_{jk}}, \qquad
+              T_{cj} = P(\text{label } j \mid \text{class } c) \propto V_{jc}\, P(\text{label } j), \qquad
+              \eta = \sum_j P(\text{label } j)\,(1 - V_{jj})
+
+    which is exact where each class has lost as large a share of its samples. What is foretold, f, are probabilities of
+    labels; those of classes are g with f = g T (Patrini et al., CVPR 2017), and so
+
+    .. math:: P(\text{label } j \text{ is right} \mid x) = \frac{g_j T_{jj}}{\sum_c g_c T_{cj}}
+
+    Args:
+        embeddings: (n, d) that no label has shaped.
+        labels, ridge: as for `readout`.
+
+    Returns the log odds that each label is right, as margins, and η. Raises ValueError as `readout` does.
+    """
+    labels = checked(labels, embeddings).unique(return_inverse=True)[1]
+    f_nC = torch.cat([f_BC.float() for f_BC, _ in left_out(embeddings, labels, ridge)])
+    n, classes = f_nC.shape
+    chance = 1 - 1 / classes
+    rate = min(chance, max(1 / n, fit([(f_nC, labels[:, None])], labels).noise_rate))
+    kappa_CC = mixed(f_nC, labels, rate / (classes - 1) / (1 - rate)).fill_diagonal_(1)
+    v_CC = kappa_CC / kappa_CC.sum(1, keepdim=True)
+    share_C = labels.bincount().to(v_CC.dtype) / n
+    t_CC = (v_CC * share_C[:, None]).T
+    t_CC = (t_CC / t_CC.sum(1, keepdim=True)).to(f_nC.dtype)
+    inverse_CC = torch.linalg.pinv(t_CC)
+    odds = []
+    for f_BC, label_B in zip(f_nC.split(ROWS), labels.split(ROWS), strict=True):
+        parts_BC = (f_BC @ inverse_CC).clamp(min=UNSURE / classes) * t_CC.T[label_B]
+        right_B1 = parts_BC.gather(1, label_B[:, None])
+        odds.append(right_B1[:, 0].log() - parts_BC.scatter(1, label_B[:, None], 0).sum(1).log())
+    return Foretold(torch.cat(odds), ((1 - v_CC.diagonal()) * share_C).sum().item(), by="transition")
+
+
+def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
+    r"""Return κ (C, C), float64, in [least, 1]: for each sample of class c under its own label, how many under label j.
+
+    Where d = f_c - f_j is so large that few samples of label c reach it, hardly one of class j does: those of label j
+    that are there are of class c. So with q a quantile of d among the samples of label c
+
+    .. math:: \kappa_{jc} = \frac{P(d > q \mid \text{label } j)}{P(d > q \mid \text{label } c)}
+
+    but for chance bounds them from above, the closer the further out (mixture proportion estimation: Blanchard, Lee and
+    Scott, JMLR 2010). Of the `TAILS` that one counts in which κ and its standard error are least together, and it does
+    where κ is √(2 ln C(C - 1)) errors above ``least``, which is as far as chance takes the largest of so many.
+
+    Args:
+        f_nC: what is foretold. labels: (n,), each of the C classes among them. least: κ where it does not count.
+    """
+    count_C = labels.bincount().double()
+    classes = len(count_C)
+    own_n = f_nC.gather(1, labels[:, None])[:, 0]
+    kappa_CC, error_CC = f_nC.new_full((2, classes, classes), torch.inf, dtype=torch.float64)
+    for c in range(classes):
+        f_BC = f_nC[labels == c]
+        sorted_BC = (f_BC[:, c : c + 1] - f_BC).sort(0).values
+        for tail in TAILS:
+            beyond = max(1, math.floor(tail * len(f_BC)))
+            q_C = sorted_BC[-beyond - 1] if beyond < len(f_BC) else sorted_BC[0] - torch.inf
+            met_C = labels[f_nC[:, c] - own_n > q_C[labels]].bincount(minlength=classes).double()
+            scale_C = count_C[c] / beyond / count_C
+            error_C = scale_C * ((met_C + 1) * (1 + met_C / beyond)).sqrt()
+            less_C = scale_C * met_C + error_C < kappa_CC[:, c] + error_CC[:, c]
+            kappa_CC[:, c] = torch.where(less_C, scale_C * met_C, kappa_CC[:, c])
+            error_CC[:, c] = torch.where(less_C, error_C, error_CC[:, c])
+    counts_CC = kappa_CC - math.sqrt(2 * math.log(classes * (classes - 1))) * error_CC > least
+    return torch.where(counts_CC, kappa_CC.clamp(max=1), least)
