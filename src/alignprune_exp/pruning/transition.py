@@ -67,11 +67,12 @@ def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
     .. math:: \kappa_{jc} = \frac{P(d > q \mid \text{label } j)}{P(d > q \mid \text{label } c)}
 
     but for chance bounds them from above, the closer the further out (mixture proportion estimation: Blanchard, Lee and
-    Scott, JMLR 2010). Of the `TAILS` that one counts in which κ and its standard error are least together, and it does
-    where κ is √(2 ln C(C - 1)) errors above ``least``, which is as far as chance takes the largest of so many.
+    Scott, JMLR 2010). Of the `TAILS` that one counts in which κ and its standard error are least together, and of κ
+    what is above √(2 ln C(C - 1)) errors, which is as far as chance takes the largest of so many. Where that is not more
+    than twice ``least``, it is ``least``.
 
     Args:
-        f_nC: what is foretold. labels: (n,), each of the C classes among them. least: κ where it does not count.
+        f_nC: what is foretold. labels: (n,), each of the C classes among them. least: κ of symmetric noise.
     """
     count_C = labels.bincount().double()
     classes = len(count_C)
@@ -89,5 +90,5 @@ def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
             less_C = scale_C * met_C + error_C < kappa_CC[:, c] + error_CC[:, c]
             kappa_CC[:, c] = torch.where(less_C, scale_C * met_C, kappa_CC[:, c])
             error_CC[:, c] = torch.where(less_C, error_C, error_CC[:, c])
-    counts_CC = kappa_CC - math.sqrt(2 * math.log(classes * (classes - 1))) * error_CC > least
-    return torch.where(counts_CC, kappa_CC.clamp(max=1), least)
+    sure_CC = kappa_CC - math.sqrt(2 * math.log(classes * (classes - 1))) * error_CC
+    return torch.where(sure_CC > 2 * least, sure_CC.clamp(max=1), least)
