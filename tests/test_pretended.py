@@ -42,6 +42,7 @@ RUNS = {  # between them every learner, score, pruner, kind of reference set and
     "full, population": ("pruner=full", "reference=population"),
     "readout": ("method=sieve_readout", "pruner.warmup=2", "score.every=1"),
     "features": ("method=sieve_features", "pruner.warmup=2"),
+    "transition": ("method=sieve_transition", "pruner.warmup=2"),
     "reducible": ("method=rho_loss", "score.holdout=1"),
     "ucb, small_loss": ("pruner=ucb", "score=small_loss"),
     "epsilon_greedy, oracle": ("pruner=epsilon_greedy", "score=oracle"),

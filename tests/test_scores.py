@@ -434,7 +434,7 @@ def test_supervised_is_settled_where_nothing_is_wrong_and_knows_nothing_of_what_
 def test_exactly_the_scores_that_compare_with_the_reference_are_aligned():
     assert {name for name, score in SCORES.items() if score.aligned} == {"das", "spearman", "cosine"}
     others = {"loss", "random", "small_loss", "settled", "cleaning", "curriculum", "oracle"}
-    others |= {"readout", "features", "reducible", "irreducible", "supervised"}
+    others |= {"readout", "features", "transition", "reducible", "irreducible", "supervised"}
     assert set(SCORES) == {"das", "spearman", "cosine"} | others
     assert all(score.name == name for name, score in SCORES.items())
 

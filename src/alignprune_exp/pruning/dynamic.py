@@ -184,7 +184,7 @@ class DynamicPruning(Selecting):
 
         Args:
             values: (n,) one a sample, NaN where it is not known; or what `readout` or `transition` returns, whose first
-                estimate of the noise rate is `noise_rate` where no trusted set tells it, or the score overrules it.
+                estimate of the noise rate is `noise_rate` where no trusted set tells it.
 
         Raises ValueError for another number of them, for infinite ones, and for what the other of the two returns.
         """

@@ -72,15 +72,16 @@ class NoiseRate:
             self._pairs.append((probability(losses[trained]), between))
         self._before = trusted if counts else math.nan
 
-    def estimate(self, classes: int, foretold_first: bool = False) -> float:
+    def estimate(self, classes: int, larger: bool = False) -> float:
         """Return the `wrong_share` by the epochs so far, or where none counts what is foretold; NaN before either.
 
-        With ``foretold_first`` what is foretold counts before that.
+        With ``larger`` the larger of the two, where both are known.
         """
         given, trusted = self._tensor()[:-1].T
-        if len(given) == 0 or (foretold_first and not math.isnan(self.foretold)):
+        if len(given) == 0:
             return self.foretold
-        return wrong_share(given, trusted, classes)
+        share = wrong_share(given, trusted, classes)
+        return self.foretold if larger and (math.isnan(share) or self.foretold > share) else share
 
     def state_dict(self) -> dict[str, Any]:
         return {"pairs": self._tensor(), "foretold": self.foretold}

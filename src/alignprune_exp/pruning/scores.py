@@ -111,7 +111,7 @@ class Score:
     Attributes:
         foretells: what returns what it is told, of embeddings and labels: `readout`, or `transition`; it estimates the
             noise rate as well. None where it is told nothing of the kind.
-        overrules: whether that rate counts where trusted labels tell one too.
+        larger_counts: whether the larger of that rate and the one that trusted labels tell counts, not the latter.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Score:
     by_class: bool = False
     by_truth: bool = False
     foretells: ClassVar[Callable[..., Foretold] | None] = None
-    overrules: bool = False
+    larger_counts: bool = False
     told_first: bool = False
 
     def holdout_epochs(self, epochs: int) -> int:
@@ -320,13 +320,13 @@ class Transition(Features):
     """As `Features`, where some classes are taken for others more often than these for them.
 
     It is told the log odds that each label is right, by a `transition` matrix, which compare samples of all classes: a
-    class without wrong labels loses none. The noise rate is the one that comes with them, whatever trusted labels say:
-    they see only wrong labels that do not look like right ones.
+    class without wrong labels loses none. Of the noise rate that comes with them and the one that trusted labels tell
+    the larger counts: each sees what the other does not.
     """
 
     name = "transition"
     foretells = staticmethod(transition)
-    overrules = True
+    larger_counts = True
 
     def foretold(self, history: History) -> Tensor:
         return told(history)

@@ -155,10 +155,10 @@ class Selecting(Indexed):
     def noise_rate(self) -> float:
         """Share of wrong labels, as far as losses tell it: `wrong_share` of the first epochs that no score has chosen.
 
-        Without the losses (R,) of a trusted set, or under a score that overrules them, that of the first `Foretold`
-        that was told. NaN before there are any, and where ``labels`` are not known.
+        Without the losses (R,) of a trusted set that of the first `Foretold` that was told, which under some scores
+        counts where it is larger, too. NaN before there are any, and where ``labels`` are not known.
         """
-        return self._noise.estimate(self._classes, self.score.overrules) if self._classes > 1 else math.nan
+        return self._noise.estimate(self._classes, self.score.larger_counts) if self._classes > 1 else math.nan
 
     def check_told(self) -> None:
         """Raise ValueError where an epoch would begin without what the score is to be told before."""

@@ -68,8 +68,8 @@ def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
 
     but for chance bounds them from above, the closer the further out (mixture proportion estimation: Blanchard, Lee and
     Scott, JMLR 2010). Of the `TAILS` that one counts in which κ and its standard error are least together, and of κ
-    what is above √(2 ln C(C - 1)) errors, which is as far as chance takes the largest of so many. Where that is not more
-    than twice ``least``, it is ``least``.
+    what is above √(2 ln C(C - 1)) errors, which is as far as chance takes the largest of so many; not more than twice
+    ``least``, it is ``least``.
 
     Args:
         f_nC: what is foretold. labels: (n,), each of the C classes among them. least: κ of symmetric noise.
