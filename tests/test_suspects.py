@@ -63,6 +63,16 @@ def test_the_least_settled_of_their_class_come_first_whatever_score_ranked(liste
     assert err == "listed by settled, standardised within the given class, lowest first\n"
 
 
+def test_odds_that_compare_all_classes_are_listed_as_they_are(run, capsys):
+    odds = [5.0, -1.0, 3.0, 7.0, -2.0, 4.0]
+    write_samples(run, SAMPLES.assign(score_transition=np.float32(odds)))
+    assert main([str(run), "--by", "transition", "--out", str(run / "list.csv")]) == 0
+    assert capsys.readouterr().err == "listed by transition, lowest first\n"
+    frame = pd.read_csv(run / "list.csv")
+    assert frame["score"].tolist() == sorted(odds)
+    assert frame["index"].tolist() == SAMPLES["index"].to_numpy()[np.argsort(odds)].tolist()
+
+
 def test_in_the_terminal_a_sample_that_was_never_seen_has_its_label_and_no_other(run, capsys):
     unseen = {"predicted": [0, 0, -1, 1, 0, 3], "loss": SAMPLES["loss"].where(SAMPLES["index"] != 7)}
     write_samples(run, SAMPLES.assign(score_settled=SAMPLES["score_settled"].where(SAMPLES["index"] != 7), **unseen))

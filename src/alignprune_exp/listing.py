@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .pruning.cleaning import table
+from .pruning.cleaning import table, within_class
 from .pruning.signals import SIGNALS
 from .records import read_config, read_samples, read_summary
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CLEANING = ("settled", "small_loss")  # what samples are listed by: minus their mean loss, over all epochs if known
+OF_ALL = ("transition",)  # scores that compare samples of all classes; others are standardised within the given one
 
 
 def labelled(folder: Path) -> pd.DataFrame:
@@ -81,7 +82,8 @@ def suspects(samples: pd.DataFrame, by: str, checked: Mapping[int, int] | None =
         "likely": None if predicted is None or predicted.isna().any() else predicted.to_numpy(),
         "checked": {place[each]: label for each, label in (checked or {}).items()},
     }
-    frame = table(**values, by=None if by == CLEANING[0] else samples[f"score_{by}"].to_numpy())
+    scores = samples[f"score_{by}"].to_numpy()
+    frame = table(**values, by=scores if by in OF_ALL else within_class(scores, values["labels"]))
     rows = frame["index"].to_numpy()
     frame["index"] = index[rows]
     if "likely_label" in frame:

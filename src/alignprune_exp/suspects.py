@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .console import command, one_line, parser_of
 from .errors import UsageError
 from .files import refuse_target, write_atomically, write_table
-from .listing import CLEANING, labelled, read_checked, score_to_list_by, suspects
+from .listing import CLEANING, OF_ALL, labelled, read_checked, score_to_list_by, suspects
 from .pruning.cleaning import first
 from .runs import run_folder
 from .sheet import contact_sheet, dataset_of
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         else:
             sys.stdout.write(for_reading(frame))
         lacking = f"; the run has no score {CLEANING[0]}" if given.by is None and by != CLEANING[0] else ""
-        print(f"listed by {by}, standardised within the given class, lowest first{lacking}", file=sys.stderr)
+        how = "" if by in OF_ALL else ", standardised within the given class"
+        print(f"listed by {by}{how}, lowest first{lacking}", file=sys.stderr)
         if sheet is not None:
             write_atomically(given.sheet, lambda file: file.write(sheet))
 

@@ -158,7 +158,7 @@ def table(
         losses: the last ones, (n,).
         likely: what each sample was taken for, (n,), where that is known.
         checked: the right label of each sample that somebody has looked at, by its index.
-        by: another score (n,) to list by, lowest first, standardised within the given class as well.
+        by: other numbers (n,) to list by, lowest first.
 
     Raises ValueError where these are not one a sample, missing, or of samples that there are not.
     """
@@ -175,7 +175,7 @@ def table(
             "numbers"
         )
     sure = wrong_probability(-settled, labels, _known_to_be_wrong(labels, checked or {}))
-    score = within_class(settled if by is None else by, labels)
+    score = within_class(settled, labels) if by is None else by
     flag = np.where(sure >= SURE, WRONG, "").astype(object)
     if likely is not None:
         flag[(sure >= SURE) & (likely == labels)] = MEMORISED
