@@ -1,5 +1,6 @@
 """Of which classes samples are that bear a label, and what ranks and estimates by it."""
 
+import itertools
 import math
 
 import numpy as np
@@ -21,20 +22,22 @@ from test_readout import by_refitting
 def counted(foretold, labels, least):
     """κ by counting, a pair of classes and a tail at a time."""
     classes = foretold.shape[1]
-    kappa = np.eye(classes)
-    for j in range(classes):
-        for c in set(range(classes)) - {j}:
-            apart = foretold[:, c] - foretold[:, j]
-            of_c, of_j = np.sort(apart[labels == c])[::-1], apart[labels == j]
-            found = []
-            for tail in (0.1, 0.2, 0.5):
-                beyond = max(1, math.floor(tail * len(of_c)))
-                met = (of_j > of_c[beyond]).sum() if beyond < len(of_c) else len(of_j)
-                scale = len(of_c) / beyond / len(of_j)
-                found.append((scale * met, scale * math.sqrt((met + 1) * (1 + met / beyond))))
-            ratio, error = min(found, key=sum)
-            sure = ratio - math.sqrt(2 * math.log(classes * (classes - 1))) * error
-            kappa[j, c] = min(1, sure) if sure > 2 * least else least
+    ratio, error = np.zeros((2, classes, classes))
+    for j, c in itertools.permutations(range(classes), 2):
+        apart = foretold[:, c] - foretold[:, j]
+        of_c, of_j = np.sort(apart[labels == c])[::-1], apart[labels == j]
+        found = []
+        for tail in (0.1, 0.2, 0.5):
+            beyond = max(1, math.floor(tail * len(of_c)))
+            met = (of_j > of_c[beyond]).sum() if beyond < len(of_c) else len(of_j)
+            scale = len(of_c) / beyond / len(of_j)
+            found.append((scale * met, scale * math.sqrt((met + 1) * (1 + met / beyond))))
+        ratio[j, c], error[j, c] = min(found, key=sum)
+    kappa, chance = np.eye(classes), math.sqrt(2 * math.log(classes * (classes - 1)))
+    for j, c in itertools.permutations(range(classes), 2):
+        one_way = ratio[j, c] - ratio[c, j] > chance * math.hypot(error[j, c], error[c, j])
+        sure = ratio[j, c] if one_way else ratio[j, c] - chance * error[j, c]
+        kappa[j, c] = min(1, sure) if sure > 2 * least else least
     return kappa
 
 

@@ -67,9 +67,10 @@ def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
     .. math:: \kappa_{jc} = \frac{P(d > q \mid \text{label } j)}{P(d > q \mid \text{label } c)}
 
     but for chance bounds them from above, the closer the further out (mixture proportion estimation: Blanchard, Lee and
-    Scott, JMLR 2010). Of the `TAILS` that one counts in which κ and its standard error are least together, and of κ
-    what is above √(2 ln C(C - 1)) errors, which is as far as chance takes the largest of so many; not more than twice
-    ``least``, it is ``least``.
+    Scott, JMLR 2010). Of the `TAILS` that one counts in which κ and its standard error are least together. Classes that
+    merely look alike overlap both ways: κ counts whole where it is above its counterpart by √(2 ln C(C - 1)) errors of
+    both, which is as far as chance takes the largest of so many, and else what is above as many errors of its own.
+    Where that is no more than twice ``least``, it is ``least``.
 
     Args:
         f_nC: what is foretold. labels: (n,), each of the C classes among them. least: κ of symmetric noise.
@@ -90,5 +91,7 @@ def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
             less_C = scale_C * met_C + error_C < kappa_CC[:, c] + error_CC[:, c]
             kappa_CC[:, c] = torch.where(less_C, scale_C * met_C, kappa_CC[:, c])
             error_CC[:, c] = torch.where(less_C, error_C, error_CC[:, c])
-    sure_CC = kappa_CC - math.sqrt(2 * math.log(classes * (classes - 1))) * error_CC
-    return torch.where(sure_CC > 2 * least, sure_CC.clamp(max=1), least)
+    chance = math.sqrt(2 * math.log(classes * (classes - 1)))
+    one_way_CC = kappa_CC - kappa_CC.T > chance * (error_CC.square() + error_CC.T.square()).sqrt()
+    kappa_CC = torch.where(one_way_CC, kappa_CC, kappa_CC - chance * error_CC)
+    return torch.where(kappa_CC > 2 * least, kappa_CC.clamp(max=1), least)
