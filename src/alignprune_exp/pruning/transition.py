@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .bank import exact
 from .readout import ROWS, WEAK, Foretold, checked, fit, left_out
 
 TAILS = (0.1, 0.2, 0.5)  # shares of a class's samples, those that are most unlike another class
@@ -49,7 +50,7 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     share_C = labels.bincount().to(v_CC.dtype) / n
     t_CC = (v_CC * share_C[:, None]).T
     t_CC = (t_CC / t_CC.sum(1, keepdim=True)).to(f_nC.dtype)
-    inverse_CC = torch.linalg.pinv(t_CC)
+    inverse_CC = torch.linalg.pinv(t_CC.cpu()).to(t_CC.device)
     odds = []
     for f_BC, label_B in zip(f_nC.split(ROWS), labels.split(ROWS), strict=True):
         parts_BC = (f_BC @ inverse_CC).clamp(min=UNSURE / classes) * t_CC.T[label_B]
@@ -59,7 +60,7 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
 
 
 def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
-    r"""Return κ (C, C), float64, in [least, 1]: for each sample of class c under its own label, how many under label j.
+    r"""Return κ (C, C) in [least, 1]: for each sample of class c under its own label, how many under label j.
 
     Where d = f_c - f_j is so large that few samples of label c reach it, hardly one of class j does: those of label j
     that are there are of class c. So with q a quantile of d among the samples of label c
@@ -75,23 +76,24 @@ def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
     Args:
         f_nC: what is foretold. labels: (n,), each of the C classes among them. least: κ of symmetric noise.
     """
-    count_C = labels.bincount().double()
+    precise = exact(f_nC.device)
+    count_C = labels.bincount().to(precise)
     classes = len(count_C)
     own_n = f_nC.gather(1, labels[:, None])[:, 0]
-    kappa_CC, error_CC = f_nC.new_full((2, classes, classes), torch.inf, dtype=torch.float64)
+    kappa_CC, error_CC = f_nC.new_full((2, classes, classes), torch.inf, dtype=precise)
     for c in range(classes):
         f_BC = f_nC[labels == c]
         sorted_BC = (f_BC[:, c : c + 1] - f_BC).sort(0).values
         for tail in TAILS:
             beyond = max(1, math.floor(tail * len(f_BC)))
             q_C = sorted_BC[-beyond - 1] if beyond < len(f_BC) else sorted_BC[0] - torch.inf
-            met_C = labels[f_nC[:, c] - own_n > q_C[labels]].bincount(minlength=classes).double()
+            met_C = labels[f_nC[:, c] - own_n > q_C[labels]].bincount(minlength=classes).to(precise)
             scale_C = count_C[c] / beyond / count_C
             error_C = scale_C * ((met_C + 1) * (1 + met_C / beyond)).sqrt()
             less_C = scale_C * met_C + error_C < kappa_CC[:, c] + error_CC[:, c]
             kappa_CC[:, c] = torch.where(less_C, scale_C * met_C, kappa_CC[:, c])
             error_CC[:, c] = torch.where(less_C, error_C, error_CC[:, c])
-    chance = math.sqrt(2 * math.log(classes * (classes - 1)))
-    one_way_CC = kappa_CC - kappa_CC.T > chance * (error_CC.square() + error_CC.T.square()).sqrt()
-    kappa_CC = torch.where(one_way_CC, kappa_CC, kappa_CC - chance * error_CC)
+    far = math.sqrt(2 * math.log(classes * (classes - 1)))
+    one_way_CC = kappa_CC - kappa_CC.T > far * (error_CC.square() + error_CC.T.square()).sqrt()
+    kappa_CC = torch.where(one_way_CC, kappa_CC, kappa_CC - far * error_CC)
     return torch.where(kappa_CC > 2 * least, kappa_CC.clamp(max=1), least)
