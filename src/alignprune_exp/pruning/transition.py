@@ -83,11 +83,11 @@ def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
     kappa_CC, error_CC = f_nC.new_full((2, classes, classes), torch.inf, dtype=precise)
     for c in range(classes):
         f_BC = f_nC[labels == c]
-        sorted_BC = (f_BC[:, c : c + 1] - f_BC).sort(0).values
+        sorted_BC, d_n = (f_BC[:, c : c + 1] - f_BC).sort(0).values, f_nC[:, c] - own_n
         for tail in TAILS:
             beyond = max(1, math.floor(tail * len(f_BC)))
             q_C = sorted_BC[-beyond - 1] if beyond < len(f_BC) else sorted_BC[0] - torch.inf
-            met_C = labels[f_nC[:, c] - own_n > q_C[labels]].bincount(minlength=classes).to(precise)
+            met_C = labels[d_n > q_C[labels]].bincount(minlength=classes).to(precise)
             scale_C = count_C[c] / beyond / count_C
             error_C = scale_C * ((met_C + 1) * (1 + met_C / beyond)).sqrt()
             less_C = scale_C * met_C + error_C < kappa_CC[:, c] + error_CC[:, c]
