@@ -1,5 +1,6 @@
 """The plug-in as its user meets it: the loop, resuming, the report, and every mistake's sentence."""
 
+import copy
 import itertools
 import math
 import pickle
@@ -105,6 +106,62 @@ def test_items_come_with_their_index():
     pruning = make()
     assert len(pruning) == N
     assert pruning[7] == (7, (torch.tensor(107), torch.tensor(3)))
+
+
+class Rows(TensorDataset):
+    """Gives a batch's samples at once, as Hugging Face's data sets do."""
+
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.asked = []
+
+    def __getitems__(self, indices):
+        self.asked.append(indices)
+        return [self[index] for index in indices]
+
+
+def test_a_data_set_that_gives_several_samples_at_once_is_asked_for_a_batch_at_once():
+    rows = Rows(torch.arange(100, 100 + N))
+    pruning = DynamicPruning(rows, T, window=WINDOW)
+    batches = [(index.tolist(), x.tolist()) for index, (x,) in DataLoader(pruning, BATCH, sampler=pruning.sampler)]
+    assert rows.asked == [index for index, _ in batches]
+    assert all(x == [100 + each for each in index] for index, x in batches)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("score", ["das", "cleaning", "random"])
+def test_torchs_default_type_and_device_change_nothing(default, score):
+    labels = np.arange(N) % 4
+    expected = make(score=score, labels=labels)
+    try:
+        torch.set_default_dtype(default)
+        with torch.device("meta"):
+            pruning = make(score=score, labels=labels)
+        for _ in range(T - 1):
+            epoch_of(pruning)
+            saved = pruning.state_dict()
+            pruning.load_state_dict(saved)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for _ in range(T - 1):
+        epoch_of(expected)
+    assert pruning.order().tolist() == expected.order().tolist()
+    assert pruning.report().equals(expected.report())
+
+
+@pytest.mark.parametrize("unseen", ["carry", "refresh"])
+def test_an_epoch_may_end_in_inference_mode(unseen):
+    expected, pruning = make(unseen=unseen), make(unseen=unseen)
+    while expected.epoch < T:
+        index = torch.from_numpy(pruning.order())
+        pruning.update(index, LOSSES[pruning.epoch][index])
+        with torch.inference_mode():
+            if unseen == "refresh":
+                index = pruning.unseen()
+                pruning.record(index, LOSSES[pruning.epoch][index])
+            pruning.end_epoch(REFERENCE[pruning.epoch])
+        epoch_of(expected)
+    assert pruning.report().equals(expected.report())
 
 
 @pytest.mark.parametrize("score", ["loss", "das", "random"])
@@ -421,12 +478,25 @@ def test_the_memory_of_a_bad_step_survives_a_checkpoint():
 def test_pickling_gives_the_indexed_data_set_and_nothing_else():
     small, large = make(), make(window=6)
     epoch_of(small)
-    copy = pickle.loads(pickle.dumps(small))
-    assert len(copy) == N
-    assert copy[7] == (7, (torch.tensor(107), torch.tensor(3)))
-    assert not isinstance(copy, DynamicPruning)
-    assert set(vars(copy)) == {"dataset"}
+    twin = pickle.loads(pickle.dumps(small))
+    assert len(twin) == N
+    assert twin[7] == (7, (torch.tensor(107), torch.tensor(3)))
+    assert not isinstance(twin, DynamicPruning)
+    assert set(vars(twin)) == {"dataset"}
     assert len(pickle.dumps(small)) == len(pickle.dumps(large))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copy_says_what_it_is_where_it_is_taken_for_the_pruning(copied):
+    twin = copied(copied(make()))
+    for call in (
+        lambda: twin.update(torch.arange(3), torch.ones(3)),
+        lambda: twin.load_state_dict({}),
+        lambda: list(copy.deepcopy(make().sampler)),
+    ):
+        with pytest.raises(AttributeError, match=r"copy.*data set alone.*state_dict\(\)"):
+            call()
+    assert not hasattr(twin, "anything")
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -715,6 +785,48 @@ def test_a_second_pass_over_the_loader_without_end_epoch_is_an_error():
     pruning.update(torch.arange(N), torch.ones(N))
     with pytest.raises(ValueError, match="twice"):
         pruning.update(torch.arange(N), torch.ones(N))
+
+
+def test_an_epoch_that_is_cut_short_is_said_once():
+    pruning = make(score="loss", delta=1.0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for epoch in range(4):
+            index = torch.from_numpy(pruning.order())[: BATCH if epoch < 3 else N]
+            pruning.update(index, LOSSES[epoch][index])
+            pruning.end_epoch()
+    (warning,) = said
+    assert warning.category is PruningWarning
+    assert warning.filename == __file__
+    assert re.match(rf"{BATCH} of {N} samples selected for epoch 0 were trained on", str(warning.message))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_epoch_has_ended_when_it_is_said_to_be_cut_short():
+    pruning = make(score="loss")
+    pruning.update(torch.arange(BATCH), torch.ones(BATCH))
+    with pytest.raises(PruningWarning):
+        pruning.end_epoch()
+    assert pruning.epoch == 1
+    epoch_of(pruning)
+
+
+def test_a_last_batch_that_is_left_out_is_no_epoch_cut_short(recwarn):
+    pruning = make(score="loss")
+    while pruning.epoch < T:
+        for step, index in enumerate(torch.from_numpy(pruning.order()).split(BATCH)):
+            if len(index) == BATCH:
+                pruning.update(index, LOSSES[pruning.epoch][index])
+            if step == 2:
+                pruning.load_state_dict(pruning.state_dict())  # as after a crash
+        pruning.end_epoch()
+    assert not recwarn.list
+
+
+def test_what_a_data_set_is_named_by_is_no_data_set():
+    with pytest.raises(TypeError, match=r"^dict is a mapping .*by index.*\['train'\]"):
+        DynamicPruning({"train": [1, 2], "test": [3]}, 200)
+    assert DynamicPruning({0: "a", 1: "b"}, 200).n == 2
 
 
 class Stream(IterableDataset):

@@ -106,10 +106,10 @@ class Trajectories:
         self.epoch = 0
         self.recorded = 0  # losses in the running epoch's row
         self.losses_WN = torch.full((window, n), torch.nan, dtype=dtype, device=device)
-        self.last_N = torch.full((n,), torch.nan, device=device)
+        self.last_N = torch.full((n,), torch.nan, dtype=torch.float32, device=device)
         self.sum_N = torch.zeros(n, dtype=exact(device), device=device)
         self.count_N = torch.zeros(n, dtype=torch.int32, device=device)
-        self.reference_W = torch.full((window,), torch.nan, dtype=torch.float64)
+        self.reference_W = torch.full((window,), torch.nan, dtype=torch.float64, device="cpu")
 
     def anew(self) -> Trajectories:
         """Return a bank of the same kind that knows no loss yet, and whose epochs count on: of another network."""
@@ -261,7 +261,8 @@ class Trajectories:
     def _twice(self, who: str) -> str:
         return (
             f"{who} was observed twice in epoch {self.epoch}; call update() once a batch, end_epoch() once after each "
-            "pass over the loader, and after a resume within an epoch first sampler.leave_out_trained()"
+            "pass over the loader, whose length changes, and after a resume within an epoch first "
+            "sampler.leave_out_trained()"
         )
 
 

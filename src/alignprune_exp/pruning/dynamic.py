@@ -259,7 +259,8 @@ class DynamicPruning(Selecting):
             ValueError: the reference loss is missing, or what is `due`, nothing was recorded, a sample was observed
                 twice or was not selected, ``unseen="refresh"`` misses one, or the samples were divided twice.
 
-        Warns once, with a PruningWarning, where the comparison with the reference tells no sample from another.
+        Warns once, with a PruningWarning, where the comparison with the reference tells no sample from another, and
+        where more than a last batch of what is selected was not trained on.
         """
         if self.due:
             raise ValueError(f"score={self.score.name!r} goes by what you tell of every sample; call tell() before")
@@ -275,6 +276,7 @@ class DynamicPruning(Selecting):
             self._check_selected(seen)
         self._check_divided_once(len(seen))
         self._check_noise_rate(trusted)
+        cut = self._cut_short(len(seen))
         self.trajectories.end_epoch(reference)
         self.times_selected[seen] += 1
         self.sizes.append(len(selected))
@@ -285,7 +287,7 @@ class DynamicPruning(Selecting):
             self._memory.fill(np.nan)
         ranking = self._rank()
         self._scores = self.pruner.digest(ranking, selected, seen, self._memory)
-        self._warn_of_ties(ranking)
+        self._warn(cut=cut, ties=self._ties(ranking))
 
     def change_reference(self, reference_loss: ReferenceLoss) -> None:
         """Say, between two epochs, that the reference set is another one from now on.
@@ -389,25 +391,41 @@ class DynamicPruning(Selecting):
             self._weights = None
         self._follows = False
 
-    def _warn_of_ties(self, ranking: np.ndarray) -> None:
-        """Warn, the first time, where samples (n,) are compared with the reference, and all of them are alike."""
-        if self._warned or not (self.compares and self._ranking_score().aligned):
-            return
+    def _ties(self, ranking: np.ndarray) -> str:
+        """Return what to warn of where samples (n,) are compared with the reference, and all of them are alike."""
+        if not (self.compares and self._ranking_score().aligned):
+            return ""
         known = ranking[~np.isnan(ranking)]
         if len(known) < 2 or np.ptp(known) > 0:
-            return
-        self._warned, past_W = True, self.trajectories.reference_W
-        why = ""
+            return ""
+        past_W, why = self.trajectories.reference_W, ""
         if (past_W == past_W[0]).all():
             why = f", since the reference loss has been {past_W[0]:g} in each of the last {len(past_W)} epochs"
-        if self.processes.rank == 0:
-            warnings.warn(
-                f"score={self.score.name!r} is {known[0]:g} for every sample after epoch {self.epoch - 1}{why}, and so "
-                "tells the pruner nothing; evaluate the reference set anew after every epoch, in eval mode, and see "
-                "that the network learns",
-                PruningWarning,
-                stacklevel=3,
-            )
+        return (
+            f"score={self.score.name!r} is {known[0]:g} for every sample after epoch {self.epoch - 1}{why}, and so "
+            "tells the pruner nothing; evaluate the reference set anew after every epoch, in eval mode, and see that "
+            "the network learns"
+        )
+
+    def _cut_short(self, seen: int) -> str:
+        """Return what to warn of where more of the epoch than a last batch was not trained on."""
+        processes, batch = self.processes.size, self.running.largest
+        chosen = len(self.sampler) * (processes if self.divide else 1)
+        if not batch or chosen - seen < processes * batch:  # none where an epoch is resumed when its steps are done
+            return ""
+        return (
+            f"{seen} of {chosen} samples selected for epoch {self.epoch} were trained on; unless that is meant, begin "
+            "each pass over the loader after end_epoch(), skip nothing of it, and let it end by itself, since its "
+            "length changes"
+        )
+
+    def _warn(self, **sentences: str) -> None:
+        """Warn of what there is to say, each the first time, by the line that called `end_epoch`."""
+        for of, sentence in sentences.items():
+            if sentence and of not in self._said:
+                self._said.add(of)
+                if self.processes.rank == 0:
+                    warnings.warn(sentence, PruningWarning, stacklevel=3)
 
     def _check_noise_rate(self, trusted: float) -> None:
         """Raise ValueError where the pruner needs the noise rate, and nothing will tell it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,11 @@ class Indexed(Dataset[tuple[int, Any]]):
                 f"{type(dataset).__name__} cannot be pruned: samples are chosen by index, so pass a map-style data set "
                 "with __len__ and __getitem__, such as list(dataset)"
             )
+        if isinstance(dataset, Mapping) and len(dataset) and 0 not in dataset:
+            raise TypeError(
+                f"{type(dataset).__name__} is a mapping without the key 0, and samples are chosen by index: pass what "
+                f"it holds, such as dataset[{next(iter(dataset))!r}]"
+            )
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -35,8 +40,24 @@ class Indexed(Dataset[tuple[int, Any]]):
     def __getitem__(self, index: int) -> tuple[int, Any]:
         return index, self.dataset[index]
 
-    def __reduce__(self) -> tuple[type[Indexed], tuple[Any]]:
-        return Indexed, (self.dataset,)
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
+        """Return a batch's items, which some data sets, such as Hugging Face's, read faster at once."""
+        if callable(getattr(self.dataset, "__getitems__", None)):
+            return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
+        return [self[index] for index in indices]
+
+    def __reduce__(self) -> tuple[type[Copied], tuple[Any]]:
+        return Copied, (self.dataset,)
+
+
+class Copied(Indexed):
+    """What becomes of a pruning that is pickled, as for a loader's workers, or copied."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"this is a copy of a pruning, or a pickled one, which is its data set alone and has no {name!r}; keep its "
+            "state_dict() instead, and load_state_dict() it in a DynamicPruning made anew"
+        )
 
 
 class EpochSampler(Sampler[int]):

@@ -77,7 +77,7 @@ class Selecting(Indexed):
         self.pruner.check(epochs)
         self._check_window()
         self.clean = None if clean is None else _mask(array(clean).copy(), self.n).to(device)
-        self.told, self.told_in = torch.full((self.n,), torch.nan, device=device), -1
+        self.told, self.told_in = torch.full((self.n,), torch.nan, dtype=torch.float32, device=device), -1
         self.labels = None if labels is None else array(labels).copy()
         if self.labels is not None:
             check_classes(self.labels, self.n)
@@ -89,7 +89,7 @@ class Selecting(Indexed):
         self.times_selected = np.zeros(self.n, np.int32)  # and trained on, in finished epochs
         self.sizes: list[int] = []  # of the finished epochs' selections
         self._noise = NoiseRate()
-        self._warned = False
+        self._said: set[str] = set()  # what has been warned of
         self._memory = np.full((self.pruner.memory, self.n), np.nan, np.float32)
         self.sampler = EpochSampler(self)
         self._begin()
@@ -125,7 +125,10 @@ class Selecting(Indexed):
         """The running epoch's selection: a function of the seed, the epoch and the scores before it."""
         if self._selection is None:
             if self.epoch >= self.epochs:
-                raise ValueError(f"all {self.epochs} epochs are done; make a new DynamicPruning to train on")
+                raise ValueError(
+                    f"all {self.epochs} epochs are done; make a new DynamicPruning to train on, with "
+                    "bank=pruning.trajectories where its losses are to count on"
+                )
             if (samples := len(self.dataset)) != self.n:
                 raise ValueError(
                     f"the data set has {samples} samples by now, and the pruning is of {self.n}; make a new "
@@ -356,7 +359,8 @@ class Selecting(Indexed):
 
     def _begin(self) -> None:
         """Take up an epoch of which nothing is done or chosen yet."""
-        self.running = Running(self.trajectories)
+        with torch.inference_mode(False):  # an epoch may end where the model is evaluated
+            self.running = Running(self.trajectories)
         self.sampler.begin()
         self._selection = None
         self._weights = None
