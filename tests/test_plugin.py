@@ -128,6 +128,20 @@ def test_a_data_set_that_gives_several_samples_at_once_is_asked_for_a_batch_at_o
     assert all(x == [100 + each for each in index] for index, x in batches)
 
 
+@pytest.mark.parametrize("index", [["a", "b"], ("a", "b"), {"id": 3}, None, np.array(["a", "b"])], ids=str)
+def test_an_index_that_is_no_number_is_refused(index):
+    pruning = make()
+    for call in (pruning.update, pruning.record):
+        with pytest.raises(ValueError, match=f"^index is {type(index).__name__}; pass the index that came with the"):
+            call(index, torch.ones(2))
+
+
+@pytest.mark.parametrize("observed", [[1.0, 2.0], np.ones(2)], ids=["list", "ndarray"])
+def test_a_record_that_is_no_tensor_is_refused(observed):
+    with pytest.raises(ValueError, match=f"^observed is of type {type(observed).__name__}; pass a tensor"):
+        make().update(torch.arange(2), torch.ones(2), observed)
+
+
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("score", ["das", "cleaning", "random"])
 def test_torchs_default_type_and_device_change_nothing(default, score):

@@ -225,6 +225,7 @@ def test_a_pruning_lies_where_the_first_loss_does():
                     loss = (index + epoch).float().sin().to(place).requires_grad_()
                     device.noted.clear()
                     pruning.update(index, loss.square()).backward()
+                    assert pruning.weights(index).device == torch.device(place)
                     assert device.noted == [] or place == "cpu" or epoch == number == 0
                 pruning.end_epoch(1.0 / (1 + epoch))
             assert pruning.trajectories.last_N.device == torch.device(place)

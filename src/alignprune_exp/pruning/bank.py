@@ -145,14 +145,12 @@ class Trajectories:
         row.index_copy_(0, index, self._fit(losses))
         self.recorded += index.numel()
 
-    def place(self, index: Tensor) -> Tensor:
+    def place(self, index: Any) -> Tensor:
         """Return sample indices (B,) as int64 where the bank lies.
 
         Raises ValueError if they are no whole numbers, and IndexError if they leave the CPU out of range.
         """
-        if index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(f"index is {index.dtype}; pass the index that came with the batch, whole numbers")
-        index, device = index.long(), self.last_N.device
+        index, device = whole_numbers(index).long(), self.last_N.device
         if index.device.type == "cpu" != device.type and not ((index >= 0) & (index < self.n)).all():
             raise outside(index, self.n)
         return index.to(device, non_blocking=device.type != "cpu")  # on the CPU it would be read before it is there
@@ -264,6 +262,19 @@ class Trajectories:
             "pass over the loader, whose length changes, and after a resume within an epoch first "
             "sampler.leave_out_trained()"
         )
+
+
+def whole_numbers(index: Any) -> Tensor:
+    """Return sample indices as a tensor. Raises ValueError if they are no whole numbers."""
+    try:
+        index = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(index).__name__
+    else:
+        if not (index.is_floating_point() or index.dtype == torch.bool):
+            return index
+        kind = index.dtype
+    raise ValueError(f"index is {kind}; pass the index that came with the batch, whole numbers")
 
 
 def exact(device: torch.device | str) -> torch.dtype:

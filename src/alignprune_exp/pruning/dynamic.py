@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_version
+from .bank import whole_numbers
 from .losses import one_a_sample, weighted_mean
 from .processes import DisagreementError
 from .readout import Foretold
@@ -111,10 +112,10 @@ class DynamicPruning(Selecting):
             IndexError: an index out of range.
             DisagreementError: the processes have chosen different samples.
         """
-        index = torch.as_tensor(index)
+        index = whole_numbers(index)
         recorded = loss = one_a_sample("the loss", loss, index, reduce, mask)
         if observed is not None:
-            several = observed.dim() > 1
+            several = isinstance(observed, Tensor) and observed.dim() > 1
             recorded = one_a_sample("observed", observed, index, reduce if several else None, mask if several else None)
         self.check_agreement()
         self._follow(loss.device)
@@ -137,10 +138,12 @@ class DynamicPruning(Selecting):
         self.running.train(index)
 
     def weights(self, index: Tensor) -> Tensor:
-        """Return the gradient weights (B,) of samples ``index`` (B,), which lie where the trajectories do.
+        """Return the gradient weights (B,) of samples ``index`` (B,), where the trajectories lie.
 
-        Raises IndexError and ValueError as `update` does, which applies them.
+        `update` applies them; they are for what else a step makes of its batch, such as the second pass of SAM. Raises
+        IndexError and ValueError as it does.
         """
+        index = self.trajectories.place(index)
         if self._weights is None:
             weights = np.zeros(self.n, np.float32)
             weights[self.selection.indices] = self.selection.weights
@@ -170,7 +173,7 @@ class DynamicPruning(Selecting):
 
         Raises IndexError and ValueError as `update` does.
         """
-        index = torch.as_tensor(index)
+        index = whole_numbers(index)
         losses = one_a_sample("the loss", losses, index)
         self._follow(losses.device)
         self.running.record(self.trajectories.place(index), losses.detach())
