@@ -9,7 +9,7 @@ help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 13); sys.exit(not ok and f"{sys.executable} is Python {sys.version.split()[0]}; use 3.10 to 3.13: make PYTHON=python3.11 …")'
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(not ok and f"{sys.executable} is Python {sys.version.split()[0]}; use 3.11 to 3.13: make PYTHON=python3.11 …")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (two or three minutes; torch is large)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'

@@ -10,7 +10,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -217,7 +217,7 @@ def summary(setup: Setup, loop: Loop | None, choice: Choice | None, rows: Sequen
         "samples_per_second": trained / seconds_steps if seconds_steps else None,
         **(_of_what_came_before(setup, loop, choice, rows) if setup.chooses_once or setup.holdout else {}),
         "commit": commit(),
-        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -6,7 +6,7 @@ A library speaks to each: s3fs for s3://, gcsfs for gs://, adlfs for az://, and 
 from __future__ import annotations
 
 import re
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from glob import escape
 from typing import Any
 
@@ -23,7 +23,7 @@ EXTRAS = {  # of this package, by protocol
 MARKS = ("ETag", "etag", "Last-Modified", "mtime")  # of a file's version, as stores call them, the surest first
 WEB = ("http", "https")
 NAMES = " (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_ENDPOINT_URL)"
-EVER = datetime.fromtimestamp(0, timezone.utc)
+EVER = datetime.fromtimestamp(0, UTC)
 
 
 def protocol_of(path: str) -> str | None:

@@ -36,7 +36,7 @@ from .selection import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 AUTOMATIC = 0.9  # of the noise rate, which at the end of a warm-up leaves out more wrong labels than right ones

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .arguments import check_kinds, is_number
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
