@@ -237,7 +237,7 @@ class PruningMixin(Base):
 
     def _resume(self, folder: str) -> None:
         if not hasattr(super(), "_init_training_state"):
-            raise ValueError("this version of transformers cannot resume with epochs of unequal length; install 5.24")
+            raise ValueError("this version of transformers cannot resume with epochs of unequal length; install 5.13")
         path = Path(folder) / STATE
         if not path.is_file():
             raise ValueError(

@@ -242,7 +242,7 @@ class Selecting(Indexed):
         taken = sorted({"dataset", "sampler", "batch_sampler", "shuffle"} & options.keys())
         if taken:
             raise ValueError(f"{taken[0]} is the pruning's own; leave it out of prepare()")
-        parallelism = getattr(accelerator, "parallelism_config", None)
+        parallelism = accelerator.parallelism_config
         takes = accelerator.num_processes // (parallelism.non_data_parallel_size if parallelism else 1)
         if self.divide:
             self.processes.check_batches("accelerate", takes)
