@@ -607,7 +607,7 @@ def _purity(table: Table) -> Block:
         "how well each score, at the end, ranks noisy samples below clean ones (½ is chance); reference: the size of "
         "the reference set, a share of the samples below 1, else their number"
         + ("; reference noise: its noisy share, mean over the epochs" if "reference_noise" in table.long else "")
-        + ("; estimated: the noise rate, by trusted losses or what the score was told." if "noise_estimate" in table.long else "."),
+        + ("; estimated: the noise rate, by trusted losses or the score." if "noise_estimate" in table.long else "."),
         columns,
     )
 
