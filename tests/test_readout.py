@@ -15,6 +15,7 @@ from alignprune_exp.errors import Failed
 from alignprune_exp.pruning import SCORES, DynamicPruning, within_class
 from alignprune_exp.pruning import readout as module
 from alignprune_exp.pruning.readout import RIDGE, readout
+from alignprune_exp.pruning.transition import transition
 from alignprune_exp.run import Run
 from harness import SMALL, config_of, rows_of, same_bits_when_stopped, summary_of, trained
 
@@ -136,12 +137,24 @@ def test_embeddings_that_differ_little_beside_their_mean_still_foretell():
         (torch.ones(3, 2), torch.tensor([0, 1]), "needs 3 labels, one a sample"),
         (torch.ones(3, 2), torch.tensor([0.0, 1.0, 0.0]), "needs 3 labels, .*whole numbers"),
         (torch.ones(3, 2), torch.tensor([0, -1, 1]), "needs 3 labels, .*whole numbers from 0"),
+        (torch.eye(3, 2), torch.full((3,), 2), "needs 3 labels, .* of two classes"),
+        (torch.eye(3, 2), ["cat", "dog", "cat"], "needs 3 labels, .*whole numbers"),
+        (torch.arange(3.0), torch.tensor([0, 1, 1]), r"^the embeddings are of shape \(3,\); pass a tensor \(n, d\)"),
+        (np.eye(3, 2), torch.tensor([0, 1, 1]), r"^the embeddings are ndarray; pass a tensor \(n, d\)"),
         (torch.tensor([[1.0], [torch.nan], [2.0]]), torch.tensor([0, 1, 1]), "the embeddings are not finite"),
+        (torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), "the embeddings are the same for every sample"),
     ],
 )
-def test_what_cannot_be_read_out_is_refused(x, labels, sentence):
+@pytest.mark.parametrize("foretells", [readout, transition])
+def test_what_cannot_be_read_out_is_refused(foretells, x, labels, sentence):
     with pytest.raises(ValueError, match=sentence):
-        readout(x, labels)
+        foretells(x, labels)
+
+
+def test_embeddings_may_be_of_any_kind_of_numbers():
+    x, labels = torch.randint(2, (60, 4), generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+    for kind in (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float32):
+        assert torch.equal(readout(x.to(kind), labels).margins, readout(x.double(), labels).margins)
 
 
 def test_labels_may_be_an_array_of_any_whole_numbers():

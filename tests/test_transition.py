@@ -152,19 +152,6 @@ def test_labels_that_say_nothing_and_a_class_of_one_have_finite_odds():
     assert 0 <= told.noise_rate <= 2 / 3
 
 
-@pytest.mark.parametrize(
-    ("x", "labels", "sentence"),
-    [
-        (torch.ones(3, 2), torch.zeros(3, dtype=torch.long), "needs 3 labels, one a sample, .* of two classes"),
-        (torch.tensor([[1.0], [torch.nan], [2.0]]), torch.tensor([0, 1, 1]), "the embeddings are not finite"),
-        (torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), "the embeddings are the same for every sample"),
-    ],
-)
-def test_what_cannot_be_read_out_is_refused(x, labels, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        transition(x, labels)
-
-
 # ---- the score --------------------------------------------------------------------------------------------
 
 

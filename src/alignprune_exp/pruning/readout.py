@@ -59,8 +59,8 @@ def readout(embeddings: Tensor, labels: Tensor, ridge: float = RIDGE) -> Foretol
         labels: (n,) as given, integers from 0.
         ridge: λ, above 0, over the mean of the diagonal of XᵀX: `RIDGE`, or `WEAK`.
 
-    Raises ValueError for labels of one class or of other samples, a ridge that is not above 0, and for embeddings that
-    are not finite, or the same for every sample but for rounding.
+    Raises ValueError for labels of one class or of other samples, a ridge that is not above 0, and for embeddings of
+    another shape, that are not finite, or the same for every sample but for rounding.
     """
     labels = checked(labels, embeddings)
     return fit(left_out(embeddings, labels, ridge), labels)
@@ -84,10 +84,18 @@ def fit(blocks: Iterable[tuple[Tensor, Tensor]], labels: Tensor) -> Foretold:
 
 def checked(labels: Tensor, embeddings: Tensor) -> Tensor:
     """Return the labels (n,) of embeddings (n, d), int64, where these are. Raises ValueError as `readout` does."""
-    n, labels = len(embeddings), torch.as_tensor(labels, device=embeddings.device)
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
+        what = f"of shape {tuple(embeddings.shape)}" if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise ValueError(f"the embeddings are {what}; pass a tensor (n, d), a row a sample")
+    n = len(embeddings)
+    asked = ValueError(f"a readout needs {n} labels, one a sample, whole numbers from 0, of two classes or more")
+    try:
+        labels = torch.as_tensor(labels, device=embeddings.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise asked from None
     whole = labels.shape == (n,) and not labels.is_floating_point() and n > 0
-    if not whole or labels.min() < 0 or labels.max() < 1:
-        raise ValueError(f"a readout needs {n} labels, one a sample, whole numbers from 0, of two classes or more")
+    if not whole or labels.min() < 0 or labels.min() == labels.max():
+        raise asked
     return labels.long()
 
 
@@ -102,7 +110,7 @@ def left_out(embeddings: Tensor, labels: Tensor, ridge: float) -> Iterator[tuple
     def blocks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield X (B, D), Y (B, C) and the labels (B, 1) of some rows at a time."""
         for x_BD, label_B in zip(embeddings.split(ROWS), labels.split(ROWS), strict=True):
-            yield x_BD - mean_D, F.one_hot(label_B, classes) - shares_C, label_B[:, None]
+            yield x_BD.to(mean_D.dtype) - mean_D, F.one_hot(label_B, classes) - shares_C, label_B[:, None]
 
     gram_DD, cross_DC = mean_D.new_zeros(d, d), mean_D.new_zeros(d, classes)
     for x_BD, y_BC, _ in blocks():
