@@ -128,6 +128,26 @@ def test_a_data_set_that_gives_several_samples_at_once_is_asked_for_a_batch_at_o
     assert all(x == [100 + each for each in index] for index, x in batches)
 
 
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (lambda x, y: {"x": x, "y": y}, "dict"),
+        (lambda x, y: (x, y), "tuple"),
+        (lambda x, y: x, "Tensor"),
+        (lambda x, y: x.tolist()[1:], "a list of 1"),
+        (lambda x, y: None, "NoneType"),
+    ],
+)
+def test_a_data_set_that_gives_a_batch_in_place_of_its_samples_is_refused(given, what):
+    class Batches(TensorDataset):
+        def __getitems__(self, indices):
+            return given(*(each[indices] for each in self.tensors))
+
+    pruning = DynamicPruning(Batches(torch.arange(N), torch.arange(N)), T, window=WINDOW)
+    with pytest.raises(TypeError, match=f"^Batches.__getitems__ returned {what} for 2 indices; return a list of as ma"):
+        next(iter(DataLoader(pruning, 2, sampler=pruning.sampler)))
+
+
 @pytest.mark.parametrize("index", [["a", "b"], ("a", "b"), {"id": 3}, None, np.array(["a", "b"])], ids=str)
 def test_an_index_that_is_no_number_is_refused(index):
     pruning = make()

@@ -41,10 +41,20 @@ class Indexed(Dataset[tuple[int, Any]]):
         return index, self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        """Return a batch's items, which some data sets, such as Hugging Face's, read faster at once."""
-        if callable(getattr(self.dataset, "__getitems__", None)):
-            return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
-        return [self[index] for index in indices]
+        """Return a batch's items, which some data sets, such as Hugging Face's, read faster at once.
+
+        Raises TypeError where these return no list of so many, but a batch, whose columns would pass for items.
+        """
+        if not callable(getattr(self.dataset, "__getitems__", None)):
+            return [self[index] for index in indices]
+        items = self.dataset.__getitems__(indices)
+        if not isinstance(items, list) or len(items) != len(indices):
+            what = f"a list of {len(items)}" if isinstance(items, list) else type(items).__name__
+            raise TypeError(
+                f"{type(self.dataset).__name__}.__getitems__ returned {what} for {len(indices)} indices; return a list "
+                "of as many items, and make a batch of them in collate_fn"
+            )
+        return list(zip(indices, items, strict=True))
 
     def __reduce__(self) -> tuple[type[Copied], tuple[Any]]:
         return Copied, (self.dataset,)
