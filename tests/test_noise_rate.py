@@ -246,13 +246,13 @@ def test_smoothed_losses_are_not_compared_with_the_plain_ones_of_trusted_labels(
     [
         (
             "reference.size=0",
-            "set reference=trusted, score=readout or score=features, which need none, or a number for",
+            "set reference=trusted, score=readout, score=features or score=transition, which need none",
         ),
         (
             "reference=pseudo",
-            "set reference=trusted, score=readout or score=features, which need none, or a number for",
+            "set reference=trusted, score=readout, score=features or score=transition, which need none",
         ),
-        ("recorded=smoothed label_smoothing=0.1", "set recorded=plain, score=readout or score=features, which need"),
+        ("recorded=smoothed label_smoothing=0.1", "set recorded=plain, score=readout, score=features or score"),
         ("pruner.exclude=automatic", "pruner.exclude=automatic"),
         ("pruner.exclude=0.95", "exclude=0.95 is out of range; use a number from 0 to 0.9, or auto"),
     ],

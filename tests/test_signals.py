@@ -78,7 +78,7 @@ def test_a_signal_makes_another_run_where_it_ranks_and_the_same_where_nothing_do
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("method=sieve recorded=odds", "set recorded=plain, score=readout or score=features, which need none"),
+        ("method=sieve recorded=odds", "set recorded=plain, score=readout, score=features or score=tr"),
         ("task=regression recorded=doubt", "recorded=doubt needs class labels, and task=regression has none"),
         ("method=query recorded=disagreement", "pruner=query compares losses; leave recorded=disagreement out"),
     ],

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from alignprune_exp.pruning import DynamicPruning
+from alignprune_exp.pruning import SCORES, DynamicPruning
 from alignprune_exp.pruning import transition as module
 from alignprune_exp.pruning.readout import WEAK, readout
 from alignprune_exp.pruning.transition import mixed, transition
@@ -183,6 +184,17 @@ def test_what_the_other_of_the_two_returns_is_refused():
             ValueError, match=rf"goes by what {right.__name__}\(\) returns, and this is of {other.__name__}"
         ):
             told_of(score, other(x, labels), 40)
+
+
+@pytest.mark.parametrize(
+    "foretells", [True, False, readout, partial(readout, ridge=1.0)], ids=["True", "False", "function", "partial"]
+)
+def test_what_foretells_is_the_function_that_a_score_is_told_by(foretells):
+    score = type("Mine", (SCORES["cleaning"],), {"foretells": foretells})()
+    with pytest.raises(
+        ValueError, match=r"^Mine.foretells is no staticmethod; set it to staticmethod\(readout\) or st"
+    ):
+        DynamicPruning(range(40), 8, "topk", score, labels=np.arange(40) % 2)
 
 
 @pytest.mark.parametrize("trusted", [0.1, 0.55])  # losses by which hardly a label is wrong, or many are

@@ -113,6 +113,6 @@ def check_trusted(config: Config, plan: Plan) -> None:
     if plan.needs_noise_rate and not foretells and not (trusted and config.recorded == "plain"):
         lacks = "recorded=plain" if trusted else "reference=trusted"
         raise UsageError(
-            f"pruner={name} estimates the noise by the plain losses of trusted labels; set {lacks}, score=readout or "
-            "score=features, which need none, or a number for pruner.exclude"
+            f"pruner={name} estimates the noise by the plain losses of trusted labels; set {lacks}, score=readout, "
+            "score=features or score=transition, which need none, or a number for pruner.exclude"
         )

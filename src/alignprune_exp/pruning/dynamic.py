@@ -68,8 +68,8 @@ class DynamicPruning(Selecting):
         saved: share of the training that the whole run is to save, by `Pruner.saving`.
         seed: seed of every random choice.
         clean: mask (n,), true where the label is clean; needed by ``score="oracle"`` and ``"supervised"`` alone.
-        labels: the given ones (n,), of any type; needed by ``score="cleaning"``, ``"readout"`` and ``"features"``, and
-            by a pruner that goes by the noise rate.
+        labels: the given ones (n,), of any type; needed by ``score="cleaning"``, ``"readout"``, ``"features"`` and
+            ``"transition"``, and by a pruner that goes by the noise rate.
         device: where losses, trajectories and weights lie; without one that of the first loss.
         bank_dtype: of the trajectories; ``torch.float16`` halves their memory.
         bank: the ``trajectories`` of an earlier phase of training, to go on with: its epochs count on, so that no

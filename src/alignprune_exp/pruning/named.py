@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 from .coresets import Criterion
@@ -18,6 +19,11 @@ def make_score(score: str | Score) -> Score:
         if SCORES.get(score.name, type(score)) is not type(score):
             raise ValueError(
                 f"{type(score).__name__} is named {score.name!r}, which is another score; name it otherwise"
+            )
+        if not (score.foretells is None or isinstance(score.foretells, FunctionType)):
+            raise ValueError(
+                f"{type(score).__name__}.foretells is no staticmethod; set it to staticmethod(readout) or "
+                "staticmethod(transition), whichever it is told, or leave it out"
             )
         return score
     if isinstance(score, type):

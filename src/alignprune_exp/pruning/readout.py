@@ -26,7 +26,7 @@ class Foretold:
     Attributes:
         margins: (n,) float32, where the embeddings lie; higher means that the label fits what the others say.
         noise_rate: which share of the labels seems wrong, in [0, 1].
-        by: ``readout``, or ``transition``, whose margins are of another unit.
+        by: name of the function that returned it: of ``transition`` the margins are of another unit.
     """
 
     margins: Tensor

@@ -109,8 +109,8 @@ class Score:
     not at the end of one.
 
     Attributes:
-        foretells: what returns what it is told, of embeddings and labels: `readout`, or `transition`; it estimates the
-            noise rate as well. None where it is told nothing of the kind.
+        foretells: the function of embeddings, labels and ridge that returns what it is told, as a staticmethod:
+            `readout`, or `transition`; it estimates the noise rate as well. None where it is told nothing of the kind.
         larger_counts: whether the larger of that rate and the one that trusted labels tell counts, not the latter.
     """
 
