@@ -23,14 +23,15 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
 
     `readout` takes a wrong label for one drawn from all other classes. Those that people and machines give look like
     right ones: a cat's for a dog. With κ as `mixed` has it, no pair of classes less so than by symmetric noise of the
-    rate that `readout` estimates, and V_jc the share of class c among the samples of label j,
+    rate that `readout` estimates in classes of one size, and V_jc the share of class c among the samples of label j,
 
     .. math:: V_{jc} = \frac{\kappa_{jc}}{\sum_k \kappa_{jk}}, \qquad
               T_{cj} = P(\text{label } j \mid \text{class } c) \propto V_{jc}\, P(\text{label } j), \qquad
               \eta = \sum_j P(\text{label } j)\,(1 - V_{jj})
 
-    which is exact where each class has lost as large a share of its samples. What is foretold, f, are probabilities of
-    labels; those of classes are g with f = g T (Patrini et al., CVPR 2017), and so
+    which is exact where each label is right as often. `readout` ranks better beside a class of nine tenths of the
+    samples, and may in a ring, where each class is taken for the next: see `mixed`. What is foretold, f, are
+    probabilities of labels; those of classes are g with f = g T (Patrini et al., CVPR 2017), and so
 
     .. math:: P(\text{label } j \text{ is right} \mid x) = \frac{g_j T_{jj}}{\sum_c g_c T_{cj}}
 
@@ -60,15 +61,16 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
 
 
 def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
-    r"""Return κ (C, C) in [least, 1]: for each sample of class c under its own label, how many under label j.
+    r"""Return κ (C, C) in [least, 1]: V_jc / V_cc of `transition`, class c's share of label j over that of its own.
 
-    Where d = f_c - f_j is so large that few samples of label c reach it, hardly one of class j does: those of label j
-    that are there are of class c. So with q a quantile of d among the samples of label c
+    Where d = f_c - f_j is so large that few samples of label c reach it, hardly one of class j does: those of either
+    label that are there are of class c. So with q a quantile of d among the samples of label c
 
     .. math:: \kappa_{jc} = \frac{P(d > q \mid \text{label } j)}{P(d > q \mid \text{label } c)}
 
-    but for chance bounds them from above, the closer the further out (mixture proportion estimation: Blanchard, Lee and
-    Scott, JMLR 2010). Of the `TAILS` that one counts in which κ and its standard error are least together. Classes that
+    but for chance bounds it from above, the closer the further out (mixture proportion estimation: Blanchard, Lee and
+    Scott, JMLR 2010), unless those of label c are of a third class: in a ring, where each class is taken for the next,
+    κ falls far short. Of the `TAILS` that one counts in which κ and its standard error are least together. Classes that
     merely look alike overlap both ways: κ counts whole where it is above its counterpart by √(2 ln C(C - 1)) errors of
     both, which is as far as chance takes the largest of so many, and else what is above as many errors of its own.
     Where that is no more than twice ``least``, it is ``least``.
