@@ -122,9 +122,10 @@ def left_out(embeddings: Tensor, labels: Tensor, ridge: float) -> Iterator[tuple
     if gram_DD.trace() <= rounding**2 * n * mean_D.square().sum():
         raise ValueError("the embeddings are the same for every sample, so that they foretell no label")
     inverse_DD = torch.linalg.inv(ridged(gram_DD, ridge))
+    line_DC = inverse_DD @ cross_DC
     for x_BD, y_BC, label_B1 in blocks():
         h_B = 1 / n + ((x_BD @ inverse_DD) * x_BD).sum(1)
-        yield y_BC - (y_BC - x_BD @ (inverse_DD @ cross_DC)) / (1 - h_B)[:, None] + shares_C, label_B1
+        yield y_BC - (y_BC - x_BD @ line_DC) / (1 - h_B)[:, None] + shares_C, label_B1
 
 
 def ridged(gram_DD: Tensor, ridge: float) -> Tensor:
