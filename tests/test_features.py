@@ -216,7 +216,8 @@ def test_a_run_ranks_by_features_in_every_pruner(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "cannot be read (it is not there); write it with numpy.save, one row for each of the data set's"),
+        (None, "cannot be read (No such file or directory); write it with numpy.save, one row for each of the"),
+        ("a folder", "cannot be read (Is a directory); write it with numpy.save"),
         (b"no array", "cannot be read (it is no array of numbers as NumPy writes them); write it with numpy.save"),
         (np.zeros(4), "has float64 of shape (4,); write numbers (n, d)"),
         (np.zeros((4, 2)), "has 4 rows; write one row for each of the data set's 1,438 training samples, in its order"),
@@ -230,6 +231,8 @@ def test_a_file_that_cannot_be_it_is_refused(refused, tmp_path, content, sentenc
     path = tmp_path / "features.npy"
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif isinstance(content, str):
+        path.mkdir()
     elif content is not None:
         np.save(path, content)
     assert f"score.file={path} {sentence}" in refused("method=sieve_features", f"score.file={path}")

@@ -137,7 +137,7 @@ def test_human_label_mistakes_say_what_to_type(tmp_path, clean10):
         human_labels(None, None, "cifar10", "best", clean10)
     with pytest.raises(UsageError, match=r"CIFAR-10_human.pt was not found .*noise.file=.*noisylabels.com"):
         human_labels(None, tmp_path, "cifar10", "worst", clean10)
-    with pytest.raises(UsageError, match=r"gone.pt does not exist"):
+    with pytest.raises(UsageError, match=r"gone.pt is no file"):
         human_labels(tmp_path / "gone.pt", None, "cifar10", "worst", clean10)
     file = _write(tmp_path / "a.pt", clean_label=clean10, noisy_label=clean10)
     with pytest.raises(UsageError, match=r"holds clean_label, noisy_label where clean_label, worse_label"):

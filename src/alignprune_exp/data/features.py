@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UsageError, reason_of
+from ..errors import UsageError
 from ..pruning.readout import WEAK, ridged
+from .source import brief
 
 TRIED = 5_000  # samples by which it is told whether features foretell labels
 SHUFFLED = 199  # times that the labels are shuffled: features that say nothing of them pass once in 200
@@ -25,7 +26,8 @@ def read_features(file: str, n: int, rows: np.ndarray) -> np.ndarray:
     try:
         held = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        reason = _reason(error) if path.exists() else "it is not there"
+        no_array = "it is no array of numbers as NumPy writes them"  # not NumPy's advice to load it unsafely
+        reason = brief(error) if isinstance(error, OSError) else no_array
         raise UsageError(
             f"score.file={file} cannot be read ({reason}); write it with numpy.save, {wanted}, or leave it out"
         ) from None
@@ -39,11 +41,6 @@ def read_features(file: str, n: int, rows: np.ndarray) -> np.ndarray:
     if not (finite := np.isfinite(features).all(1)).all():
         raise UsageError(f"score.file={file} is not finite, as float32, in row {rows[int(finite.argmin())]}; mend it")
     return features
-
-
-def _reason(error: Exception) -> str:
-    """Return why a file is none of NumPy's, without NumPy's advice to load it unsafely."""
-    return reason_of(error) if isinstance(error, OSError) else "it is no array of numbers as NumPy writes them"
 
 
 def check_foretells(file: str, features: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> None:

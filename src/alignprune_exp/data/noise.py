@@ -118,7 +118,7 @@ def _human_file(file: Path | None, root: Path | None, name: str) -> Path:
     published = "it is published at http://www.noisylabels.com and https://github.com/UCSC-REAL/cifar-10-100n"
     if file is not None:
         if not file.is_file():
-            raise UsageError(f"noise.file={file} does not exist: type the path of {name} ({published})")
+            raise UsageError(f"noise.file={file} is no file: type the path of {name} ({published})")
         return file
     places = [] if root is None else [root, *root.resolve().parents[:2]]
     for path in (place / near / name for place in places for near in _NEARBY):
