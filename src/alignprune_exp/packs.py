@@ -75,13 +75,14 @@ class Packed:
         if self.file != FILES["dynamics"]:
             return table[COLUMNS[self.file]][row].as_py().encode()
         try:
-            content = _dynamics(self.pack, changed)[row]
+            dynamics = _dynamics(self.pack, changed)
         except (pa.ArrowException, OSError) as error:
             raise OSError(errno.EIO, reason_of(error), str(self)) from None
-        if _digest(content.as_py()) != table["digest_dynamics"][row].as_py():
+        content = dynamics[row].as_py()
+        if _digest(content) != table["digest_dynamics"][row].as_py():
             raise OSError(errno.EIO, "it does not match its checksum", str(self))
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_struct_array(content.values), buffer)
+        pq.write_table(pa.Table.from_pylist(content, pa.schema(list(dynamics.type.value_type))), buffer)
         return buffer.getvalue()
 
 
@@ -111,7 +112,6 @@ def _has_the_columns(path: Path) -> bool | None:
 
 def pack(path: Path, runs: Mapping[str, Mapping[str, bytes]]) -> None:
     """Add runs to a pack, new or not: the files of each by name, as ``FILES`` has them; in order of their ids."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     old = []
@@ -120,12 +120,26 @@ def pack(path: Path, runs: Mapping[str, Mapping[str, bytes]]) -> None:
         with _readable(path):
             old = _opened(path, changed)[0].append_column("dynamics", _dynamics(path, changed)).to_pylist()
     rows = {row["id"]: row for row in old} | {id: _row(id, files) for id, files in runs.items()}
-    table = pa.Table.from_pylist([rows[id] for id in sorted(rows)])
+    table = _table([rows[id] for id in sorted(rows)])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         path,
         lambda file: pq.write_table(table, file, compression="zstd", compression_level=15, write_page_checksum=True),
     )
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    """Return a pack's rows as a table whose dynamics have their columns in the order of which the digest is.
+
+    Left to itself PyArrow has them so, or by the alphabet: up to its release 23 at least.
+    """
+    import pyarrow as pa
+
+    schema = pa.Table.from_pylist(rows).schema
+    place = schema.get_field_index("dynamics")
+    struct = schema.field(place).type.value_type
+    ordered = pa.struct([struct.field(name) for name in rows[0]["dynamics"][0]])
+    return pa.Table.from_pylist(rows, schema.set(place, pa.field("dynamics", pa.list_(ordered))))
 
 
 def _row(id: str, files: Mapping[str, bytes]) -> dict[str, Any]:
