@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -395,7 +396,28 @@ def test_commands_lose_their_paths_alone():
 
 
 def test_a_command_whose_quotes_do_not_end_loses_its_paths_too():
-    assert scrubbed_command("python it's seed=1 paths.data=/home/x") == "python it's seed=1 paths.data=DIR"
+    assert shlex.split(scrubbed_command("python it's seed=1 paths.data=/home/x")) == [
+        "python",
+        "it's",
+        "seed=1",
+        "paths.data=DIR",
+    ]
+
+
+def test_a_command_without_its_paths_can_be_typed_and_is_the_same_when_published_again(results, suite):
+    words = ["python", 'noise.map={"cat": "dog"}', "a=[1, 2]"]
+    assert shlex.split(scrubbed_command(shlex.join([*words, "paths.data=/x"]))) == [*words, "paths.data=DIR"]
+    path = next((results / "runs").iterdir())
+    edit_json(path / "environment.json", command=shlex.join(words))
+    new, _, _ = publish(suite, results)
+    assert publish(suite, results)[:2] == ([], new)
+
+
+def test_the_seed_of_a_suite_without_an_axis_of_seeds_is_its_runs(results, suite):
+    cells = [cell for cell in suite.cells if cell.axes["seed"] == "1"]
+    cells = [replace(cell, axes={k: v for k, v in cell.axes.items() if k != "seed"}) for cell in cells]
+    table = make_table(replace(suite, cells=cells), "smoke", read_records([results]))
+    assert set(table.long["seed"]) == {1}
 
 
 def _everything(table, folder):

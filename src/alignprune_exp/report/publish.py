@@ -112,7 +112,7 @@ def scrubbed_command(command: str) -> str:
             part = "PATH"
         if not of_a_person:
             parts.append(part)
-    return " ".join(parts)
+    return shlex.join(parts)
 
 
 def _is_path(value: str) -> bool:

@@ -282,7 +282,6 @@ def make_table(suite: Suite, scale: str, records: Mapping[str, Record], best: bo
             **{key: value for key, value in record.summary.items() if key not in (*place, "finished_at")},
             **_beside(record, cell.config),
             "reference_size": cell.config.reference.size,
-            "seed": int(cell.seed),
         }
     long = pd.DataFrame(list(rows.values()), columns=None if rows else ["row", "column", "seed"])
     table = Table(suite, scale, long, best, shown)
