@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning import SCORES
@@ -810,6 +811,24 @@ def test_a_figure_in_a_page_says_what_is_seen_and_shares_no_id(results, suite):
     assert not ids[0] & ids[1]
     for text, own in zip((one, other), ids, strict=True):
         assert set(re.findall(r'(?:url\(|xlink:href=")#([^")]*)', text)) <= own
+
+
+def test_a_figure_in_a_page_has_every_digit_of_its_texts_and_tenths_of_points():
+    figure = Figure()
+    figure.subplots().set(title="das 0.875", xticks=[0.25, 0.125])
+    text = inline_svg(figure, "one", "")
+    assert {"das 0.875", "0.250", "0.125"} <= set(re.findall(r">([^<>]+)</text>", text))
+    assert not re.search(r"\d\.\d\d", re.sub(r">[^<]*<", "><", text))
+
+
+def test_a_setting_that_is_no_number_is_no_point_of_what_is_told_over_it(results, suite, tmp_path):
+    grid = ["pruner.budget=null,0.5,0.7", "seed=0", "score=loss,das"]
+    table = _suite_records(tmp_path / "budget", "budget", grid, lambda axes: (40.0, 0.25))
+    assert _lines(draw(table)["budget_smoke_against"]) == {score: [(0.5, 40), (0.7, 40)] for score in ("loss", "das")}
+    shares = {"clean": "null", "sym0.5": "0.5"}
+    cells = [replace(cell, axes=cell.axes | {"saved": shares[cell.axes["noise"]]}) for cell in suite.cells]
+    over = replace(suite, columns=["saved"], cells=cells)
+    assert findings([make_table(over, "smoke", read_records([results]))]) == []
 
 
 def test_purity_names_the_size_of_the_reference_set(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from PIL import Image
 from ..files import write_atomically
 from ..records import DYNAMICS, Damaged, Record, read_dynamics
 from ..suites import label
-from .tables import Table
+from .tables import Table, as_number
 from .workers import workers
 
 matplotlib.rcParams["axes.titley"] = 1.02  # left to itself, every drawing measures all ticks to place the titles
@@ -116,7 +117,7 @@ def inline_svg(figure: Figure, name: str, alt: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 sans-serif", text)
-    text = re.sub(r"(?<=[\d])(\.\d)\d+", r"\1", text)
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(?<=\d)(\.\d)\d+", r"\1", tag[0]), text)  # what is written stays
     text = re.sub(r"\s*\n\s*", "\n", text)
     _, _, width, height = (float(number) for number in re.findall(r'viewBox="([^"]*)"', head)[0].split())
     size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{1.4 * width:.0f}"'
@@ -298,7 +299,9 @@ def against(table: Table) -> Drawing | None:
     for row, column, axes in table.places:
         if (runs := table.runs(row, column)).empty:
             continue
-        x = float(runs["saved"].mean()) if number in REALISED else float(axes[number])
+        x = float(runs["saved"].mean()) if number in REALISED else as_number(axes[number])
+        if math.isnan(x):
+            continue
         panel = label(axes, [name for name in suite.columns if name != number])
         line = label(axes, [name for name in suite.rows if name != number])
         lines.setdefault(panel, {}).setdefault(line, []).append((x, runs[table.key]))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..suites import label
-from .tables import Entry, Table, mean_and_std, plus_minus
+from .tables import Entry, Table, as_number, mean_and_std, plus_minus
 
 LEADING = ("equal_cost", "cost", "main")  # suites whose findings stand first, that of the main claim before the others
 BOUNDS = {  # scores that know wrong labels: no methods, and what each is the bound of
@@ -210,9 +210,10 @@ def _by_share(table: Table) -> list[Entry]:
     """Return a sentence for whatever else the columns stand for: the best row at each share saved, if these are two."""
     panels: dict[str, dict[float, Comparison]] = {}
     for _, column, axes in table.places:
-        if best := _best(table, column):
+        share = as_number(axes["saved"])
+        if not math.isnan(share) and (best := _best(table, column)):
             panel = label(axes, [name for name in table.suite.columns if name != "saved"])
-            panels.setdefault(panel, {})[float(axes["saved"])] = best
+            panels.setdefault(panel, {})[share] = best
     said = []
     for panel, by_share in panels.items():
         if len(by_share) < 2:

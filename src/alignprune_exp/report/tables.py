@@ -324,6 +324,11 @@ def _beside(record: Record, config: Config) -> dict[str, Any]:
     }
 
 
+def as_number(value: str) -> float:
+    """Return an axis's value; NaN where it is no number, such as ``null``."""
+    return float(pd.to_numeric(value, errors="coerce"))
+
+
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and sample standard deviation (NaN for one value)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
