@@ -484,6 +484,14 @@ def test_the_report_is_one_page_whose_numbers_lead_to_their_runs(results, suite,
     assert texts[-1].index("What was found") < texts[-1].index("<svg") < texts[-1].index("<table")
 
 
+def test_the_report_says_which_runs_are_of_a_changed_checkout(results, suite):
+    first, *_ = sorted(results.glob("runs/*"))
+    edit_json(first / "environment.json", commit="d" * 40 + "+")
+    text = page([make_table(suite, "smoke", read_records([results]))], {})
+    assert "<td>dddddddd+</td>" in text
+    assert "<td>cccccccc</td>" in text
+
+
 def test_a_pop_over_has_the_runs_of_its_number(results, suite):
     text = page([make_table(suite, "smoke", read_records([results]))], {})
     (popover,) = re.findall(r'popovertarget="(\w+)"><strong>60.5 ± 0.7', text)
@@ -524,6 +532,17 @@ def test_of_one_seed_nothing_is_claimed(results, suite):
         assert "[" not in sentence
         assert "better" not in sentence
         assert "worse" not in sentence
+
+
+def test_the_best_of_several_seeds_is_not_called_the_best_of_all(results, suite):
+    for folder in _folders(results, suite, method="infobatch", noise="sym0.5")[1:]:
+        shutil.rmtree(folder)
+    (folder,) = _folders(results, suite, method="infobatch", noise="sym0.5")
+    edit_rows(folder, lambda rows: [row | {"test_accuracy": 90.0} for row in rows])
+    edit_json(folder / "summary.json", test_accuracy_final=90.0, test_accuracy_best=90.0)
+    main, _, others, _ = _sentences(results, suite)
+    assert "infobatch_das, the best of 1 with several seeds beside full, ends at 60.5" in main
+    assert others == "The others there, against full: in one seed: infobatch +40.0."
 
 
 def test_an_interval_that_contains_0_shows_nothing(results, suite):
@@ -721,8 +740,8 @@ def test_what_is_saved_is_drawn_and_told_where_there_are_two_shares_of_it(tmp_pa
     }
     ((sentence,),) = [one.sentences for one in findings([table])]
     assert sentence.text == (
-        "Best against shorter at sym0.5, by what is saved: 30 % saved: sieve +1.0 [+1.0, +1.0], 2 seeds; "
-        "50 % saved: none, rs2 as the next −1.0 [−1.0, −1.0], 2 seeds."
+        "Best against shorter at sym0.5, of several seeds where any has them, by what is saved: 30 % saved: sieve +1.0 "
+        "[+1.0, +1.0], 2 seeds; 50 % saved: none, rs2 as the next −1.0 [−1.0, −1.0], 2 seeds."
     )
     table = _suite_records(tmp_path / "one", "cost", [*grid, "saved=0.3"], values)
     assert "cost_smoke_against" not in draw(table)

@@ -156,7 +156,9 @@ def _at_one_setting(table: Table) -> list[Entry]:
     if compared := _compared(table, column):
         best, *others = compared
         behind = "" if best.worth > 0 else " and yet behind it"
-        aside = f", the best of {len(compared)} beside {best.other}{behind},"
+        peers = [found for found in compared if math.isnan(found.low) == math.isnan(best.low)]
+        several = " with several seeds" if len(peers) < len(compared) else ""
+        aside = f", the best of {len(peers)}{several} beside {best.other}{behind},"
         said.append(Entry(best.sentence(aside), True, best.runs))
         said += _in_other_columns(table, best)
         said += _sides(others)
@@ -224,7 +226,11 @@ def _by_share(table: Table) -> list[Entry]:
             told.append(f"{100 * share:.0f} % saved: {named} {best.brief}")
         runs = tuple(dict.fromkeys(id for best in by_share.values() for id in best.runs))
         said.append(
-            Entry(f"Best against {table.suite.baseline} at {panel}, by what is saved: {'; '.join(told)}.", runs=runs)
+            Entry(
+                f"Best against {table.suite.baseline} at {panel}, of several seeds where any has them, by what is "
+                f"saved: {'; '.join(told)}.",
+                runs=runs,
+            )
         )
     return said
 

@@ -17,7 +17,7 @@ from ..sheet import Sheet
 from .figures import WITH_TABLES, Picture
 from .findings import Findings, brief, findings, largest_first
 from .publish import scrubbed_command
-from .tables import MISSING, Block, Entry, Table, blocks
+from .tables import MISSING, Block, Entry, Table, blocks, short
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _runs(tables: Sequence[Table]) -> list[dict[str, str]]:
         {
             "id": id,
             "command": scrubbed_command(record.environment["command"]),
-            "commit": (record.environment["commit"] or MISSING)[:9],
+            "commit": short(record.environment["commit"] or MISSING),
             "precision": record.environment["precision"],
         }
         for id, record in sorted(records.items())

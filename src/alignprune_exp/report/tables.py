@@ -379,7 +379,7 @@ def _footnote(table: Table) -> None:
     for key, what in SHARED.items():
         values = {value for of_run in told if (value := of_run.get(key)) is not None}
         ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
-        if len(shown := dict.fromkeys(_short(value) if key == "commit" else str(value) for value in ordered)) > 1:
+        if len(shown := dict.fromkeys(short(value) if key == "commit" else str(value) for value in ordered)) > 1:
             notes.append(f"The runs come from several {what}: {', '.join(shown)}.")
     for (dataset, noise, column), runs in long.groupby(["dataset", "noise", "column"]):
         prints = sorted({str(value)[:8] for value in runs["data_fingerprint"].dropna()})
@@ -414,7 +414,8 @@ def _with_reasons(left_out: Mapping[str, str]) -> str:
     return ", ".join(f"{id} ({reason})" for id, reason in sorted(left_out.items()))
 
 
-def _short(commit: str) -> str:
+def short(commit: str) -> str:
+    """Return a commit in eight digits, with ``+`` where its checkout was changed."""
     return commit if len(commit) <= 8 else commit[:8] + ("+" if commit.endswith("+") else "")
 
 
@@ -587,7 +588,8 @@ def _efficiency(table: Table) -> Block:
         "Efficiency",
         "saved: share of the training that pruning avoided; images/s: trained images a second of training steps; "
         "overhead: share of selection, scoring, reference evaluation and refreshing in the time without testing, "
-        "and each of the four" + ("; warm-up: the seconds of it, before a static choice." if warmed_up else "."),
+        "and each of the four"
+        + ("; warm-up: the seconds of what a static choice, or a score that holds out, trains first" * warmed_up + "."),
         columns,
     )
 
