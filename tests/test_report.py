@@ -776,6 +776,13 @@ def test_accuracy_is_drawn_over_the_axis_that_is_a_number(tmp_path, name, axis, 
     assert lines[line] == [(value, pytest.approx(40 + value)) for value in values]
 
 
+def test_what_is_asked_for_is_not_called_kept(tmp_path):
+    grid = ["method=query_random,query", "pruner.budget=0.2,0.4", "seed=0", "epochs=8"]
+    table = _suite_records(tmp_path, "query", grid, lambda axes: (40.0, 0.25), epochs=8)
+    caption = draw(table)["query_smoke_against"].caption
+    assert caption.startswith("Test accuracy in % against budget, a share of the samples: mean over seeds")
+
+
 def test_a_difference_is_drawn_with_its_interval_and_its_side(results, suite):
     table = make_table(suite, "smoke", read_records([results]))
     drawing = draw(table)["main_smoke_differences"]

@@ -50,7 +50,7 @@ AGAINST = {  # axes of a suite that are numbers, with what to write below them
     "score.window": "window N",
     "reference.size": "size of the reference set",
     "reference.noise": "noise in the reference set",
-    "pruner.budget": "kept fraction of the pruning epochs",
+    "pruner.budget": "budget, a share of the samples",
     "pruner.ratio": "saved, as realised",
     "saved": "saved, as realised",
 }
