@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from alignprune_exp.report.blocks import blocks
 from alignprune_exp.report.figures import save
 from alignprune_exp.report.html import page
-from alignprune_exp.report.tables import blocks, make_table, read_records
+from alignprune_exp.report.tables import make_table, read_records
 from alignprune_exp.suites import label, load_suite, option_names
 
 RECORDS = Path(__file__).parents[1] / "results" / "records"

@@ -41,7 +41,8 @@ from alignprune_exp.records import read_samples
 from alignprune_exp.report.figures import save_all
 from alignprune_exp.report.html import page
 from alignprune_exp.report.publish import scrubbed_command, scrubbed_config
-from alignprune_exp.report.tables import make_table, markdown, read_records
+from alignprune_exp.report.tables import make_table, read_records
+from alignprune_exp.report.texts import markdown
 from alignprune_exp.sheet import report_sheet
 from alignprune_exp.suites import load_suite
 from alignprune_exp.train import main

@@ -16,7 +16,8 @@ from alignprune_exp.console import one_line
 from alignprune_exp.errors import UsageError
 from alignprune_exp.records import Damaged, read_dynamics, read_record, read_samples, write_parquet
 from alignprune_exp.report.figures import losses
-from alignprune_exp.report.tables import long_csv, make_table, markdown, read_records
+from alignprune_exp.report.tables import make_table, read_records
+from alignprune_exp.report.texts import long_csv, markdown
 from alignprune_exp.status import main as status
 from alignprune_exp.status import overview as print_overview
 from alignprune_exp.status import state

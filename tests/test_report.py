@@ -29,21 +29,13 @@ from matplotlib.figure import Figure
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning import SCORES
 from alignprune_exp.records import Damaged, finished_configs, read_dynamics, read_record, read_samples
+from alignprune_exp.report.blocks import blocks
 from alignprune_exp.report.figures import BLUE, RED, draw, inline_svg, save
 from alignprune_exp.report.findings import BOUNDS, findings
 from alignprune_exp.report.html import page
 from alignprune_exp.report.publish import publish, scrubbed_command
-from alignprune_exp.report.tables import (
-    blocks,
-    digest,
-    latex,
-    long_csv,
-    make_table,
-    markdown,
-    not_distinguishable_from_best,
-    read_records,
-    wide_csv,
-)
+from alignprune_exp.report.tables import make_table, not_distinguishable_from_best, read_records
+from alignprune_exp.report.texts import digest, latex, long_csv, markdown, wide_csv
 from alignprune_exp.runs import run_folders
 from alignprune_exp.sheet import Sheet
 from alignprune_exp.status import overview

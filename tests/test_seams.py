@@ -14,7 +14,9 @@ from alignprune_exp.commandline import config_dir
 from alignprune_exp.config import OPTIMIZER, REGISTRIES
 from alignprune_exp.errors import UsageError
 from alignprune_exp.records import read_config
-from alignprune_exp.report.tables import blocks, make_table, markdown, read_records
+from alignprune_exp.report.blocks import blocks
+from alignprune_exp.report.tables import make_table, read_records
+from alignprune_exp.report.texts import markdown
 from alignprune_exp.suites import load_suite
 from alignprune_exp.train import main
 

@@ -18,7 +18,8 @@ from alignprune_exp.config import PRUNER
 from alignprune_exp.errors import UsageError
 from alignprune_exp.records import Damaged, read_dynamics, read_record, read_samples
 from alignprune_exp.report.publish import main as publish
-from alignprune_exp.report.tables import make_table, markdown, paired_difference, read_records
+from alignprune_exp.report.tables import make_table, paired_difference, read_records
+from alignprune_exp.report.texts import markdown
 from alignprune_exp.status import main as status
 from alignprune_exp.suites import load_suite, option_names
 from alignprune_exp.suspects import main as suspects

@@ -19,7 +19,7 @@ from .console import command, duration, one_line
 from .packs import packed_runs
 from .records import Damaged, Metric, config_ids_of, headline, read_environment, read_metrics, read_record, read_summary
 from .runs import Folder, owner_alive, run_folders
-from .suites import Suite, label, suite_of
+from .suites import Suite, suite_of
 
 STATES = {  # of several folders the last counts; each with its mark in the grid, and the colour of that
     "missing": ("·", "dim"),
@@ -124,7 +124,7 @@ def _grid(suite: Suite, known: Mapping[str, State]) -> Table:
     """Return the suite's rows and columns: in each place a mark for every seed, and the mean of those that are done."""
     states: dict[str, dict[str, list[State]]] = {}
     for cell in suite.cells:
-        row, column = label(cell.axes, suite.rows), label(cell.axes, suite.columns)
+        row, column = suite.place(cell)
         states.setdefault(row, {}).setdefault(column, []).append(known[cell.config_id])
     columns = dict.fromkeys(column for of_row in states.values() for column in of_row)
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)

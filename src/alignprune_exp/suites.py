@@ -84,6 +84,10 @@ class Suite:
     cells: list[Cell]
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    def place(self, cell: Cell) -> tuple[str, str]:
+        """Return the row and the column that a run stands at."""
+        return label(cell.axes, self.rows), label(cell.axes, self.columns)
+
 
 def label(axes: Mapping[str, str], names: Sequence[str]) -> str:
     """Return what a row or a column of a table is called, by a cell's values on some axes."""

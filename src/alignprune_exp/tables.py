@@ -24,7 +24,8 @@ from .errors import UsageError
 from .report.figures import save_all
 from .report.html import page
 from .report.mirrored import download
-from .report.tables import Table, filled, latex, long_csv, make_table, markdown, read_records, wide_csv
+from .report.tables import Table, make_table, read_records
+from .report.texts import filled, latex, long_csv, markdown, wide_csv
 from .report.workers import workers
 from .runs import run_folders, write_text
 from .sheet import Sheet, report_sheet

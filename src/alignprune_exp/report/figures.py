@@ -7,11 +7,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from html import escape
 from itertools import repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,7 +26,7 @@ from PIL import Image
 from ..files import write_atomically
 from ..records import DYNAMICS, Damaged, Record, read_dynamics
 from ..suites import label
-from .tables import Table, as_number
+from .tables import Difference, Table, as_number, capitalised
 from .workers import workers
 
 matplotlib.rcParams["axes.titley"] = 1.02  # left to itself, every drawing measures all ticks to place the titles
@@ -129,11 +128,15 @@ def save(table: Table, folder: Path) -> tuple[dict[str, Picture], dict[str, str]
     pictures = {}
     for name, drawing in draw(table).items():
         for form in ("pdf", "png"):
-            data = encode(drawing.figure, form, drawing.caption)
-            write_atomically(folder / f"{name}.{form}", partial(_put, data))
+            _write(drawing, folder / f"{name}.{form}")
         if name.endswith(ON_PAGE):
             pictures[name] = Picture(inline_svg(drawing.figure, name, drawing.alt), drawing.caption)
     return pictures, table.undrawn
+
+
+def _write(drawing: Drawing, path: Path) -> None:
+    data = encode(drawing.figure, path.suffix[1:], drawing.caption)
+    write_atomically(path, lambda file: file.write(data))
 
 
 def save_all(tables: Sequence[Table], folder: Path) -> dict[str, Picture]:
@@ -144,10 +147,6 @@ def save_all(tables: Sequence[Table], folder: Path) -> dict[str, Picture]:
             table.undrawn.update(undrawn)
             pictures |= drawn
     return pictures
-
-
-def _put(data: bytes, file: IO[bytes]) -> None:
-    file.write(data)
 
 
 def _dynamics(table: Table, record: Record, kind: str) -> pd.DataFrame:
@@ -161,8 +160,7 @@ def _dynamics(table: Table, record: Record, kind: str) -> pd.DataFrame:
 
 
 def _records(table: Table, row: str, column: str) -> list[Record]:
-    runs = table.runs(row, column)
-    return [] if runs.empty else [table.records[id] for id in runs["id"]]
+    return [table.records[id] for id in table.runs(row, column)["id"]]
 
 
 def _panels(
@@ -233,11 +231,11 @@ def _from_to(named: Iterable[tuple[str, float]], form: str) -> str:
 
 def differences(table: Table) -> Drawing | None:
     """Paired differences to the baseline with their intervals, a panel a column."""
-    baseline = table.suite.baseline
-    if baseline is None:
-        return None
-    found = {column: table.differences(column) for column in table.columns}
-    found = {column: pairs for column, pairs in found.items() if pairs}
+    found: dict[str, dict[str, Difference]] = {}
+    for column in table.columns:
+        for row in table.rows:
+            if (pair := table.difference(row, table.suite.baseline, column)) is not None:
+                found.setdefault(column, {})[row] = pair
     rows = [row for row in table.rows if any(row in pairs for pairs in found.values())]
     if not rows:
         return None
@@ -253,16 +251,16 @@ def differences(table: Table) -> Drawing | None:
         axis.set(title=table.headed(column), ylim=(len(rows) - 0.5, -0.5))
         means = {row: mean for row, (mean, *_) in pairs.items()}
         told.append(f"{table.headed(column)}: {_from_to(means.items(), f'+.{table.metric.digits}f')}")
-    what = f"difference to {baseline} in {table.points}"
+    what = f"difference to {table.suite.baseline} in {table.points}"
     _title(table, figure, what)
     caption = (
-        f"{what[0].upper()}{what[1:]}, paired by seed, with 95 % intervals; an arrow where one goes on. Blue: better, "
+        f"{capitalised(what)}, paired by seed, with 95 % intervals; an arrow where one goes on. Blue: better, "
         "orange: worse, grey: an interval that contains 0, hollow: one seed, and so no interval."
     )
     return Drawing(figure, caption, f"{caption} {'; '.join(told)}.")
 
 
-def _frame(pairs: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+def _frame(pairs: Sequence[Difference]) -> tuple[float, float]:
     """Return limits that hold 0, every mean, and of the intervals what lies no further out than these lie apart."""
     means = [0.0, *(mean for mean, _, _ in pairs)]
     ends = [*means, *(end for _, *interval in pairs for end in interval if not np.isnan(end))]
@@ -271,7 +269,7 @@ def _frame(pairs: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     return low - 0.08 * (high - low) - 0.01, high + 0.08 * (high - low) + 0.01
 
 
-def _interval(axis: Axes, y: int, pair: tuple[float, float, float], higher: bool) -> None:
+def _interval(axis: Axes, y: int, pair: Difference, higher: bool) -> None:
     mean, low, high = pair
     if np.isnan(low):
         axis.plot(mean, y, "o", ms=5, mfc="white", mec=GREY)
@@ -295,18 +293,7 @@ def against(table: Table) -> Drawing | None:
     number = next((name for name in AGAINST if len(values.get(name, ())) > 1), None)
     if number is None:
         return None
-    lines: dict[str, dict[str, list[tuple[float, pd.Series]]]] = {}  # two points may stand at one share
-    for row, column, axes in table.places:
-        if (runs := table.runs(row, column)).empty:
-            continue
-        x = float(runs["saved"].mean()) if number in REALISED else as_number(axes[number])
-        if math.isnan(x):
-            continue
-        panel = label(axes, [name for name in suite.columns if name != number])
-        line = label(axes, [name for name in suite.rows if name != number])
-        lines.setdefault(panel, {}).setdefault(line, []).append((x, runs[table.key]))
-    lines = {panel: drawn for panel, drawn in lines.items() if any(len(points) > 1 for points in drawn.values())}
-    if not lines:
+    if not (lines := _points(table, number)):
         return None
     names = dict.fromkeys(name for drawn in lines.values() for name in drawn)
     styles = {name: _style(place, points=True) for place, name in enumerate(names)}
@@ -324,8 +311,23 @@ def against(table: Table) -> Drawing | None:
         told.append(f"{panel}: {_from_to(ends, f'.{table.metric.digits}f')}".removeprefix(": "))
     what = f"{table.measured} against {AGAINST[number].removesuffix(', as realised')}"
     _title(table, figure, what)
-    caption = f"{what[0].upper()}{what[1:]}: {BAND}."
+    caption = f"{capitalised(what)}: {BAND}."
     return Drawing(figure, caption, f"{caption} {'; '.join(told)}.")
+
+
+def _points(table: Table, number: str) -> dict[str, dict[str, list[tuple[float, pd.Series]]]]:
+    """Return the points (x, values by seed) of the panels that have a line, by panel and line; x may be there twice."""
+    lines: dict[str, dict[str, list[tuple[float, pd.Series]]]] = {}
+    for row, column, axes in table.places:
+        runs = table.runs(row, column)
+        x = float(runs["saved"].mean()) if number in REALISED and len(runs) else as_number(axes[number])
+        if runs.empty or math.isnan(x):
+            continue
+        panel, line = (
+            label(axes, [name for name in names if name != number]) for names in (table.suite.columns, table.suite.rows)
+        )
+        lines.setdefault(panel, {}).setdefault(line, []).append((x, runs[table.key]))
+    return {panel: drawn for panel, drawn in lines.items() if any(len(points) > 1 for points in drawn.values())}
 
 
 def _by_epoch(table: Table, row: str, column: str, key: str) -> pd.DataFrame:
@@ -380,7 +382,7 @@ def accuracy(table: Table) -> Drawing | None:
         return None
     figure, panels = made
     _title(table, figure, f"{table.measured} by epoch")
-    caption = f"{table.measured[0].upper()}{table.measured[1:]} by epoch: {BAND}."
+    caption = f"{capitalised(table.measured)} by epoch: {BAND}."
     return Drawing(figure, caption, f"{caption} At the end: {_told(panels, f'.{table.metric.digits}f', last=True)}.")
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..suites import label
-from .tables import Entry, Table, as_number, mean_and_std, plus_minus
+from .blocks import Entry
+from .tables import Table, as_number, mean_and_std, plus_minus, with_interval
 
 LEADING = ("equal_cost", "cost", "main")  # suites whose findings stand first, that of the main claim before the others
 BOUNDS = {  # scores that know wrong labels: no methods, and what each is the bound of
@@ -66,9 +67,8 @@ class Comparison:
     @property
     def brief(self) -> str:
         """The difference, its interval and its seeds, such as "+1.4 [+0.2, +2.6], 3 seeds"."""
-        mean, low, high = (_signed(self.table, value) for value in (self.mean, self.low, self.high))
-        interval = "" if math.isnan(self.low) else f" [{low}, {high}]"
-        return f"{mean}{interval}, {'one seed' if len(self.ours) == 1 else f'{len(self.ours)} seeds'}"
+        told = with_interval(self.table.metric, (self.mean, self.low, self.high)).replace("-", "−")
+        return f"{told}, {'one seed' if len(self.ours) == 1 else f'{len(self.ours)} seeds'}"
 
     @property
     def verdict(self) -> str:
@@ -132,7 +132,7 @@ def brief(table: Table) -> str:
 
 
 def _compare(table: Table, row: str, other: str | None, column: str) -> Comparison | None:
-    if other is None or row == other or (pair := table.difference(row, other, column)) is None:
+    if other is None or (pair := table.difference(row, other, column)) is None:
         return None
     ours, base = table.runs(row, column), table.runs(other, column)
     seeds = ours.index.intersection(base.index)
@@ -175,21 +175,19 @@ def _in_other_columns(table: Table, best: Comparison) -> list[Entry]:
     if not others:
         return []
     told = "; ".join(f"{table.headed(found.column)} {found.brief}" for found in others)
-    runs = tuple(id for found in others for id in found.runs)
-    return [Entry(f"{best.row} against {best.other} elsewhere: {told}.", runs=runs)]
+    return [Entry(f"{best.row} against {best.other} elsewhere: {told}.", runs=_runs(others))]
 
 
 def _sides(compared: Sequence[Comparison]) -> list[Entry]:
     """Return one sentence with the rows that are better than the baseline, worse, and not told apart from it."""
-    sides: dict[str, list[str]] = {}
-    for side in ("better", "not told apart", "worse", "in one seed"):
-        if named := [f"{found.row} {_signed(found.table, found.mean)}" for found in compared if found.side == side]:
-            sides[side] = named
-    if not sides:
+    told = "; ".join(
+        f"{side}: {', '.join(named)}"
+        for side in ("better", "not told apart", "worse", "in one seed")
+        if (named := [f"{found.row} {_signed(found.table, found.mean)}" for found in compared if found.side == side])
+    )
+    if not told:
         return []
-    told = "; ".join(f"{side}: {', '.join(named)}" for side, named in sides.items())
-    runs = tuple(dict.fromkeys(id for found in compared for id in found.runs))
-    return [Entry(f"The others there, against {compared[0].other}: {told}.", runs=runs)]
+    return [Entry(f"The others there, against {compared[0].other}: {told}.", runs=_runs(compared))]
 
 
 def _with_das(table: Table, column: str) -> list[Entry]:
@@ -198,8 +196,7 @@ def _with_das(table: Table, column: str) -> list[Entry]:
     if not (found := [pair for pair in made if pair is not None]):
         return []
     told = "; ".join(f"{pair.other} {pair.brief}{_papers(pair)}" for pair in found)
-    runs = tuple(id for pair in found for id in pair.runs)
-    return [Entry(f"DAS in the place of the loss, at {table.headed(column)}: {told}.", runs=runs)]
+    return [Entry(f"DAS in the place of the loss, at {table.headed(column)}: {told}.", runs=_runs(found))]
 
 
 def _papers(pair: Comparison) -> str:
@@ -224,15 +221,13 @@ def _by_share(table: Table) -> list[Entry]:
         for share, best in sorted(by_share.items()):
             named = best.row if best.worth > 0 else f"none, {best.row} as the next"
             told.append(f"{100 * share:.0f} % saved: {named} {best.brief}")
-        runs = tuple(dict.fromkeys(id for best in by_share.values() for id in best.runs))
-        said.append(
-            Entry(
-                f"Best against {table.suite.baseline} at {panel}, of several seeds where any has them, by what is "
-                f"saved: {'; '.join(told)}.",
-                runs=runs,
-            )
-        )
+        place = f"Best against {table.suite.baseline} at {panel}, of several seeds where any has them, by what is saved"
+        said.append(Entry(f"{place}: {'; '.join(told)}.", runs=_runs(by_share.values())))
     return said
+
+
+def _runs(compared: Iterable[Comparison]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(id for found in compared for id in found.runs))
 
 
 def _signed(table: Table, value: float) -> str:

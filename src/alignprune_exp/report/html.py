@@ -6,28 +6,19 @@ How it looks stands in ``page.html`` and ``page.css``; ``page.js`` sorts and fil
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..sheet import Sheet
+from .blocks import MISSING, Block, blocks
 from .figures import WITH_TABLES, Picture
 from .findings import Findings, brief, findings, largest_first
 from .publish import scrubbed_command
-from .tables import MISSING, Block, Entry, Table, blocks, short
-
-
-@dataclass(frozen=True)
-class Line:
-    """A run behind a number: where it stands in the table, its seed, its result and its id."""
-
-    place: str
-    seed: int
-    result: str
-    id: str
+from .tables import Table, short
 
 
 def page(tables: Sequence[Table], figures: Mapping[str, Picture], sheets: Mapping[str, Sheet] | None = None) -> str:
@@ -40,7 +31,7 @@ def page(tables: Sequence[Table], figures: Mapping[str, Picture], sheets: Mappin
     first = _first_figures(found, tables, figures)
     leading = [one.table for one in found]
     tables = [*leading, *(table for table in tables if table not in leading)]
-    numbers = [(table, cell) for table in tables for cell in _cells(_shown_blocks(table))]
+    numbers = [(table, cell) for table in tables for block in _shown_blocks(table) for cell in chain(*block.body)]
     numbers += [(one.table, sentence) for one in found for sentence in one.sentences]
     led = dict.fromkeys((table.name, cell.runs) for table, cell in numbers if cell.runs)
     popovers = {key: f"p{number}" for number, key in enumerate(led)}
@@ -89,10 +80,6 @@ def _shown_blocks(table: Table) -> list[Block]:
     return [block for block in blocks(table) if block.title != "Runs"]
 
 
-def _cells(shown: Iterable[Block]) -> list[Entry]:
-    return [cell for block in shown for cells in block.body for cell in cells]
-
-
 def _section(
     table: Table, figures: Mapping[str, Picture], first: Mapping[str, Picture], sheet: Sheet | None
 ) -> dict[str, Any]:
@@ -109,13 +96,10 @@ def _section(
     }
 
 
-def _lines(table: Table, ids: Sequence[str]) -> list[Line]:
+def _lines(table: Table, ids: Sequence[str]) -> list[dict[str, Any]]:
     """Return the runs in the table's order; a run that stands at several of its places is named with the first."""
     runs = table.long[table.long["id"].isin(ids)].drop_duplicates("id")
-    return [
-        Line(f"{run['row']}, {run['column']}", run["seed"], table.metric.said(run[table.key]), run["id"])
-        for run in runs.to_dict("records")
-    ]
+    return runs.assign(result=runs[table.key].map(table.metric.said)).to_dict("records")
 
 
 def _runs(tables: Sequence[Table]) -> list[dict[str, str]]:

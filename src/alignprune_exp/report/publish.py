@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..packs import pack
 from ..records import Record, config_ids_of, read_config, read_dynamics, read_record
 from ..runs import run_folders
-from ..suites import Cell, Suite, label, suite_of
+from ..suites import Cell, Suite, suite_of
 
 OF_THE_MACHINE = ("host", "slurm_job_id")  # keys of environment.json that are never published
 
@@ -120,7 +120,7 @@ def _is_path(value: str) -> bool:
 
 
 def _name(suite: Suite, cell: Cell) -> str:
-    return f"{label(cell.axes, (*suite.rows, *suite.columns))} seed {cell.seed}"
+    return f"{' '.join(suite.place(cell))} seed {cell.seed}"
 
 
 def _json(values: Any) -> bytes:
