@@ -33,12 +33,7 @@ Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 PROBABILITIES = "probabilities.parquet"  # a row a training sample: index, and p_0 … of every class
 DYNAMICS = {"epoch": "int", "kind": "text", "name": "text", "group": "text", "x": "float", "value": "float"}
 SAMPLES = {"index": "int", "loss": "score", "times_selected": "int"}
-MAYBE_UNKNOWN = {
-    "path": "text",
-    "label": "int",
-    "clean_label": "int",
-    "predicted": "int",
-}  # samples have all of them, or none
+MAYBE_UNKNOWN = {"path": "text", "label": "int", "clean_label": "int", "predicted": "int"}  # of all samples, or none
 FAMILIES = {  # of numbers, by how their keys begin: from where to where
     "auroc_": (0.0, 1.0),
     "test_accuracy_": (0.0, 100.0),
@@ -100,9 +95,8 @@ class Damaged(UsageError):
     """
 
     def __init__(self, path: Folder, what: str) -> None:
-        remedy = (
-            "run it again with force=true, or remove the folder" if isinstance(path, Path) else "take it back with git"
-        )
+        again = "run it again with force=true, or remove the folder"
+        remedy = again if isinstance(path, Path) else "take it back with git"
         super().__init__(one_line(f"{path} is damaged ({what}); {remedy}"))
         self.folder, self.reason = path.parent, one_line(f"{path.name}: {what}")
 
@@ -472,9 +466,8 @@ def write_parquet(path: Path, table: pa.Table, **facts: object) -> None:
     """Write a table of a run, with checksums, and with the run's id and ``facts`` in its metadata."""
     import pyarrow.parquet as pq
 
-    named = table.replace_schema_metadata(
-        {"run": _id_of(path.parent)} | {key: str(fact) for key, fact in facts.items()}
-    )
+    told = {"run": _id_of(path.parent)} | {key: str(fact) for key, fact in facts.items()}
+    named = table.replace_schema_metadata(told)
     write_atomically(path, lambda file: pq.write_table(named, file, write_page_checksum=True))
 
 

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from .tables import OVERHEAD, Table, capitalised, mean_and_std, not_distinguishable_from_best, plus_minus, with_interval
+from .tables import OVERHEAD, Table, capitalised, not_distinguishable_from_best, plus_minus, with_interval
 
 MISSING = "–"
 PAPER_DATASET = "cifar100"
@@ -84,7 +84,7 @@ def _headline(table: Table, word: str) -> Block:
     def cell(row: str, column: str) -> Entry:
         if (runs := table.runs(row, column)).empty:
             return Entry(MISSING)
-        spread = plus_minus(*mean_and_std(runs[table.key].tolist()), table.metric.digits)
+        spread = plus_minus(runs[table.key].tolist(), table.metric.digits)
         text = f"{spread}{_of_seeds(table, len(runs))}, {100 * runs['saved'].mean():.0f} % saved"
         return Entry(text, row in bold[column], ids(runs))
 

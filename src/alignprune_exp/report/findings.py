@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..suites import label
 from .blocks import Entry
-from .tables import Table, as_number, mean_and_std, plus_minus, with_interval
+from .tables import Table, as_number, plus_minus, with_interval
 
 LEADING = ("equal_cost", "cost", "main")  # suites whose findings stand first, that of the main claim before the others
 BOUNDS = {  # scores that know wrong labels: no methods, and what each is the bound of
@@ -93,8 +93,7 @@ class Comparison:
 
     def _value(self, runs: pd.DataFrame) -> str:
         metric = self.table.metric
-        text = plus_minus(*mean_and_std(runs[self.table.key].tolist()), metric.digits)
-        return f"{text} {metric.unit}".rstrip()
+        return f"{plus_minus(runs[self.table.key].tolist(), metric.digits)} {metric.unit}".rstrip()
 
 
 def findings(tables: Sequence[Table]) -> list[Findings]:

@@ -299,7 +299,8 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def plus_minus(mean: float, std: float, digits: int) -> str:
+def plus_minus(values: Sequence[float], digits: int) -> str:
+    mean, std = mean_and_std(values)
     return f"{mean:.{digits}f}" + ("" if math.isnan(std) else f" ± {std:.{digits}f}")
 
 

@@ -76,7 +76,7 @@ def digest(table: Table, key: str | None = None) -> str:
     lines = [[corner(table), *(f"{column}*" if column in unverified else column for column in columns)]]
     for row in rows:
         cells = (table.runs(row, column)[shown].dropna().tolist() for column in columns)
-        lines.append([row, *(plus_minus(*mean_and_std(values), digits) if values else MISSING for values in cells)])
+        lines.append([row, *(plus_minus(values, digits) if values else MISSING for values in cells)])
     return _markdown_table(lines)
 
 
