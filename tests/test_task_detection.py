@@ -554,6 +554,7 @@ WRONG_COCO = [  # what is done to the annotations, and what is said of it
     ),
     (lambda held: held["annotations"][0].update(bbox=[3, 4, 0, 5]), "a box from (3, 4) to (3, 9), which has no area"),
     (lambda held: held["annotations"][0].update(bbox=[3, 4, -1, 5]), "a box from (3, 4) to (2, 9), which has no area"),
+    (lambda held: held["annotations"][0].update(bbox=[3, 4, 1e-6, 5]), "has a box from (3, 4) to (3, 9), which has no"),
     (lambda held: held["annotations"][0].update(bbox=[20, 4, 20, 5]), "(40, 9), which reaches out of its 30x50 pixels"),
     (
         lambda held: held["annotations"][0].update(bbox=[3, 4, 5]),

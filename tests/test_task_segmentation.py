@@ -348,6 +348,18 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, ships):
     assert "val.txt cannot be read (No such file or directory): put it there" in refused(*line)
 
 
+@pytest.mark.parametrize(("part", "what"), [(range(8), "train"), (range(8, 12), "evaluate")])
+def test_masks_of_one_class_alone_are_one_sentence(tmp_path, refused, ships, part, what):
+    root = ships("voc")
+    for number in part:  # as of shades, where an object is white
+        mask = root / PHOTOGRAPHS["voc"][1].format(f"a_{number}")
+        written = np.asarray(Image.open(mask))
+        Image.fromarray(np.where(written > 0, IGNORED, 0).astype(np.uint8)).save(mask)
+    line = ["task=segmentation", "dataset=voc", f"dataset.root={root}", f"paths.results={tmp_path / 'none'}"]
+    said = f"images to {what} on has a pixel of a second class: give it others, or more"
+    assert said in refused(*line, "reference.size=2")
+
+
 def test_a_mistake_in_the_files_of_ade20k_is_one_sentence(tmp_path, refused, ships):
     root = ships("ade20k")
     line = ["task=segmentation", "dataset=ade20k", f"dataset.root={root}", f"paths.results={tmp_path / 'none'}"]

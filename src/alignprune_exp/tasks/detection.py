@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import MODEL, Config
+from ..config import MODEL
 from ..data.batches import Batch
 from ..data.index import Survey, there
 from ..data.source import Unreadable, brief
@@ -49,15 +49,12 @@ class Detection(SceneTask):
 
     metrics = (Metric("map", "test mAP", "%"), Metric("map50", "test mAP at IoU 0.5", "%"))
     packages = ("torchmetrics", "pycocotools")
+    least = "a box"
     smooths = False
     chance_loss = 2.8  # one class in a hundred, boxes that miss, and a centre-ness of one half
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(config, device, dtype)
-        parts, train, test = self.parts, self.data.train, self.data.test
-        for what, boxes, rows in (("train", train.targets, parts.train), ("evaluate", test.targets, parts.test)):
-            if not any((boxes[row][:, 5] == 0).any() for row in rows):
-                raise UsageError(f"none of the {len(rows)} images to {what} on has a box: give it others, or more")
+    def teaches(self, targets: Sequence[np.ndarray]) -> bool:
+        return any((boxes[:, 5] == 0).any() for boxes in targets)
 
     def wrong(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return corrupt(target, len(self.data.classes), self.data.train.images.shape[-1], rng)
@@ -378,21 +375,22 @@ class BoxFiles(PictureFiles):
             sizes = ["x".join(f"{side:g}" for side in each) for each in (size, said)]
             raise Unreadable(f"{self.folder / path} is {sizes[0]} pixels where its annotation says {sizes[1]}")
         boxes, side = np.array(own, np.float64).reshape(-1, 6), self.image_size
+        scaled = np.maximum(np.rint(size * (side / size.max())).astype(int), 1)
+        beside = (side - scaled) // 2
         corners = boxes[:, :4].reshape(-1, 2, 2)
-        for box in corners:
+        fitted = (corners.clip(0, size) * (scaled / size) + beside).astype(np.float32)
+        for box, inside in zip(corners, fitted, strict=True):
             ends = " to ".join(f"({x:g}, {y:g})" for x, y in box)
             where = f"{path} has a box from {ends}, which"
             if not ((box[0] >= -1).all() and (box[1] <= size + 1).all()):  # nor is NaN
                 raise Unreadable(f"{where} reaches out of its {size[0]}x{size[1]} pixels")
-            if not (box.clip(0, size)[0] < box.clip(0, size)[1]).all():
+            if not (inside[0] < inside[1]).all():
                 raise Unreadable(f"{where} has no area")
-        scaled = np.maximum(np.rint(size * (side / size.max())).astype(int), 1)
-        beside = (side - scaled) // 2
         square = Image.new("RGB", (side, side))
         whole = Image.fromarray(pixels.transpose(1, 2, 0))
         square.paste(whole.resize(tuple(scaled.tolist()), Image.Resampling.BILINEAR), tuple(beside.tolist()))
-        boxes[:, :4] = (corners.clip(0, size) * (scaled / size) + beside).reshape(-1, 4)
-        return np.asarray(square).transpose(2, 0, 1), boxes.astype(np.float32)
+        found = np.hstack([fitted.reshape(-1, 4), boxes[:, 4:]], dtype=np.float32, casting="same_kind")
+        return np.asarray(square).transpose(2, 0, 1), found
 
 
 class Annotations(BaseModel):

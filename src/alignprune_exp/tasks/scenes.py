@@ -92,19 +92,32 @@ class SceneTask(RowsTask):
     """Images in memory. A subclass says how a target is corrupted, mirrored, and made a tensor of with others.
 
     Attributes:
+        least: what one of them has at least.
         targets: those trained on, wrong ones among them, one of each sample.
         mean, std: of the pixels trained on, by channel, in 0..1 units, (3,).
     """
 
+    least: ClassVar[str]
     data: Scenes
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
         self.notes = self.data.notes
+        for what, part, rows in (
+            ("train", self.data.train, self.parts.train),
+            ("evaluate", self.data.test, self.parts.test),
+        ):
+            if not self.teaches([part.targets[row] for row in rows]):
+                none = f"none of the {len(rows)} images to {what} on has {self.least}"
+                raise UsageError(f"{none}: give it others, or more")
         self.targets = self._given(self.parts.train, self.parts.wrong)
         blocks = (self.parts.train[start : start + 1024] for start in range(0, self.n, 1024))
         images = torch.from_numpy(self.data.train.images)
         self.mean, self.std = pixel_statistics(images[block] for block in blocks)
+
+    def teaches(self, targets: Sequence[np.ndarray]) -> bool:
+        """Return whether one of the targets has what they have at ``least``."""
+        raise NotImplementedError
 
     def wrong(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return a target with something wrong."""
