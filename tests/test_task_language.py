@@ -186,14 +186,15 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, jsonl, line):
     assert samples_of(folder)["path"].str.startswith("texts.jsonl#").all()
 
 
-def test_parquet_and_files_give_the_same_documents(tmp_path, task):
-    texts = sentences(120)
+def test_parquet_and_files_give_the_same_documents(tmp_path):
+    texts = [text.replace(" ", "\r\n", 1) for text in sentences(120)]  # as Windows ends a line
     columns = {"dictionary": pa.array(texts).dictionary_encode()}
     columns |= {str(k): pa.array(texts).cast(k) for k in (pa.string(), pa.string_view(), pa.binary(), pa.binary_view())}
     pq.write_table(pa.table(columns), tmp_path / "a.PARQUET")
     (tmp_path / "folder" / "below").mkdir(parents=True)
     for row, text in enumerate(texts):
-        (tmp_path / "folder" / "below" / f"{row:03}.txt").write_text(text, "utf-8-sig" if row % 2 else "utf-8")
+        file = tmp_path / "folder" / "below" / f"{row:03}.txt"
+        file.write_bytes(text.encode("utf-8-sig" if row % 2 else "utf-8"))
     for hidden in (".DS_Store.txt", "below/._000.txt", ".trash/000.txt", ".a.jsonl"):
         (tmp_path / "folder" / hidden).parent.mkdir(exist_ok=True)
         (tmp_path / "folder" / hidden).write_text("\0 what macOS keeps to itself, or somebody threw away")
@@ -202,7 +203,7 @@ def test_parquet_and_files_give_the_same_documents(tmp_path, task):
         (f"dataset.root={tmp_path / 'folder'}",),
     ):
         found = open_task(composed(*TINY, *more)).opened()
-        assert [text for _, text in found.train] == [text for _, text in task.opened().train]
+        assert sorted(text for part in (found.train, found.test) for _, text in part) == sorted(texts)
 
 
 def test_the_documentation_of_this_python_is_the_default(tmp_path):
@@ -222,6 +223,9 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, jsonl):
     assert "is not there: type a folder of *.parquet" in refused(*line, f"dataset.root={tmp_path / 'gone'}")
     assert "has no *.parquet" in refused(*line, f"dataset.root={folder}")
     assert "line 1, has no text body, but text" in refused(*line, f"dataset.root={jsonl}", "dataset.column=body")
+    (folder / "a.jsonl").write_text('[{"text": "a"}]\n')
+    said = refused(*line, f"dataset.root={folder}")
+    assert 'a.jsonl, line 1, is [{"text": "a"}] where {"text": …} is wanted: write one a line' in said
     for value in ("3", "false", '["a"]'):
         (folder / "a.jsonl").write_text(f'{{"text": {value}}}\n')
         said = refused(*line, f"dataset.root={folder}")
@@ -235,6 +239,9 @@ def test_a_mistake_in_the_files_is_one_sentence(tmp_path, refused, jsonl):
     (folder / "b.txt").write_bytes(b"\xff\xfe")
     assert ".jsonl and .txt" in refused(*line, f"dataset.root={folder}")
     assert "b.txt is not UTF-8" in refused(*line, f"dataset.root={folder / 'b.txt'}")
+    (folder / "b.txt").write_text("a few words", "utf-16-le")
+    said = refused(*line, f"dataset.root={folder / 'b.txt'}")
+    assert "b.txt is not UTF-8 (it has zeros, as UTF-16 has): convert it" in said
     (folder / "b.txt").rename(folder / "b.TXT")
     assert ".jsonl and .txt" in refused(*line, f"dataset.root={folder}")
     assert "b.TXT is not UTF-8" in refused(*line, f"dataset.root={folder / 'b.TXT'}")

@@ -386,9 +386,12 @@ class Reader:
 
     def _txt(self, file: Path, name: str) -> Iterator[Text]:
         try:
-            yield name, file.read_text("utf-8-sig")
-        except UnicodeDecodeError as error:
+            text = file.read_bytes().decode("utf-8-sig")
+            if "\0" in text:
+                raise ValueError("it has zeros, as UTF-16 has")
+        except ValueError as error:
             raise UsageError(f"{file} is not UTF-8 ({brief(error)}): convert it, or move it elsewhere") from None
+        yield name, text
 
     def _jsonl(self, file: Path, name: str) -> Iterator[Text]:
         with file.open("rb") as lines:
@@ -400,12 +403,14 @@ class Reader:
                     json.dumps(values, ensure_ascii=False).encode()
                 except (ValueError, RecursionError) as error:
                     raise UsageError(f"{file}, line {number}, is no JSON ({brief(error)}): mend or delete it") from None
-                if not (isinstance(values, dict) and self.column in values):
-                    has = ", ".join(values) if isinstance(values, dict) else type(values).__name__
-                    raise UsageError(f"{file}, line {number}, has no text {self.column}, but {has}: {self.remedy}")
+                where = f"{file}, line {number},"
+                if not isinstance(values, dict):
+                    wanted = f'{{"{self.column}": …}} is wanted: write one a line'
+                    raise UsageError(f"{where} is {json.dumps(values)[:60]} where {wanted}")
+                if self.column not in values:
+                    raise UsageError(f"{where} has no text {self.column}, but {', '.join(values)}: {self.remedy}")
                 if not isinstance(text := values[self.column], str | None):
-                    shown = json.dumps(text)[:60]
-                    raise UsageError(f"{file}, line {number}, has {shown} as {self.column}, no text: {self.remedy}")
+                    raise UsageError(f"{where} has {json.dumps(text)[:60]} as {self.column}, no text: {self.remedy}")
                 yield f"{name}#{number}", text or ""
 
     def _parquet(self, file: Path, name: str) -> Iterator[Text]:
