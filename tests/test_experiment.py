@@ -473,11 +473,18 @@ def test_a_score_that_the_labels_leave_nothing_to_go_by_is_said(tmp_path, line, 
     assert all(note.startswith(words) for note, words in zip(notes, said, strict=True))
 
 
-def test_a_batch_of_one_sample_that_batch_norm_cannot_take_is_said(tmp_path, capsys):
-    line = ("model=resnet18", "batch_size=1", "dataset.subset=30", "reference.size=8", "epochs=1", "pruner=full")
-    assert launch(tmp_path, *line, "score=loss") == 1
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [
+        ("model=resnet18 dataset.subset=30", "set another batch_size, or model.norm=group"),
+        ("task=segmentation model=deeplabv3 dataset.scenes=30 dataset.side=32", "set another batch_size"),
+    ],
+)
+def test_a_batch_of_one_sample_that_batch_norm_cannot_take_is_said(tmp_path, capsys, model, remedy):
+    line = (*model.split(), "batch_size=1", "reference.size=8", "epochs=1", "pruner=full", "score=loss", "threads=1")
+    assert launch(tmp_path, base=line) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "ended in epoch 0, step 0: a batch of one sample has nothing to be normalised by; set another" in said
+    assert said.endswith(f"epoch 0, step 0: a batch of one sample has nothing to be normalised by; {remedy}")
 
 
 def test_a_loss_that_turns_bad_later_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):

@@ -310,7 +310,9 @@ class Run:
         except ValueError as error:
             if ONE_VALUE not in str(error):
                 raise
-            why = "a batch of one sample has nothing to be normalised by; set another batch_size, or model.norm=group"
+            why = "a batch of one sample has nothing to be normalised by; set another batch_size"
+            if hasattr(self.setup.config.model, "norm"):
+                why += ", or model.norm=group"
         else:
             return
         failed = Failed(f"run {self.setup.id} ended in {self._where}: {why}")
