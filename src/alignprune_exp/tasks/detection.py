@@ -21,8 +21,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from ..config import MODEL
 from ..data.batches import Batch
 from ..data.index import Survey, there
 from ..data.source import Unreadable, brief
@@ -41,7 +41,6 @@ CENTRE = 1.5  # of FCOS: a place is positive within so many strides of a box's c
 WORST_SCORE, OVERLAP, CANDIDATES, DETECTIONS = 0.05, 0.6, 1000, 100  # of an image's detections, as FCOS has them
 MOVED, APART = 0.5, 0.3  # the IoU that a moved box stays below with itself, and an invented one with every other
 ATTEMPTS = 50
-MEND = "mend or delete it"
 
 
 class Detection(SceneTask):
@@ -67,11 +66,8 @@ class Detection(SceneTask):
     def together(self, targets: Sequence[np.ndarray]) -> Tensor:
         return padded(targets)
 
-    def network(self) -> nn.Module:
-        """Return a freshly initialised network: from images (B, 3, H, W) to what `Said` reads, (B, P, 9 + C)."""
-        return self.fitted(MODEL.make(self.config.model, 3, len(self.data.classes)))
-
     def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `Task.losses`; outputs are what `Said` reads."""
         losses = fcos_losses(Said.of(outputs, len(self.data.classes)), targets)
         return losses, losses, None
 
@@ -92,13 +88,9 @@ class Detection(SceneTask):
 
 
 def padded(boxes: Sequence[np.ndarray]) -> Tensor:
-    """Return the boxes (k, 6) of n images as float32 (n, M, 6), rows of the class `NO_BOX` behind them."""
-    most = max((len(each) for each in boxes), default=0)
-    filled = torch.zeros(len(boxes), max(most, 1), 6)
-    filled[..., 4] = NO_BOX
-    for row, each in enumerate(boxes):
-        filled[row, : len(each)] = torch.from_numpy(each)
-    return filled
+    """Return the boxes (k, 6) of n images as float32 (n, M, 6), M at least 1, rows of `NO_BOX` behind them."""
+    rows = [torch.zeros(1, 6), *map(torch.from_numpy, boxes)]
+    return pad_sequence(rows, batch_first=True, padding_value=NO_BOX)[1:]
 
 
 # --- what a network says, its losses and its detections
@@ -468,16 +460,14 @@ class Coco(BoxFiles):
             raise UsageError(
                 f"{self.folder} has no folder {name}, images/{name} or images: put the images of {file} there"
             )
-        numbers = {id: number for number, id in enumerate(category.id for category in read.categories)}
+        numbers = {category.id: number for number, category in enumerate(read.categories)}
         boxes: dict[int, list[tuple[float, ...]]] = {image.id: [] for image in read.images}
         wrong = set()
         for box in read.annotations:
-            if box.image_id not in boxes:
-                survey.refuse(f"annotation {box.id} of {file} is of image {box.image_id}, which it does not list", MEND)
-            elif box.category_id not in numbers:
-                survey.refuse(
-                    f"annotation {box.id} of {file} is of category {box.category_id}, which it does not list", MEND
-                )
+            of = (("image", box.image_id, boxes), ("category", box.category_id, numbers))
+            if unlisted := [f"{what} {id}" for what, id, listed in of if id not in listed]:
+                what = f"annotation {box.id} of {file} is of {unlisted[0]}, which it does not list"
+                survey.refuse(what, "mend or delete it")
                 wrong.add(box.image_id)
             else:
                 x, y, width, height = box.bbox
@@ -513,7 +503,6 @@ class VocBoxes(BoxFiles):
     def _annotated(self, path: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Read an image and its boxes as `_fitted` does. Raises Unreadable also for annotations that are not of VOC."""
         file, boxes = self.folder / "Annotations" / f"{name}.xml", []
-        number_of = {label: number for number, label in enumerate(Voc.classes[1:])}
         try:
             root = ET.fromstring(file.read_bytes())
             width, height = (_number(root, f"size/{side}") for side in ("width", "height"))
@@ -522,9 +511,10 @@ class VocBoxes(BoxFiles):
                 label, crowd = found.findtext("name", ""), found.findtext("difficult", "0").strip() == "1"
                 if max(x1, y1) <= 1:
                     raise Unreadable(f"{file} has no number above 1 in a box, as of shares of the image, not of pixels")
-                if label not in number_of:
+                if label not in Voc.classes[1:]:
                     raise Unreadable(f"{file} has an object of the class {label!r}, which VOC has not")
-                boxes.append((x0 - 1, y0 - 1, x1, y1, number_of[label], crowd))  # which count from 1, both included
+                corners = x0 - 1, y0 - 1, x1, y1  # they count from 1, both included
+                boxes.append((*corners, Voc.classes[1:].index(label), crowd))
         except (OSError, ET.ParseError, LookupError, ValueError) as error:  # of these an encoding that is unknown
             raise Unreadable(f"{file} cannot be read as an annotation of VOC ({brief(error)})") from None
         return self._fitted(path, (width, height), boxes)
@@ -596,19 +586,16 @@ class Backbone(nn.Module):
 
     def __init__(self, channels: int, width: int, normed: Norm) -> None:
         from torchvision.models.resnet import BasicBlock
+        from torchvision.ops import Conv2dNormActivation
 
         super().__init__()
+        convolved = partial(Conv2dNormActivation, norm_layer=normed)
 
         def halved(before: int, after: int) -> nn.Module:
-            shortcut = nn.Sequential(nn.Conv2d(before, after, 1, 2, bias=False), normed(after))
+            shortcut = convolved(before, after, 1, 2, activation_layer=None)
             return BasicBlock(before, after, 2, shortcut, norm_layer=normed)
 
-        def convolved(before: int, after: int, stride: int = 1) -> nn.Module:
-            return nn.Sequential(
-                nn.Conv2d(before, after, 3, stride, 1, bias=False), normed(after), nn.ReLU(inplace=True)
-            )
-
-        self.stem = convolved(channels, width, 2)
+        self.stem = convolved(channels, width, stride=2)
         self.fine, self.coarse = halved(width, 2 * width), halved(2 * width, 4 * width)
         self.together = convolved(6 * width, 2 * width)
 

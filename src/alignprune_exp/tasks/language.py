@@ -83,7 +83,8 @@ class Language(RowsTask):
         self.texts = self._given(parts.train, parts.wrong)
         self.tokenizer = learnt(self.texts, vocabulary)
         self.chance_loss = math.log(self.tokenizer.get_vocab_size())
-        self.bytes_V = torch.tensor([0, *map(self._length, range(1, self.tokenizer.get_vocab_size()))])
+        tokens = map(self.tokenizer.id_to_token, range(1, self.tokenizer.get_vocab_size()))
+        self.bytes_V = torch.tensor([0, *map(len, tokens)])  # byte-level BPE writes one character for each
         self.train, read = self._batches(self.texts)
         trusted = self._given(parts.reference, parts.doubted)
         self.reference = self._batches(trusted)[0] if trusted else self.train
@@ -98,10 +99,6 @@ class Language(RowsTask):
     def _given(self, rows: np.ndarray, wrong: np.ndarray) -> list[str]:
         texts = [text for _, text in self.data.train]
         return self.given(texts, rows, wrong, partial(corrupt, foreign=self.data.foreign))
-
-    def _length(self, token: int) -> int:
-        """Return the bytes of a token: byte-level BPE writes one character for each."""
-        return len(self.tokenizer.id_to_token(token))
 
     def _batches(self, texts: list[str]) -> tuple[Batches, float]:
         """Return batches of inputs, int32 (B, T), the first token being 0, and targets, the next tokens, likewise; and

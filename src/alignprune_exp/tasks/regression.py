@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -195,7 +195,7 @@ class Rows:
         return len(self.targets)
 
     def of(self, some: np.ndarray) -> Rows:
-        return replace(self, features=self.features[some], targets=self.targets[some], rows=self.rows[some])
+        return Rows(self.features[some], self.targets[some], self.rows[some])
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import Config
+from ..config import MODEL, Config
 from ..console import Progress
 from ..data.augment import Augmentation
 from ..data.batches import Batches
@@ -152,6 +152,10 @@ class SceneTask(RowsTask):
 
     def _batches(self, images: np.ndarray, targets: Sequence[np.ndarray], flip: bool = False) -> Batches:
         return SceneBatches(self, torch.from_numpy(images), self.together(targets), flip)
+
+    def network(self) -> nn.Module:
+        """Return a freshly initialised network: from images (B, 3, H, W) to what `losses` takes."""
+        return self.fitted(MODEL.make(self.config.model, 3, len(self.data.classes)))
 
     def columns(self) -> dict[str, Any]:
         import pandas as pd

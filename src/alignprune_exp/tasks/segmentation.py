@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import MODEL, Config
+from ..config import Config
 from ..data.batches import Batch
 from ..data.images import Fit
 from ..data.index import Survey
@@ -63,11 +63,8 @@ class Segmentation(SceneTask):
     def together(self, targets: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(targets))
 
-    def network(self) -> nn.Module:
-        """Return a freshly initialised network: from images (B, 3, H, W) to logits (B, C, H, W)."""
-        return self.fitted(MODEL.make(self.config.model, 3, len(self.data.classes)))
-
     def losses(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `Task.losses`; outputs are logits (B, C, H, W)."""
         if outputs.shape[-2:] != targets.shape[-2:] or outputs.dim() != 4:
             raise ValueError("the outputs are not of the masks' size")
         pixels = outputs.permute(0, 2, 3, 1).flatten(1, 2)
