@@ -381,8 +381,8 @@ class BoxFiles(PictureFiles):
         square = Image.new("RGB", (side, side))
         whole = Image.fromarray(pixels.transpose(1, 2, 0))
         square.paste(whole.resize(tuple(scaled.tolist()), Image.Resampling.BILINEAR), tuple(beside.tolist()))
-        found = np.hstack([fitted.reshape(-1, 4), boxes[:, 4:]], dtype=np.float32, casting="same_kind")
-        return np.asarray(square).transpose(2, 0, 1), found
+        boxes[:, :4] = fitted.reshape(-1, 4)
+        return np.asarray(square).transpose(2, 0, 1), boxes.astype(np.float32)
 
 
 class Annotations(BaseModel):
@@ -424,11 +424,8 @@ class Coco(BoxFiles):
         train, test = (self._annotations(name) for name in (self.train, self.test))
         if train.categories != test.categories:
             raise UsageError(f"{self._file(self.train)} and {self._file(self.test)} differ in categories: mend one")
-        return (
-            [each.name for each in train.categories],
-            self._entries(self.train, train, survey),
-            self._entries(self.test, test, survey),
-        )
+        classes = [each.name for each in train.categories]
+        return classes, self._entries(self.train, train, survey), self._entries(self.test, test, survey)
 
     def _file(self, name: str) -> Path:
         return self.folder / "annotations" / f"instances_{name}.json"
@@ -454,7 +451,7 @@ class Coco(BoxFiles):
         return read
 
     def _entries(self, name: str, read: Annotations, survey: Survey) -> list[Entry]:
-        file = self._file(name)
+        file, wrong = self._file(name), set()
         folder = next((each for each in (name, f"images/{name}", "images") if (self.folder / each).is_dir()), None)
         if folder is None:
             raise UsageError(
@@ -462,7 +459,6 @@ class Coco(BoxFiles):
             )
         numbers = {category.id: number for number, category in enumerate(read.categories)}
         boxes: dict[int, list[tuple[float, ...]]] = {image.id: [] for image in read.images}
-        wrong = set()
         for box in read.annotations:
             of = (("image", box.image_id, boxes), ("category", box.category_id, numbers))
             if unlisted := [f"{what} {id}" for what, id, listed in of if id not in listed]:
@@ -472,14 +468,11 @@ class Coco(BoxFiles):
             else:
                 x, y, width, height = box.bbox
                 boxes[box.image_id].append((x, y, x + width, y + height, numbers[box.category_id], box.iscrowd))
-        return [
-            Entry(
-                f"{folder}/{image.file_name}",
-                partial(self._fitted, said=(image.width, image.height), own=boxes[image.id]),
-            )
-            for image in read.images
-            if image.id not in wrong
-        ]
+        entries = []
+        for image in (image for image in read.images if image.id not in wrong):
+            reader = partial(self._fitted, said=(image.width, image.height), own=boxes[image.id])
+            entries.append(Entry(f"{folder}/{image.file_name}", reader))
+        return entries
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,17 +102,15 @@ class SceneTask(RowsTask):
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, device, dtype)
-        self.notes = self.data.notes
-        for what, part, rows in (
-            ("train", self.data.train, self.parts.train),
-            ("evaluate", self.data.test, self.parts.test),
-        ):
+        parts, train, test, self.notes = self.parts, self.data.train, self.data.test, self.data.notes
+        for what, part, rows in (("train", train, parts.train), ("evaluate", test, parts.test)):
             if not self.teaches([part.targets[row] for row in rows]):
-                none = f"none of the {len(rows)} images to {what} on has {self.least}"
-                raise UsageError(f"{none}: give it others, or more")
-        self.targets = self._given(self.parts.train, self.parts.wrong)
-        blocks = (self.parts.train[start : start + 1024] for start in range(0, self.n, 1024))
-        images = torch.from_numpy(self.data.train.images)
+                raise UsageError(
+                    f"none of the {len(rows)} images to {what} on has {self.least}: give it others, or more"
+                )
+        self.targets = self._given(parts.train, parts.wrong)
+        blocks = (parts.train[start : start + 1024] for start in range(0, self.n, 1024))
+        images = torch.from_numpy(train.images)
         self.mean, self.std = pixel_statistics(images[block] for block in blocks)
 
     def teaches(self, targets: Sequence[np.ndarray]) -> bool:
