@@ -19,7 +19,6 @@ RECORDS = Path(__file__).parents[1] / "results" / "records"
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the PATH (Debian: apt-get install chromium)"),
 ]
 

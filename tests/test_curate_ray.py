@@ -22,7 +22,7 @@ from alignprune_exp.errors import Failed, UsageError
 from harness import contents, missing, sentence_of, truncate
 from test_curate import LAYOUTS, curate, drawn, lay_out, marked, outcome, stopped, write_reference
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")

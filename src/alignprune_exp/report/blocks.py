@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -71,10 +71,10 @@ def _by_place(
     caption: str,
     rows: Iterable[str],
     cell: Callable[[str, str], Entry],
-    mean: Callable[[Table, str], Entry],
+    mean: Callable[[str], Entry],
 ) -> Block:
     """Return a block laid out as the suite is: a ``cell`` for a row and a column, and what a row's ``mean`` Δ is."""
-    body = [[Entry(row), *(cell(row, column) for column in table.columns), mean(table, row)] for row in rows]
+    body = [[Entry(row), *(cell(row, column) for column in table.columns), mean(row)] for row in rows]
     return Block(title, caption, [corner(table), *table.columns, "mean Δ"], body)
 
 
@@ -95,7 +95,7 @@ def _headline(table: Table, word: str) -> Block:
         f"{against}. Bold: the best of a column, and those whose paired difference to it has a 95 % interval that "
         "contains 0."
     )
-    return _by_place(table, table.metric.name.capitalize(), caption, table.rows, cell, _mean_difference)
+    return _by_place(table, table.metric.name.capitalize(), caption, table.rows, cell, partial(_mean_difference, table))
 
 
 def _of_seeds(table: Table, number: int) -> str:
@@ -126,7 +126,7 @@ def _differences(table: Table, baseline: str) -> Block:
         "(Student's t; a bootstrap from ten pairs)."
     )
     rows = [row for row in table.rows if row != baseline]
-    return _by_place(table, f"Difference to {baseline}", caption, rows, cell, _mean_difference)
+    return _by_place(table, f"Difference to {baseline}", caption, rows, cell, partial(_mean_difference, table))
 
 
 def _paper(table: Table) -> Block:
@@ -141,7 +141,7 @@ def _paper(table: Table) -> Block:
             return Entry(f"{value:.1f}")
         return Entry(f"{value:.1f} (ours {runs[table.key].mean() - value:+.1f})", runs=ids(runs))
 
-    def mean(_: Table, row: str) -> Entry:
+    def mean(row: str) -> Entry:
         if baseline not in paper or row == baseline:
             return Entry(MISSING)
         shared = [column for column in paper[row] if column in paper[baseline]]
