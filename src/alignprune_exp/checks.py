@@ -87,7 +87,7 @@ def _check_without_classes(config: Config, plan: Plan, score: Score) -> None:
     if score.by_class:
         raise UsageError(
             f"score={config.score.name} {lacks}{name} has none; use score=settled, or method=sieve_settled in place of "
-            "method=sieve"
+            "another sieve"
         )
     if LEARNER.find(config.learner.name).by_class:
         raise UsageError(f"learner={config.learner.name} {lacks}{name} has none; use learner=ce")
