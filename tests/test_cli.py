@@ -85,7 +85,7 @@ MISTAKES = [
     ("method=infobach", "method=infobach infobatch"),
     ("score.name=dass", "dass das"),
     ("pruner.name=infobach", "infobach infobatch"),
-    ("learner.name=2", "learner.name=2 ce elr sop refurbish dividemix"),
+    ("learner.name=2", "learner.name=2 ce elr sop refurbish posterior dividemix"),
     ("model.name=resnet", "model.name=resnet small_cnn resnet8"),
     ("dataset=a/b", "dataset=a/b digits"),
     ("suite=/", "suite=/ main"),

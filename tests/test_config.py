@@ -105,7 +105,7 @@ def test_paper_scale_is_the_public_recipe():
     assert (dataset.flip, dataset.crop, dataset.subset, config.recorded) == (True, 4, None, "smoothed")
 
 
-@pytest.mark.parametrize("learner", ["elr", "sop", "refurbish", "dividemix"])
+@pytest.mark.parametrize("learner", ["elr", "sop", "refurbish", "posterior", "dividemix"])
 def test_paper_scale_smooths_and_records_so_for_cross_entropy_alone(learner):
     config = composed("scale=paper", f"learner={learner}")
     assert (config.label_smoothing, config.recorded) == (0.0, "plain")

@@ -15,6 +15,7 @@ from alignprune_exp.pruning import DynamicPruning, within_class
 from alignprune_exp.pruning import patches as module
 from alignprune_exp.pruning.patches import Patches
 from alignprune_exp.pruning.readout import WEAK, readout
+from alignprune_exp.pruning.transition import transition
 from alignprune_exp.run import Run
 from harness import SMALL, config_of, rows_of, same_bits_when_stopped, summary_of, trained
 
@@ -249,6 +250,28 @@ def test_features_of_other_images_are_refused_and_their_own_are_not(refused, tmp
         np.save(tmp_path / "other.npy", np.random.default_rng(seed).permutation(own))
         sentence = refused(*line, f"score.file={tmp_path}/other.npy")
         assert "foretells the labels no better than shuffled ones: its rows are in another order than" in sentence
+
+
+def test_a_learner_goes_by_a_file_of_its_own_which_a_score_beside_it_has_to_share(refused, tmp_path):
+    own = embedded(Run(config_of(tmp_path)), 0)
+    np.save(tmp_path / "own.npy", own)
+    line = ("learner=posterior", f"learner.file={tmp_path}/own.npy", "noise=sym0.5", "dataset.subset=null")
+    alone = Run(config_of(tmp_path, "pruner=full", *line))
+    alone.loop._foretell()
+    task = alone.setup.task
+    features = torch.from_numpy(own[task.data.train.rows])
+    expected = transition(features, torch.from_numpy(task.strata), WEAK).classes
+    assert torch.equal(alone.loop.network.learner.target_NC, expected)
+    two = f"learner.file={tmp_path}/own.npy and score.file=null are two, and a run"
+    assert two in refused("method=sieve_features", *line)
+    both = Run(config_of(tmp_path, "method=sieve_features", *line, f"score.file={tmp_path}/own.npy"))
+    both.loop._foretell()
+    assert torch.equal(both.loop.network.learner.target_NC, expected)
+    assert torch.equal(both.loop.pruning.told, readout(features, torch.from_numpy(task.strata), WEAK).margins)
+    np.save(tmp_path / "other.npy", np.random.default_rng(0).permutation(own))
+    other = tuple(word.replace("own", "other") for word in line)
+    assert f"learner.file={tmp_path}/other.npy foretells the labels no better" in refused(*other)
+    assert alone.setup.id != Run(config_of(tmp_path, "pruner=full", *line[:1], *line[2:])).setup.id
 
 
 def few(seed):

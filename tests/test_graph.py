@@ -25,6 +25,7 @@ LINES = {
     "elr": ("learner=elr",),
     "sop": ("learner=sop",),
     "refurbish": ("learner=refurbish", "learner.history=2"),
+    "posterior": ("learner=posterior",),
 }
 
 

@@ -1,6 +1,7 @@
 """Robust learners: every loss against its paper's formula written a second way, and each learner in whole runs."""
 
 import math
+import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -20,14 +21,16 @@ from alignprune_exp.learners import Step
 from alignprune_exp.learners import base as learners
 from alignprune_exp.learners.dividemix import clean_probability, mix, sharpen, targets
 from alignprune_exp.pruning import PRUNERS, NonFiniteLossError
+from alignprune_exp.pruning.readout import WEAK
 from alignprune_exp.pruning.seeding import generator
+from alignprune_exp.pruning.transition import transition
 from alignprune_exp.run import Run
 from alignprune_exp.tasks import TASKS
 from alignprune_exp.tasks.classification import Classification
 from harness import composed, config_of, id_of, metrics_of, only_run, summary_of, trained
 
 N, B, C, PIXELS = 12, 6, 4, 5
-LEARNERS = ("ce", "elr", "sop", "refurbish", "dividemix")
+LEARNERS = ("ce", "elr", "sop", "refurbish", "posterior", "dividemix")
 TINY = ("epochs=5", "score.window=3", "batch_size=16", "dataset.subset=60", "dataset.test_subset=20")
 SHORT = {"dividemix": ("learner.warmup=2", "learner.rampup=2")}  # so that it divides within a tiny run
 
@@ -85,6 +88,42 @@ def test_what_is_recorded_is_the_plain_cross_entropy_whatever_is_trained_on(lear
     torch.testing.assert_close(plain, expected)
     assert plain.shape == training.shape == (B,)
     assert torch.equal(plain, training) == (learner in ("ce", "refurbish"))  # which has no history yet
+
+
+# --- probabilities of classes in place of labels
+
+
+def test_the_cross_entropy_is_of_what_is_told_of_a_sample():
+    one, step, given = made("learner=posterior"), step_of(), Given()
+    told = torch.rand(N, C - 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    one.tell(told / told.sum(1, keepdim=True))
+    _, training, predicted = one.losses(step, given)
+    for row, (index, logits) in enumerate(zip(step.index, given.logits, strict=True)):
+        log_p = logits.log_softmax(0)
+        expected = -sum(p / told[index].sum() * log_p[c] for c, p in enumerate(told[index]))
+        torch.testing.assert_close(training[row], expected)
+    assert torch.equal(predicted, given.logits.argmax(1))
+
+
+@pytest.mark.parametrize("line", [(), ("method=sieve_transition",), ("method=shorter", "saved=0.6")])
+def test_a_run_is_told_once_of_its_samples_classes_by_their_patches(line, tmp_path):
+    one = Run(tiny(tmp_path, "posterior", "noise=sym0.5", *line))
+    task, counted = one.setup.task, []
+    told = transition(task.features(torch.arange(one.setup.n)), torch.from_numpy(task.strata), WEAK).classes
+    while one.loop.pruning.epoch < one.loop.pruning.epochs:
+        counted.append(one.loop.epoch(threading.Event(), None).refreshed)
+        assert torch.equal(one.loop.network.learner.target_NC, told)
+    assert counted == [one.setup.n] + [0] * (len(counted) - 1)
+
+
+def test_wrong_labels_are_shared_out_among_the_classes_that_fit():
+    one = Run(composed("learner=posterior", "noise=sym0.5", "dataset.subset=null"))
+    train, every = one.setup.task.data.train, np.arange(one.setup.n)
+    one.loop._foretell()
+    told = one.loop.network.learner.target_NC.numpy()
+    assert (told.argmax(1) == train.clean_labels).mean() > 0.7 > (train.labels == train.clean_labels).mean() + 0.15
+    given, right = (told[every, labels] for labels in (train.labels, train.clean_labels))
+    assert given[train.wrong].mean() < right[train.wrong].mean() < given[~train.wrong].mean()
 
 
 # --- refurbished labels
@@ -448,7 +487,7 @@ def test_cross_entropy_is_the_default_and_no_part_of_a_runs_identity():
 def test_every_setting_of_a_learner_changes_the_id(learner):
     values = composed(f"learner={learner}").model_dump()
     settings = values["learner"]
-    for key in settings.keys() - {"name"}:
+    for key in settings.keys() - {"name", "file"}:  # which is known by what is in it
         value = settings[key]
         other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2
         changed = validate(values | {"learner": settings | {key: other}})
@@ -547,7 +586,7 @@ def test_a_mistake_is_one_sentence(overrides, words):
     composed("learner=dividemix", "learner.warmup=35")
 
 
-@pytest.mark.parametrize("learner", LEARNERS[1:])
+@pytest.mark.parametrize("learner", set(LEARNERS) - {"ce", "posterior"})
 def test_several_processes_are_refused_before_anything_is_read(learner, monkeypatch):
     monkeypatch.setattr("alignprune_exp.setup.open_task", None)
     with pytest.raises(UsageError, match=f"learner={learner} .* use learner=ce, or one process"):
@@ -629,7 +668,9 @@ def test_the_bank_and_the_forward_passes_of_a_run_are_what_they_say(learner, tmp
     network.losses, network.begin_epoch, pruning.end_epoch = watched, beginning, ended
     rows = metrics_of(trained(one))
     reference = len(one.setup.task.data.reference)
-    assert [row["samples_forwarded"] for row in rows] == [count + reference for _, count in epochs]
+    featured = [one.setup.n if learner == "posterior" and not epoch else 0 for epoch in range(len(epochs))]
+    expected = [count + reference + first for (_, count), first in zip(epochs, featured, strict=True)]
+    assert [row["samples_forwarded"] for row in rows] == expected
     assert rows[-1]["samples_seen"] == sum(kept for kept, _ in epochs)
     assert min(kept for kept, _ in epochs) < 60
     summary = summary_of(only_run(tmp_path))

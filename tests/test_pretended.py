@@ -34,6 +34,7 @@ RUNS = {  # between them every learner, score, pruner, kind of reference set and
     "sop, cosine, refresh, lars": ("learner=sop", "score=cosine", "score.unseen=refresh", "optimizer=lars"),
     "dividemix, loss, rs2": ("learner=dividemix", "learner.warmup=2", "score=loss", "pruner=rs2"),
     "refurbish, sieve": ("learner=refurbish", "learner.history=2", "pruner=sieve", "score=cleaning"),
+    "posterior": ("learner=posterior", "method=sieve_transition", "pruner.warmup=2"),
     "query": ("pruner=query", "pruner.start=0.2", "pruner.budget=0.6", "pruner.every=1", "score=loss"),
     "query, curriculum": ("pruner=query", "pruner.start=0.2", "pruner.budget=0.6", "score=curriculum"),
     "topk, settled, float16": ("pruner=topk", "pruner.warmup=2", "score=settled", "score.bank=float16"),

@@ -53,6 +53,7 @@ RUNS = {  # by what is to be kept over a stop
     "a target": ("learner=elr",),
     "predictions of each sample": ("learner=refurbish", "learner.history=2"),
     "an outlier of each sample": ("learner=sop",),
+    "probabilities of classes": ("learner=posterior",),
     "two networks": ("learner=dividemix", "learner.warmup=3", "learner.rampup=2"),
     "a chosen reference set": ("reference=pseudo", *PSEUDO),
     "a cleaned reference set": ("reference=pseudo_cleanlab", *PSEUDO),

@@ -61,18 +61,19 @@ def test_what_is_mixed_is_what_counting_finds(pair, least):
 
 
 def bayes(foretold, labels, rate):
-    """The odds of each label and the noise rate, a sample at a time, as the docstring has it."""
+    """The odds of each label, the classes' probabilities and the noise rate, a sample at a time, as documented."""
     classes = foretold.shape[1]
     kappa = counted(foretold, labels, rate / (classes - 1) / (1 - rate))
     of_class = kappa / kappa.sum(1, keepdims=True)
     label_share = np.bincount(labels) / len(labels)
     joint = of_class * label_share[:, None]
     bears = (joint / joint.sum(0)).T
-    odds = []
+    odds, probabilities = [], []
     for row, label in zip(foretold, labels, strict=True):
         being = np.maximum(row @ np.linalg.inv(bears), 0.1 / classes) * bears[:, label]
         odds.append(math.log(being[label] / (being.sum() - being[label])))
-    return odds, sum(label_share * (1 - np.diag(of_class)))
+        probabilities.append(being / being.sum())
+    return odds, probabilities, sum(label_share * (1 - np.diag(of_class)))
 
 
 def clusters(n, classes, spread, seed):
@@ -97,8 +98,9 @@ def test_the_odds_are_those_of_bayes(rate, seed):
         expected = by_refitting(x, labels)
     found = transition(torch.from_numpy(x), torch.from_numpy(labels))
     symmetric = max(1 / 300, readout(torch.from_numpy(x), torch.from_numpy(labels), WEAK).noise_rate)
-    odds, noise_rate = bayes(expected, labels, symmetric)
+    odds, probabilities, noise_rate = bayes(expected, labels, symmetric)
     np.testing.assert_allclose(found.margins, odds, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.classes, probabilities, atol=1e-4)
     assert found.noise_rate == pytest.approx(noise_rate, abs=1e-4)
 
 
@@ -112,6 +114,8 @@ def test_rows_at_a_time_order_unit_and_the_names_of_classes_make_no_difference(s
         patch.setattr(module, "ROWS", 7)
         found = transition(4 * torch.from_numpy(x)[order], 5 * torch.from_numpy(labels)[order])
     torch.testing.assert_close(found.margins, expected.margins[order], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.classes[:, ::5], expected.classes[order], rtol=1e-3, atol=1e-3)
+    assert found.classes.sum(1).sub(1).abs().max() < 1e-5  # so that a class that no label is of has none
     assert found.noise_rate == pytest.approx(expected.noise_rate, abs=1e-6)
 
 

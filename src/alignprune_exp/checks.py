@@ -72,6 +72,11 @@ def _check_asking(config: Config, by_labels: bool, clean: bool) -> None:
             f"{pruner} knows no label before it asks, and score={config.score.name} goes by those of all samples; use "
             "score=loss"
         )
+    if LEARNER.find(config.learner.name).told:
+        raise UsageError(
+            f"{pruner} knows no label before it asks, and learner={config.learner.name} goes by those of all samples; "
+            "use learner=ce"
+        )
     if isinstance(config.reference, Pseudo):
         raise UsageError(
             f"{pruner} knows no label before it asks, and reference=pseudo chooses by those of all samples; use "

@@ -186,7 +186,7 @@ FORMER_SCALES = {"quick": "cpu"}  # what a scale was called when its first runs 
 # Keys whose text is a path, and so may hold anything.
 PATHS = (
     *("paths.results", "paths.data", "dataset.root", "dataset.imagenet_root", "dataset.foreign"),
-    *("noise.file", "score.file"),
+    *("noise.file", "score.file", "learner.file"),
 )
 
 
@@ -258,7 +258,8 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
     if not config.reference.aligns:
         values["reference"] = {"size": 0.0}
     if fingerprint:
-        values["score"].pop("file", None)  # the data's fingerprint knows what is in it
+        for key in ("score", "learner"):
+            values.get(key, {}).pop("file", None)  # the data's fingerprint knows what is in it
     pruner = PRUNER.make(config.pruner)
     for key in pruner.inert():
         del values["pruner"][key]

@@ -18,8 +18,9 @@ from .errors import Failed, Stopped
 from .learners import Step
 from .network import Network
 from .pruning import DynamicPruning, NonFiniteLossError, Selection, WarmUpLog
-from .pruning.readout import RIDGE, WEAK
+from .pruning.readout import RIDGE, WEAK, Foretold
 from .pruning.scores import Features
+from .pruning.transition import transition
 from .reference import Reference
 from .setup import Setup
 
@@ -117,12 +118,13 @@ class Loop:
         """Train one epoch and return what is to be recorded of it; ``save`` is called where ``stop`` interrupts it."""
         setup, pruning, network = self.setup, self.pruning, self.network
         config, clock = setup.config, Clock(self.elapsed)
-        if by_features := isinstance(pruning.score, Features):
-            if pruning.due:
+        ranks_by_them = isinstance(pruning.score, Features) and pruning.pruner.uses_scores
+        if by_features := pruning.epoch == pruning.first and (ranks_by_them or network.learner.told):
+            if self.step == 0:
                 self._foretell()
             clock.lap("refresh")
         now = Epoch(pruning.epoch, pruning.ranked_by, pruning.selection, pruning.ranking)
-        now.refreshed = setup.n if by_features and pruning.told_in == pruning.epoch else 0
+        now.refreshed = setup.n if by_features else 0
         if pruning.pruner.asks:
             setup.task.answer(now.selection.indices)
         order = pruning.order()
@@ -225,30 +227,36 @@ class Loop:
         return len(unseen)
 
     def _foretell(self) -> None:
-        """Tell what all samples' features foretell of their labels."""
-        self._tell(self.setup.task.features(self.setup.own), WEAK)
+        """Tell score and learner, if they go by it, what all samples' features foretell of their labels."""
+        learner = self.network.learner
+        features = self.setup.processes.gather(self.setup.task.features(self.setup.own))
+        if self.pruning.due:
+            self.pruning.tell(self._foretold(features, self.pruning.score.foretells, WEAK, "use score=settled"))
+        if learner.told:
+            classes = self._foretold(features, transition, WEAK, "use learner=ce").classes
+            assert classes is not None
+            learner.tell(classes)
 
     def _read_out(self) -> int:
-        """Tell the same of the network's embeddings as they are now; return how many samples."""
-        own = self.setup.task.train.evaluation(self.setup.own)
-        self._tell(self.setup.task.outputs(self.network, own)[1], RIDGE)
+        """Tell the score the same of the network's embeddings as they are now; return how many samples."""
+        own = self.setup.task.outputs(self.network, self.setup.task.train.evaluation(self.setup.own))[1]
+        embeddings, instead = self.setup.processes.gather(own), "lower optimizer.lr, or use score=settled"
+        self.pruning.tell(self._foretold(embeddings, self.pruning.score.foretells, RIDGE, instead))
         return self.setup.n
 
-    def _tell(self, own: Tensor, ridge: float) -> None:
-        """Tell what all samples' features foretell, of which this process has its ``own`` share (k, d)."""
-        features = self.setup.processes.gather(own)
-        if not features.isfinite().all():
-            raise NonFiniteLossError(self.pruning.epoch, what="an embedding")
-        foretells, labels = self.pruning.score.foretells, self.setup.task.strata
+    def _foretold(
+        self, features: Tensor, foretells: Callable[..., Foretold] | None, ridge: float, instead: str
+    ) -> Foretold:
+        """Return what features (n, d) foretell of the labels; raise Failed, with what to do ``instead``."""
+        labels = self.setup.task.strata
         assert foretells is not None
         assert labels is not None
+        if not features.isfinite().all():
+            raise NonFiniteLossError(self.pruning.epoch, what="an embedding")
         try:
-            foretold = foretells(features, torch.from_numpy(labels), ridge)
+            return foretells(features, torch.from_numpy(labels), ridge)
         except ValueError as error:
-            raise Failed(
-                f"run {self.setup.id} cannot go on: {error}; lower optimizer.lr, or use score=settled"
-            ) from None
-        self.pruning.tell(foretold)
+            raise Failed(f"run {self.setup.id} cannot go on: {error}; {instead}") from None
 
     def recorded(self, samples: Tensor) -> Tensor:
         """Return what trajectories are made of, of samples (k,) under the network, in eval mode."""

@@ -9,6 +9,7 @@ from .base import Learner, Step
 from .ce import CrossEntropy
 from .dividemix import DivideMix
 from .elr import ELR
+from .posterior import Posterior
 from .refurbish import Refurbish
 from .sop import SOP
 
@@ -19,5 +20,6 @@ LEARNERS: dict[str, type[Learner]] = {
     "elr": ELR,
     "sop": SOP,
     "refurbish": Refurbish,
+    "posterior": Posterior,
     "dividemix": DivideMix,
 }

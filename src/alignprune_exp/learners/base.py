@@ -81,6 +81,7 @@ class Learner(nn.Module):
         replays: whether a step is the same operations on the device whatever ``epoch``, ``number`` and ``steps`` are,
             without waiting for it, so that one can be recorded and replayed for the others.
         remembers: whether it knows something about single samples, which several processes would have to share.
+        told: whether it is told of the samples' classes before its first epoch.
     """
 
     count: ClassVar[int] = 1
@@ -89,6 +90,7 @@ class Learner(nn.Module):
     smooths: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
+    told: ClassVar[bool] = False
 
     def __init__(self, networks: Sequence[nn.Module], given: Given) -> None:
         super().__init__()
@@ -103,6 +105,12 @@ class Learner(nn.Module):
         if network is not None or len(self.networks) == 1:
             return self.networks[network or 0](inputs)
         return torch.stack([each(inputs).float() for each in self.networks]).mean(0)
+
+    def tell(self, classes_NC: Tensor) -> None:
+        """Take in how likely each class (N, C) is by a `transition` of the samples' features, where it is ``told``.
+
+        C is the highest label there is, plus 1.
+        """
 
     def begin_epoch(self, epoch: int, batches: Iterable[Batch], forward: Forward) -> None:
         """Look at the epoch's samples, as ``batches`` without augmentation, before its first step."""

@@ -27,11 +27,13 @@ class Foretold:
         margins: (n,) float32, where the embeddings lie; higher means that the label fits what the others say.
         noise_rate: which share of the labels seems wrong, in [0, 1].
         by: name of the function that returned it: of ``transition`` the margins are of another unit.
+        classes: (n, C) float32, how likely each class is by that and by the label itself, of ``transition`` alone.
     """
 
     margins: Tensor
     noise_rate: float
     by: str = "readout"
+    classes: Tensor | None = None
 
 
 @torch.no_grad()

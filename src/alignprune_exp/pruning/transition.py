@@ -33,15 +33,16 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     samples, and may in a ring, where each class is taken for the next: see `mixed`. What is foretold, f, are
     probabilities of labels; those of classes are g with f = g T (Patrini et al., CVPR 2017), and so
 
-    .. math:: P(\text{label } j \text{ is right} \mid x) = \frac{g_j T_{jj}}{\sum_c g_c T_{cj}}
+    .. math:: P(\text{class } c \mid x, \text{label } j) = \frac{g_c T_{cj}}{\sum_k g_k T_{kj}}
 
     Args:
         embeddings: (n, d) that no label has shaped.
         labels, ridge: as for `readout`.
 
-    Returns the log odds that each label is right, as margins, and η. Raises ValueError as `readout` does.
+    Returns the log odds that each label is right, as margins, η, and these probabilities of classes, of the highest
+    label and all below. Raises ValueError as `readout` does.
     """
-    labels = checked(labels, embeddings).unique(return_inverse=True)[1]
+    there_C, labels = checked(labels, embeddings).unique(return_inverse=True)
     f_nC = torch.cat([f_BC.float() for f_BC, _ in left_out(embeddings, labels, ridge)])
     n, classes = f_nC.shape
     chance = 1 - 1 / classes
@@ -52,12 +53,13 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     t_CC = (v_CC * share_C[:, None]).T
     t_CC = (t_CC / t_CC.sum(1, keepdim=True)).to(f_nC.dtype)
     inverse_CC = torch.linalg.pinv(t_CC.cpu()).to(t_CC.device)
-    odds = []
-    for f_BC, label_B in zip(f_nC.split(ROWS), labels.split(ROWS), strict=True):
+    odds, classes_nK = [], f_nC.new_zeros(n, int(there_C[-1]) + 1)
+    for rows, f_BC, label_B in zip(classes_nK.split(ROWS), f_nC.split(ROWS), labels.split(ROWS), strict=True):
         parts_BC = (f_BC @ inverse_CC).clamp(min=UNSURE / classes) * t_CC.T[label_B]
         right_B1 = parts_BC.gather(1, label_B[:, None])
         odds.append(right_B1[:, 0].log() - parts_BC.scatter(1, label_B[:, None], 0).sum(1).log())
-    return Foretold(torch.cat(odds), ((1 - v_CC.diagonal()) * share_C).sum().item(), by="transition")
+        rows[:, there_C] = parts_BC / parts_BC.sum(1, keepdim=True)
+    return Foretold(torch.cat(odds), ((1 - v_CC.diagonal()) * share_C).sum().item(), "transition", classes_nK)
 
 
 def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:

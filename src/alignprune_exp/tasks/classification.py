@@ -22,10 +22,12 @@ from ..config import MODEL, NOISE, NOTHING_HELD_OUT, Config, Trusted
 from ..data.batches import Batch, Batches, ImageBatches
 from ..data.features import check_foretells, read_features
 from ..data.split import Split, prepare
+from ..errors import UsageError
 from ..pruning.patches import Patches, small
 from ..pruning.reference import confident_thresholds, label_quality
 from ..pruning.seeding import generator
 from ..records import ACCURACY
+from ..schema import shown
 from .base import Task
 
 if TYPE_CHECKING:
@@ -35,6 +37,17 @@ if TYPE_CHECKING:
 
 PATCHED = 2000  # samples whose patches are drawn from
 EVALUATED = {"cpu": 256, "cuda": 1000}  # samples of a batch without augmentation
+
+
+def features_given(config: Config) -> tuple[str, str] | None:
+    """Return the key and the file of the run's features, None where they are patches; raise UsageError for two."""
+    nodes = {"score.file": config.score, "learner.file": config.learner}
+    files = {key: getattr(node, "file") for key, node in nodes.items() if hasattr(node, "file")}  # noqa: B009
+    if len(set(files.values())) > 1:
+        key, other = sorted(files, key=lambda key: files[key] is None)
+        given = f"{key}={files[key]} and {other}={shown(files[other])}"
+        raise UsageError(f"{given} are two, and a run has features of one kind; type {other}={files[key]} as well")
+    return next(((key, file) for key, file in files.items() if file is not None), None)
 
 
 class Classification(Task):
@@ -57,9 +70,11 @@ class Classification(Task):
             root=Path(place).expanduser() if place is not None else None,
         )
         self.n, self.fingerprint, self._features = len(data.train), data.fingerprint, None
-        if (file := getattr(config.score, "file", None)) is not None:
-            self._features = read_features(file, len(data.train.source), data.train.rows)
-            check_foretells(file, self._features, data.train.labels, generator(config.seed, "features tried"))
+        if given := features_given(config):
+            self._features = read_features(*given, len(data.train.source), data.train.rows)
+            check_foretells(
+                "=".join(given), self._features, data.train.labels, generator(config.seed, "features tried")
+            )
             content = hashlib.sha256(data.fingerprint.encode() + self._features.tobytes())
             self.fingerprint = content.hexdigest()
         self.corrupted = data.train.wrong
