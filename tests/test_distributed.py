@@ -73,7 +73,7 @@ def assert_same(folder, other):
         (2, ("dataset.subset=151", "method=rho_loss", "score.holdout=1")),
         (3, ("dataset.subset=151", "method=sieve_readout", "pruner.warmup=1", "score.every=1")),
         (2, ("dataset.subset=151", "method=sieve_features", "pruner.warmup=2")),
-        (2, ("dataset.subset=151", "method=sieve_transition", "pruner.warmup=2")),
+        (2, ("dataset.subset=151", "method=sieve_transition", "pruner.warmup=2", "learner=posterior")),
         (2, ("dataset.subset=150", "score.unseen=refresh", "recorded=smoothed", "label_smoothing=0.1")),
     ],
 )

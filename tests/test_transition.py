@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
 from alignprune_exp.pruning import SCORES, DynamicPruning
@@ -68,12 +69,13 @@ def bayes(foretold, labels, rate):
     label_share = np.bincount(labels) / len(labels)
     joint = of_class * label_share[:, None]
     bears = (joint / joint.sum(0)).T
-    odds, probabilities = [], []
-    for row, label in zip(foretold, labels, strict=True):
-        being = np.maximum(row @ np.linalg.inv(bears), 0.1 / classes) * bears[:, label]
+    odds, g = [], foretold @ np.linalg.inv(bears)
+    for row, label in zip(g, labels, strict=True):
+        being = np.maximum(row, 0.1 / classes) * bears[:, label]
         odds.append(math.log(being[label] / (being.sum() - being[label])))
-        probabilities.append(being / being.sum())
-    return odds, probabilities, sum(label_share * (1 - np.diag(of_class)))
+    tried = [softmax(2 ** (half / 2) * g, axis=1) * bears[:, labels].T for half in range(-4, 21)]
+    joint = max(tried, key=lambda each: np.log(each.sum(1)).sum())
+    return odds, joint / joint.sum(1, keepdims=True), sum(label_share * (1 - np.diag(of_class)))
 
 
 def clusters(n, classes, spread, seed):
@@ -145,6 +147,20 @@ def test_where_wrong_labels_are_of_any_class_it_tells_what_a_readout_tells(share
     assert told.noise_rate == pytest.approx(symmetric.noise_rate, abs=0.03)
     by_odds, by_margin = (roc_auc_score(wrong, -each.margins) for each in (told, symmetric))
     assert by_odds > by_margin - 0.01
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("spread", [0.3, 0.5])
+def test_probabilities_of_classes_say_how_often_each_is_right(share, spread):
+    x, right, rng = clusters(10_000, 6, spread, 0)
+    labels = np.where(rng.random(10_000) < share, (right + rng.integers(1, 6, 10_000)) % 6, right)
+    classes = transition(torch.from_numpy(x), torch.from_numpy(labels), WEAK).classes.numpy()
+    sure, said = classes.max(1), classes.argmax(1)
+    assert (said == right).mean() > (labels == right).mean() - 0.02
+    for low, high in itertools.pairwise([0, 0.5, 0.7, 0.9, 1.01]):
+        within = (low <= sure) & (sure < high)
+        if within.sum() > 300:
+            assert (said == right)[within].mean() == pytest.approx(sure[within].mean(), abs=0.1)
 
 
 def test_labels_that_say_nothing_and_a_class_of_one_have_finite_odds():

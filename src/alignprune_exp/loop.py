@@ -138,7 +138,7 @@ class Loop:
                     self.predicted[step.index] = predicted
                 self.loss_sum += plain.sum()
         now.train_loss = self._exchange() / len(order)
-        setup.processes.from_rank_0(list(network.learner.buffers()))
+        setup.processes.from_rank_0(list(network.learner.networks.buffers()))
         network.check_finite(now.number)
         clock.lap("train")
 

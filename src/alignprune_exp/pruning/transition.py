@@ -9,12 +9,15 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .bank import exact
 from .readout import ROWS, WEAK, Foretold, checked, fit, left_out
 
 TAILS = (0.1, 0.2, 0.5)  # shares of a class's samples, those that are most unlike another class
 UNSURE = 0.1  # of the chance of one in C: what a class has at the least
+SHARPNESS = [2 ** (step / 2) for step in range(-4, 21)]
+SHARPENED_BY = 10_000  # samples
 
 
 @torch.no_grad()
@@ -35,12 +38,16 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
 
     .. math:: P(\text{class } c \mid x, \text{label } j) = \frac{g_c T_{cj}}{\sum_k g_k T_{kj}}
 
+    The odds that rank labels are of g = f T⁻¹ as it is, but for a floor. It foretells in too even shares, as regression
+    on indicators does under a ridge, and so the probabilities of classes are of g = softmax(s f T⁻¹), with the s that
+    makes the labels likeliest, of each of which f knows nothing.
+
     Args:
         embeddings: (n, d) that no label has shaped.
         labels, ridge: as for `readout`.
 
-    Returns the log odds that each label is right, as margins, η, and these probabilities of classes, of the highest
-    label and all below. Raises ValueError as `readout` does.
+    Returns the log odds that each label is right, as margins, η, and the probabilities of classes, up to the highest
+    label. Raises ValueError as `readout` does.
     """
     there_C, labels = checked(labels, embeddings).unique(return_inverse=True)
     f_nC = torch.cat([f_BC.float() for f_BC, _ in left_out(embeddings, labels, ridge)])
@@ -53,13 +60,23 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     t_CC = (v_CC * share_C[:, None]).T
     t_CC = (t_CC / t_CC.sum(1, keepdim=True)).to(f_nC.dtype)
     inverse_CC = torch.linalg.pinv(t_CC.cpu()).to(t_CC.device)
+    some = slice(None, None, max(1, n // SHARPENED_BY))
+    sharpness = likeliest(f_nC[some] @ inverse_CC, t_CC, labels[some])
     odds, classes_nK = [], f_nC.new_zeros(n, int(there_C[-1]) + 1)
     for rows, f_BC, label_B in zip(classes_nK.split(ROWS), f_nC.split(ROWS), labels.split(ROWS), strict=True):
-        parts_BC = (f_BC @ inverse_CC).clamp(min=UNSURE / classes) * t_CC.T[label_B]
+        g_BC, bears_BC = f_BC @ inverse_CC, t_CC.T[label_B]
+        parts_BC = g_BC.clamp(min=UNSURE / classes) * bears_BC
         right_B1 = parts_BC.gather(1, label_B[:, None])
         odds.append(right_B1[:, 0].log() - parts_BC.scatter(1, label_B[:, None], 0).sum(1).log())
-        rows[:, there_C] = parts_BC / parts_BC.sum(1, keepdim=True)
+        rows[:, there_C] = F.normalize((sharpness * g_BC).softmax(1) * bears_BC, p=1.0, dim=1)
     return Foretold(torch.cat(odds), ((1 - v_CC.diagonal()) * share_C).sum().item(), "transition", classes_nK)
+
+
+def likeliest(g_nC: Tensor, t_CC: Tensor, labels: Tensor) -> float:
+    """Return the s of `SHARPNESS` by which labels (n,) are likeliest, drawn from softmax(s g) T."""
+    bears_nC = t_CC.T[labels]
+    likely = [((s * g_nC).softmax(1) * bears_nC).sum(1).log().mean() for s in SHARPNESS]
+    return SHARPNESS[int(torch.stack(likely).argmax())]
 
 
 def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
