@@ -173,6 +173,11 @@ def test_a_score_by_the_labels_of_all_samples_is_refused(refused, score):
     assert sentence in refused("pruner=query", f"score={score}")
 
 
+def test_a_learner_by_the_labels_of_all_samples_is_refused(refused):
+    sentence = "pruner=query knows no label before it asks, and learner=posterior goes by those of all samples; use"
+    assert sentence in refused("pruner=query", "score=loss", "learner=posterior")
+
+
 def test_a_query_says_how_many_labels_it_asked_for(tmp_path, capsys):
     assert launch(tmp_path, *QUERY) == 0
     heads, values = (re.split(r"  +", line.strip()) for line in capsys.readouterr().out.split("\n\n")[1].splitlines())
