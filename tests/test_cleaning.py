@@ -170,6 +170,14 @@ def test_how_sure_is_the_posterior_of_scikit_learns_mixture():
     assert found[wrong].mean() > 0.8 > 0.1 > found[~wrong].mean()
 
 
+@pytest.mark.parametrize("share", [0.6, 0.9, 0.99])
+def test_how_sure_tells_apart_where_most_losses_are_equal(share):
+    rng = np.random.default_rng(3)
+    wrong = rng.random(2000) > share
+    found = wrong_probability(np.where(wrong, rng.uniform(0.3, 1, 2000), 0.1), np.zeros(2000))
+    assert found[wrong].min() > 0.5 > found[~wrong].max()
+
+
 def test_how_sure_never_falls_where_the_loss_rises():
     rng = np.random.default_rng(1)
     losses = np.exp(np.concatenate([rng.normal(-2, 2, 500), rng.normal(1, 0.1, 100)]))  # one wide, one narrow

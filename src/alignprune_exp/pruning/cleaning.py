@@ -111,6 +111,8 @@ def _log_odds_of_the_upper(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the log odds (n,), never falling in ``x`` (n,), that a sample is of the upper of two Gaussians."""
     sample = np.sort(x)[:: 1 + len(x) // MOST]
     mean, variance, weight = np.quantile(x, [0.25, 0.75]), np.full(2, x.var()), np.full(2, 0.5)
+    if mean[0] == mean[1]:  # of one place the two would never part
+        mean = np.array([x.min(), x.max()])
 
     def log_joint(at: NDArray[np.float64]) -> NDArray[np.float64]:
         """(2, len(at)), up to a constant."""
