@@ -419,6 +419,26 @@ def test_two_processes_train_as_one_does(together, tmp_path, sharded):
         assert state["processes"] == 2
 
 
+class Drawn(torch.utils.data.Dataset):
+    """Texts of words that are drawn when they are read."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return {"input_ids": torch.randint(WORDS, (LENGTH,)).tolist(), "labels": 0}
+
+
+def drawn(rank, folder):
+    hf = trainer(folder, classifier(), make(Drawn(), score="loss"), None, ddp_backend="gloo", dataloader_num_workers=1)
+    return next(iter(hf.get_train_dataloader()))["input_ids"].tolist()
+
+
+def test_workers_of_two_processes_draw_otherwise(together, tmp_path):
+    one, two = together(2, drawn, tmp_path)
+    assert one != two
+
+
 # ---- what a score is told ----------------------------------------------------------------------------------
 
 
@@ -455,6 +475,10 @@ def test_features_told_before_rank_from_the_first_epoch_on_and_go_on_from_a_chec
         ({"max_steps": 10}, "max_steps=10 is no number of epochs; leave max_steps out"),
         ({"num_train_epochs": 3}, "num_train_epochs=3 is not the pruning's; set num_train_epochs=5"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size would begin an epoch twice; leave it out"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy='group_by_length' is not how the pruning draws; leave it out",
+        ),
         ({"ignore_data_skip": True}, "ignore_data_skip would train samples twice; leave it out"),
         ({"reference": None}, "score='das' compares with a reference set; pass reference_dataset"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, seed_worker
 
 from ..files import write_atomically
 from ..pruning import DynamicPruning
@@ -140,6 +141,11 @@ class PruningMixin(Base):
             options = {
                 "persistent_workers": self.args.dataloader_persistent_workers,
                 "prefetch_factor": self.args.dataloader_prefetch_factor,
+                "multiprocessing_context": getattr(self.args, "dataloader_multiprocessing_context", None),
+                "in_order": getattr(self.args, "dataloader_in_order", True),
+                "worker_init_fn": partial(  # each process's draw otherwise
+                    seed_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
+                ),
             }
         return self.pruning.prepare(
             self.accelerator,
@@ -268,12 +274,14 @@ class PruningMixin(Base):
     def _check_arguments(self) -> None:
         pruning, args, epochs = self.pruning, self.args, self.pruning.epochs - self.pruning.first
         own_reference = type(self).reference_loss is not PruningMixin.reference_loss
+        strategy = getattr(args, "train_sampling_strategy", "random")
         samples = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "no number of"
         wrong = {
             f"max_steps={args.max_steps} is no number of epochs; leave max_steps out": args.max_steps > 0,
             f"num_train_epochs={args.num_train_epochs:g} is not the pruning's; set num_train_epochs={epochs}": (
                 args.num_train_epochs != epochs
             ),
+            f"train_sampling_strategy={strategy!r} is not how the pruning draws; leave it out": strategy != "random",
             "auto_find_batch_size would begin an epoch twice; leave it out": args.auto_find_batch_size,
             "ignore_data_skip would train samples twice; leave it out": args.ignore_data_skip,
             "compute_loss_func gives one loss a batch; override sample_losses, which gives one a sample": (
