@@ -123,6 +123,7 @@ def test_labels_may_be_texts_and_a_sample_never_seen_comes_last():
         ({"likely": [1]}, r"likely has shape \(1,\)"),
         ({"likely": ["0"] * 30}, "likely has .*'0'.* for sample 0, where its label is .*give both as texts"),
         ({"labels": ["cat"] * 30, "likely": torch.zeros(30)}, "likely has .*0.* for sample 0, where its label is"),
+        ({"checked": [(3, 1)]}, "checked is of type list; give the right labels by index, as {17: 3}"),
         ({"checked": {30: 1}}, "checked has sample 30; there are 30"),
         ({"checked": {"3": 1}}, "checked has sample '3'; there are 30"),
         ({"checked": {1.5: 1}}, r"checked has sample 1\.5; there are 30"),

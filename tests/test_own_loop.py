@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
@@ -78,6 +79,7 @@ def test_what_is_observed_is_reduced_like_the_loss_where_it_has_as_many_values(o
         (PIXELS, {}, r"\(4, 3, 2\) for 4 samples.*reduction='none'.*\(4, …\), pass reduce='mean'"),
         (PIXELS.mean(), {"reduce": "mean"}, r"shape \(\) for 4 samples.*reduction='none'"),
         (PIXELS.flatten(), {"reduce": "mean"}, r"shape \(24,\) for 4 samples"),
+        (PIXELS[:, :0], {"reduce": "mean"}, r"shape \(4, 0, 2\), no value of a sample to have a mean"),
         (PIXELS, {"reduce": "median"}, "'median' is unknown; use one of mean, sum"),
         (PIXELS, {"mask": PIXELS > 0}, "pass reduce='mean' or reduce='sum' with it"),
         (PIXELS, {"reduce": "sum", "mask": PIXELS[:, 0] > 0}, r"mask has shape \(4, 2\), the loss \(4, 3, 2\)"),
@@ -283,6 +285,14 @@ def test_a_stream_is_refused_with_what_gives_it_items_by_index():
     with pytest.raises(TypeError, match=r"^Stream is an IterableDataset.*list\(dataset\).*wids.ShardListDataset"):
         DynamicPruning(Stream(), 200)
     assert len(DynamicPruning(list(Stream()), 4, "full", "loss")) == 10
+
+
+@pytest.mark.parametrize(
+    "table", [pd.DataFrame({0: range(9), 1: range(9)}), pd.Series(range(9), index=range(8, -1, -1))]
+)
+def test_a_table_that_is_indexed_by_its_labels_is_refused(table):
+    with pytest.raises(TypeError, match=r"finds items by their labels, .*: pass a list of them, such as frame\.to"):
+        DynamicPruning(table, 200)
 
 
 # ---- the example -------------------------------------------------------------------------------------------

@@ -974,6 +974,9 @@ def test_labels_that_are_put_right_later_do_not_change_a_run(kind):
 def test_a_mask_of_clean_labels_is_no_list_of_classes():
     with pytest.raises(ValueError, match="clean has values other than 0 and 1"):
         make("topk", "oracle", warmup=0, clean=np.arange(N) % 3)
+    for clean in (["yes"] * N, [True] * (N - 1) + [None]):
+        with pytest.raises(ValueError, match="clean has values other than 0 and 1"):
+            make("topk", "oracle", warmup=0, clean=clean)
     as_numbers = make("topk", "oracle", warmup=0, clean=np.arange(N) % 2)
     assert as_numbers.clean.tolist() == [place % 2 == 1 for place in range(N)]
 
@@ -1047,6 +1050,25 @@ def test_indices_that_are_no_whole_numbers_are_refused(index):
         make("full", "loss").update(index, torch.ones(5))
     with pytest.raises(ValueError, match=r"index is torch.*whole numbers"):
         make("full", "loss").record(index, torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("loss", "what"),
+    [
+        ((0.1, 0.2, 0.3), "a tuple of 3"),
+        ("0.3", "of type str"),
+        ({"loss": 0.3}, "of type dict"),
+        ([None], "of type list"),
+    ],
+)
+def test_a_reference_loss_that_is_no_numbers_is_refused_and_may_be_given_anew(loss, what):
+    pruning = make("full", "das")
+    index = torch.from_numpy(pruning.order())
+    pruning.update(index, LOSSES[0][index])
+    with pytest.raises(ValueError, match=rf"^the reference loss is {what}; pass the mean loss as a number, all losses"):
+        pruning.end_epoch(loss)
+    pruning.end_epoch(0.3)
+    assert pruning.trajectories.reference_W[0] == 0.3
 
 
 @pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, list], ids=["tensor", "array", "list"])

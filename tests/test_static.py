@@ -509,6 +509,8 @@ def test_indices_that_are_not_some_of_the_samples_are_refused(indices):
 def test_the_bank_of_another_data_set_is_refused():
     with pytest.raises(ValueError, match=f"bank is of {N} samples, and the data set has 7"):
         DynamicPruning(range(7), 3, "full", bank=warm_up().trajectories)
+    with pytest.raises(ValueError, match="bank is of type DynamicPruning; pass the trajectories of an earlier"):
+        DynamicPruning(range(N), 3, "full", bank=warm_up())
 
 
 def test_a_window_that_the_warm_up_has_filled_needs_no_epochs_of_its_own():

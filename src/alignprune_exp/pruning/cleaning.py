@@ -176,7 +176,7 @@ def table(
             f"likely has {likely[0]!r} for sample 0, where its label is {labels[0]!r}: give both as texts or both as "
             "numbers"
         )
-    sure = wrong_probability(-settled, labels, _known_to_be_wrong(labels, checked or {}))
+    sure = wrong_probability(-settled, labels, _known_to_be_wrong(labels, {} if checked is None else checked))
     score = within_class(settled, labels) if by is None else by
     flag = np.where(sure >= SURE, WRONG, "").astype(object)
     if likely is not None:
@@ -190,6 +190,8 @@ def table(
 
 def _known_to_be_wrong(labels: NDArray, checked: Mapping[int, Any]) -> NDArray[np.float64]:
     """Return 1 where a label (n,) is ``checked`` to be wrong, 0 where it is right, and NaN elsewhere."""
+    if not isinstance(checked, Mapping):
+        raise ValueError(f"checked is of type {type(checked).__name__}; give the right labels by index, as {{17: 3}}")
     n = len(labels)
     known = np.full(n, np.nan)
     for index, right in checked.items():

@@ -5,6 +5,7 @@ Shape legend: B samples of a batch.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def one_a_sample(
         mask: of the shape of ``values``, true or 1 where a value counts; all count without one.
 
     Raises ValueError for what is no tensor, another shape, a mask of other values than 0 and 1, and a sample of which
-    no value counts.
+    no value counts, or that has none to have a mean.
     """
     if reduce not in (None, *REDUCE):
         raise ValueError(f"reduce={reduce!r} is unknown; use one of {', '.join(REDUCE)}")
@@ -50,7 +51,12 @@ def one_a_sample(
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
     if mask is None:
-        counts = values.new_full(values.shape[:1], values[:1].numel())
+        counts = values.new_full(values.shape[:1], math.prod(values.shape[1:]))
+        if reduce == "mean" and 0 in values.shape[1:]:
+            raise ValueError(
+                f"{what} has shape {tuple(values.shape)}, no value of a sample to have a mean; leave such samples "
+                "out of the data set"
+            )
     else:
         values, counts = _masked(what, values, index, torch.as_tensor(mask, device=values.device))
     sums = values.reshape(len(values), -1).sum(1)

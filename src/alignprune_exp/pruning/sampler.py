@@ -32,6 +32,11 @@ class Indexed(Dataset[tuple[int, Any]]):
                 f"{type(dataset).__name__} is a mapping without the key 0, and samples are chosen by index: pass what "
                 f"it holds, such as dataset[{next(iter(dataset))!r}]"
             )
+        if hasattr(dataset, "iloc"):
+            raise TypeError(
+                f"{type(dataset).__name__} finds items by their labels, and samples are chosen by their place: pass a "
+                "list of them, such as frame.to_dict('records') or series.tolist()"
+            )
         self.dataset = dataset
 
     def __len__(self) -> int:

@@ -68,6 +68,8 @@ class Selecting(Indexed):
         if saved is not None:
             self.pruner, epochs = self.pruner.saving(saved, epochs), self.pruner.lasting(saved, epochs)
         self.score = make_score(score)
+        if bank is not None and not isinstance(bank, Trajectories):
+            raise ValueError(f"bank is of type {type(bank).__name__}; pass the trajectories of an earlier pruning")
         self._follows = device is None and bank is None  # the device of the first loss
         self.trajectories = bank or Trajectories(self.n, window, unseen, device or "cpu", bank_dtype)
         if self.trajectories.n != self.n:
@@ -389,7 +391,7 @@ class Selecting(Indexed):
 def _mask(clean: np.ndarray, n: int) -> Tensor:
     """Return which of n labels are clean, bool (n,). Raises ValueError for another shape or other values."""
     check_one_a_sample("clean", clean, n)
-    mask = torch.as_tensor(clean)
-    if not (mask.bool() == mask).all():
+    mask = clean.astype(bool)
+    if not (mask == clean).all():
         raise ValueError("clean has values other than 0 and 1; it says of each label whether it is clean")
-    return mask.bool()
+    return torch.from_numpy(mask)
