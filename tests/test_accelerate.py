@@ -200,7 +200,11 @@ def in_tensors(rank):
     accelerator.state.parallelism_config = ParallelismConfig(tp_size=2)  # which accelerate itself takes on cards alone
     with pytest.raises(ValueError, match=r"take 1 different .*, and the pruning gives them 2; pass rank=0, world_size"):
         make().prepare(accelerator, batch_size=8)
-    return [index.tolist() for index, _ in alone.prepare(accelerator, batch_size=8)]
+    batches = [index.tolist() for index, _ in alone.prepare(accelerator, batch_size=8)]
+    accelerator.state.parallelism_config = ParallelismConfig(cp_size=2)
+    with pytest.raises(ValueError, match=r"^cp_size and sp_size give each process a part of a sample, and its loss"):
+        alone.prepare(accelerator, batch_size=8)
+    return batches
 
 
 def test_processes_that_divide_a_network_by_its_tensors_take_the_same_batches(together):

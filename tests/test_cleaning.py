@@ -323,7 +323,7 @@ def test_a_wrong_update_gets_its_sentence_and_changes_nothing(index, logits, lab
 
 
 def test_a_state_of_another_log_is_refused():
-    with pytest.raises(ValueError, match="23 samples, this log of 5"):
+    with pytest.raises(ValueError, match=r"23 samples, this log of 5; make it TrajectoryLog\(23\)"):
         TrajectoryLog(5).load_state_dict(logged().state_dict())
     with pytest.raises(ValueError, match="lacks seen"):
         TrajectoryLog(5).load_state_dict({key: value for key, value in logged().state_dict().items() if key != "seen"})

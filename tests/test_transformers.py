@@ -479,6 +479,10 @@ def test_features_told_before_rank_from_the_first_epoch_on_and_go_on_from_a_chec
             {"train_sampling_strategy": "group_by_length"},
             "train_sampling_strategy='group_by_length' is not how the pruning draws; leave it out",
         ),
+        (
+            {"data_seed": 7},
+            r"data_seed=7 seeds nothing that is drawn; leave it out, and make DynamicPruning\(…, seed=7\)",
+        ),
         ({"ignore_data_skip": True}, "ignore_data_skip would train samples twice; leave it out"),
         ({"reference": None}, "score='das' compares with a reference set; pass reference_dataset"),
     ],

@@ -282,6 +282,8 @@ class PruningMixin(Base):
                 args.num_train_epochs != epochs
             ),
             f"train_sampling_strategy={strategy!r} is not how the pruning draws; leave it out": strategy != "random",
+            f"data_seed={args.data_seed} seeds nothing that is drawn; leave it out, and make DynamicPruning(…, "
+            f"seed={args.data_seed})": (args.data_seed is not None),
             "auto_find_batch_size would begin an epoch twice; leave it out": args.auto_find_batch_size,
             "ignore_data_skip would train samples twice; leave it out": args.ignore_data_skip,
             "compute_loss_func gives one loss a batch; override sample_losses, which gives one a sample": (

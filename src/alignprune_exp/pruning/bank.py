@@ -239,8 +239,8 @@ class Trajectories:
         if state["losses"].shape != self.losses_WN.shape:
             window, n = state["losses"].shape
             raise ValueError(
-                f"the state holds {n} samples over a window of {window}, "
-                f"this run {self.n} samples over a window of {self.window}"
+                f"the state holds {n} samples over a window of {window}, this run {self.n} samples over a window of "
+                f"{self.window}; go on with the data set and the window that it began with"
             )
         self.epoch, self.recorded = state["epoch"], state["recorded"]
         self.losses_WN.copy_(self._fit(state["losses"].float()))

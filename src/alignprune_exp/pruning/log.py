@@ -162,7 +162,7 @@ class TrajectoryLog:
         """Take a state over. Raises ValueError if it is of another number of samples, or of another version."""
         check_version(self.state_dict(), state)
         if (n := len(state["seen"])) != self.n:
-            raise ValueError(f"the state is of {n} samples, this log of {self.n}")
+            raise ValueError(f"the state is of {n} samples, this log of {self.n}; make it TrajectoryLog({n})")
         self.classes = state["classes"]
         for name, values in self._columns.items():
             values.copy_(state[name])

@@ -237,7 +237,8 @@ class Selecting(Indexed):
             batch_size: of each process; of all together under ``split_batches=True``.
             **options: of the DataLoader, such as ``num_workers``.
 
-        Raises ValueError for options that choose samples, and where accelerate has other processes than the pruning.
+        Raises ValueError for options that choose samples, where accelerate has other processes than the pruning, and
+        where it divides the samples themselves.
         """
         from accelerate.data_loader import prepare_data_loader
 
@@ -245,6 +246,11 @@ class Selecting(Indexed):
         if taken:
             raise ValueError(f"{taken[0]} is the pruning's own; leave it out of prepare()")
         parallelism = accelerator.parallelism_config
+        if parallelism and parallelism.non_data_parallel_size > parallelism.tp_size:
+            raise ValueError(
+                "cp_size and sp_size give each process a part of a sample, and its loss is of the whole; divide the "
+                "network by tp_size, or shard it"
+            )
         takes = accelerator.num_processes // (parallelism.non_data_parallel_size if parallelism else 1)
         if self.divide:
             self.processes.check_batches("accelerate", takes)
