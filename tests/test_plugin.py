@@ -1067,6 +1067,8 @@ def test_a_reference_loss_that_is_no_numbers_is_refused_and_may_be_given_anew(lo
     pruning.update(index, LOSSES[0][index])
     with pytest.raises(ValueError, match=rf"^the reference loss is {what}; pass the mean loss as a number, all losses"):
         pruning.end_epoch(loss)
+    with pytest.raises(ValueError, match=r"^the reference losses have shape \(3, 2\); pass one a sample, \(R,\), or"):
+        pruning.end_epoch(torch.ones(3, 2))
     pruning.end_epoch(0.3)
     assert pruning.trajectories.reference_W[0] == 0.3
 

@@ -30,7 +30,7 @@ def shared_loss(given: ReferenceLoss, processes: Exchange) -> tuple[float | None
     That is the mean or all losses (R,), in all of them or in rank 0 alone, or the sum and the number (sum, count) of
     each one's part. None where nothing was given; NaN for the probability where not all losses were.
     Raises DisagreementError, in all of them, for different means, a mixture, or parts without a sample, and ValueError
-    for what is no numbers, and for a pair whose second is no whole number, such as an accuracy.
+    for what is no numbers, or not one a sample, and for a pair whose second is no whole number, such as an accuracy.
     """
     kind, value, count, fit = NO_LOSS, 0.0, 1.0, math.nan
     try:
@@ -39,15 +39,18 @@ def shared_loss(given: ReferenceLoss, processes: Exchange) -> tuple[float | None
         elif given is not None:
             losses = torch.as_tensor(whole(given), dtype=torch.float64)
             kind, value, fit = MEAN, losses.mean().item(), probability(losses) if losses.dim() else math.nan
-            count = losses.numel()
     except (TypeError, ValueError, RuntimeError):
         what = f"a tuple of {len(given)}" if isinstance(given, tuple) else f"of type {type(given).__name__}"
         raise ValueError(
             f"the reference loss is {what}; pass the mean loss as a number, all losses (R,) as a tensor, or a pair "
             "(sum, count)"
         ) from None
-    if kind == MEAN and count == 0:
+    if kind == MEAN and losses.numel() == 0:
         raise ValueError("the reference set has no loss; pass the losses (R,) of one sample or more")
+    if kind == MEAN and losses.dim() > 1:
+        raise ValueError(
+            f"the reference losses have shape {tuple(losses.shape)}; pass one a sample, (R,), or their mean"
+        )
     said = torch.tensor([(kind, value, count, fit)], dtype=torch.float64)
     kinds, values, counts, fits = processes.gather(said).T
     if (kinds == PART).all():
