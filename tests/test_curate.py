@@ -884,6 +884,7 @@ MISTAKES = [
     (("losses", "--keep", "0.5", "--score", "settled", "--columns", "losses,id"), "losses/0.parquet id list"),
     (("losses", "--keep", "0.5", "--score", "settled", "--memory", "much"), "--memory much"),
     (("losses", "--keep", "0.5", "--score", "settled", "--threads", "0"), "--threads 0"),
+    (("losses", "--keep", "0.5", "--score", "settled", "--threads", "9999999"), "--threads=9999999 processors"),
     (("losses", "--keep", "0.5", "--score", "settled", "--ray-address", "a:1"), "--ray-address a:1 --engine ray"),
     (
         ("losses", "--keep", "0.5", "--score", "settled", "--engine", "ray", "--ray-address", "ray://a:1"),
@@ -892,8 +893,10 @@ MISTAKES = [
     (("losses", "--keep", "0.5", "--score", "el2n"), "el2n das settled"),
     (("losses", "--keep", "0.5", "--score", "settled", "-o", "no/where"), "no/where folder"),
     (("losses", "--keep", "0.5", "--score", "settled", "-o", "losses"), "losses 0.parquet new"),
-    (("losses", "--keep", "0.5", "--score", "settled", "-o", "nan.csv"), "nan.csv file new"),
+    (("losses", "--keep", "0.5", "--score", "settled", "-o", "nan.csv"), "nan.csv no folder new"),
     (("losses", "--keep", "0.5", "--score", "settled", "-o", "losses/keep"), "losses/keep lies in losses"),
+    (("losses/**/*.parquet", "--keep", "0.5", "--score", "settled", "-o", "losses/keep"), "losses/keep lies in losses"),
+    (("**/*.parquet", "--keep", "0.5", "--score", "settled"), "keep lies in **/*.parquet"),
 ]
 
 
@@ -942,3 +945,26 @@ def test_too_little_memory_is_no_files_fault(place, capsys, memory):
     assert curate(*asked) == 2
     assert not missing("memory do not suffice raise --memory", sentence_of(capsys.readouterr().err))
     assert not Path("keep/summary.json").exists()
+
+
+def test_memory_may_have_no_limit(place):
+    ids, losses_NW, reference = drawn(n=9)
+    assert curate(lay_out("rows", ids, losses_NW), "--reference", write_reference(reference), "--memory", "none") == 0
+    check_found("das", ids, losses_NW, reference, 0.6)
+
+
+@pytest.mark.parametrize("line", [("loop", "-o", "keep"), ("losses", "-o", "loop"), ("losses", "-o", "loop/keep")])
+def test_a_link_in_a_circle_gets_one_sentence(place, capsys, line):
+    lay_out("rows", *drawn(n=9)[:2])
+    Path("loop").symlink_to("loop")
+    assert cli.main(["curate", *line, "--keep", "0.5", "--score", "settled"]) == 2
+    assert "loop" in sentence_of(capsys.readouterr().err)
+    assert not Path("keep").exists()
+
+
+@pytest.mark.parametrize("how", ["checkpoints", "files"])
+def test_a_checkpoint_may_be_infinite(place, monkeypatch, how):
+    monkeypatch.setattr(sys.modules[__name__], "AT", [0.1, 0.30000000000000004, 1e-5, 1e300, 5.0, math.inf])
+    ids, losses_NW, reference = drawn(n=9)
+    assert curate(lay_out(how, ids, losses_NW), "--reference", write_reference(reference, AT)) == 0
+    check_found("das", ids, losses_NW, reference, 0.6)

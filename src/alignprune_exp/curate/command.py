@@ -100,7 +100,8 @@ def check(given: Namespace) -> None:
         raise UsageError(f"--keep {given.keep:g} is no share; use one above 0, up to 1")
     if given.reference is None and given.score != "settled":
         raise UsageError(f"--score {given.score} compares with a trusted set's losses; add --reference, or use settled")
-    if Path(given.losses).resolve() in given.out.resolve().parents:
+    searched = os.path.realpath(given.losses.partition("**")[0])
+    if Path(searched) in Path(os.path.realpath(given.out)).parents:
         raise UsageError(f"{given.out} lies in {given.losses}, so that it would be read as losses; name another place")
     if given.threads is not None and given.threads < 1:
         raise UsageError(f"--threads {given.threads} is no number of threads; use 1 or more")
@@ -120,10 +121,10 @@ def everywhere(losses: str) -> str:
 def refuse_folder(out: Path, force: bool, ours: set[str]) -> None:
     """Raise UsageError unless a folder may be written: it is new, half done, or done and ``force`` is given."""
     refuse_nowhere(out)
-    if not out.exists():
+    if not os.path.lexists(out):
         return
     if not out.is_dir() or (others := {entry.name for entry in out.iterdir()} - ours):
-        what = "a file" if not out.is_dir() else f"a folder with {min(others)}"
+        what = "no folder" if not out.is_dir() else f"a folder with {min(others)}"
         raise UsageError(f"{out} is {what}; name a folder that is new")
     if (out / "summary.json").exists() and not force:
         raise UsageError(f"{out} is there already; name another folder, or add --force")

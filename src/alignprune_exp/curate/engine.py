@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import duckdb
 
+from ..checks import refuse_load
 from ..errors import UsageError
 from .inspect import File, ShortError, first_line, rows_of, text
 from .layout import Part
@@ -19,7 +20,7 @@ from .store import Store, protocol_of
 
 T = TypeVar("T")
 R = TypeVar("R")
-UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "PiB": 1 << 50}
 
 
 class BrokenError(Exception):
@@ -53,10 +54,12 @@ class Engine:
         threads: how many it uses.
         memory: the bytes that it may use.
 
-    Raises UsageError for a limit that DuckDB does not know.
+    Raises UsageError for a limit that DuckDB does not know, and for too many threads.
     """
 
     def __init__(self, spill: Path, memory: str | None = None, threads: int | None = None) -> None:
+        if threads is not None:
+            refuse_load("--threads", threads)
         self.connection, self.threads, self._limit = duckdb.connect(), 1, str(memory)
         self._cursors: list[duckdb.DuckDBPyConnection] = []
         self._stores: dict[str, Store] = {}

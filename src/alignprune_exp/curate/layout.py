@@ -66,9 +66,9 @@ class Part:
 
 def literal(value: Any) -> str:
     """Return a checkpoint as SQL has it."""
-    return (
-        text(value) if isinstance(value, str) else repr(value) if isinstance(value, int | float) else text(str(value))
-    )
+    if isinstance(value, float):
+        return f"{text(repr(value))}::DOUBLE"
+    return repr(value) if isinstance(value, int) else text(str(value))
 
 
 def by_rows(files: Sequence[File], question: Question) -> list[Part]:
