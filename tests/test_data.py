@@ -391,6 +391,9 @@ def test_parquet_mistakes_name_columns_and_rows(tmp_path):
     assert source.train.pixels(np.arange(3)).shape == (3, 3, 32, 32)
     with pytest.raises(UsageError, match=r"row 3 of .*train.parquet cannot be read as an image"):
         source.train.pixels(np.arange(4))
+    _parquet(tmp_path / "train.parquet", [*_noise_images(3), b""], label=[0, 1, 2, 3])
+    with pytest.raises(UsageError, match=r"row 3 of .*train.parquet .* \(it is none of PNG, JPEG, WEBP, BMP\)"):
+        _load("cifar10", tmp_path).train.pixels(np.arange(4))
     for split in ("test", "train"):
         _parquet(tmp_path / f"{split}.parquet", _noise_images(3), fine_label=[4, 4, 4], coarse_label=[1, 1, 2])
     with pytest.raises(UsageError, match=r"rows? .* of .*train.parquet has superclass"):
@@ -613,3 +616,9 @@ def test_real_cifar(dataset):
         assert all(source.superclass[c] == source.superclass[k] for c, k in moved)
         assert np.bincount(source.superclass).tolist() == [5] * 20
         assert {("willow_tree", "maple_tree"), ("baby", "boy"), ("woman", "baby")} <= names
+
+
+@pytest.mark.parametrize("name", ["cifar10", "image_folder"])
+def test_the_home_of_somebody_whom_there_is_not_is_no_folder(name):
+    with pytest.raises(UsageError, match=r"^~nobody-here/set begins with the home of a user whom there is not"):
+        _load(name, "~nobody-here/set", download=True)

@@ -645,7 +645,7 @@ def test_a_mistake_in_vocs_files_is_one_sentence(tmp_path, refused, ships):
     assert "a_3.xml cannot be read as an annotation of VOC (No such file or directory): mend" in refused(*line)
     file.write_text(kept)
     image.write_bytes(b"nothing")
-    assert "a_3.jpg cannot be read as an image (cannot identify image file" in refused(*line)
+    assert "a_3.jpg cannot be read as an image (it is none of PNG, JPEG, WEBP, BMP)" in refused(*line)
     image.write_bytes((root / "JPEGImages/a_5.jpg").read_bytes())
     (root / "ImageSets/Main/val.txt").write_text("a_9\na_4\na_10\n")
     assert "lists 1 images more than once, such as JPEGImages/a_4.jpg, each of which is to be" in refused(*line)

@@ -47,6 +47,14 @@ def _of_the_disk(error: BaseException | None, before: BaseException | None) -> O
     return None
 
 
+def typed_path(text: str) -> Path:
+    """Return a path that somebody has typed, ``~`` meaning a home. Raises UsageError for that of nobody."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{text} begins with the home of a user whom there is not; type the whole path") from None
+
+
 def below(root: Path, pattern: str) -> list[Path]:
     """Return what fits a pattern below a folder, in order, but for what is hidden, as macOS leaves it beside files."""
     return sorted(

@@ -67,7 +67,7 @@ def own_folders(results: Path) -> list[Path]:
 
 def run_folder(given: str, results: Path) -> Path:
     """Return the folder of a run that is given as a folder, or by its id under ``results``; raise UsageError."""
-    for folder in (Path(given).resolve(), results / "runs" / given):
+    for folder in (Path(os.path.realpath(given)), results / "runs" / given):
         if (folder / "config.yaml").is_file() or (folder / "summary.json").is_file():
             return folder
     raise UsageError(f"there is no run {given}; give a run's folder, or an id under {results / 'runs'}")

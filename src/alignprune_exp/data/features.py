@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..files import typed_path
 from ..pruning.readout import WEAK, ridged
 from .source import brief
 
@@ -23,7 +22,7 @@ def read_features(key: str, file: str, n: int, rows: np.ndarray) -> np.ndarray:
     one row for each of ``n`` training samples, as the data set has them, and numbers alone, finite ones where they are
     asked for.
     """
-    path, given = Path(file).expanduser(), f"{key}={file}"
+    path, given = typed_path(file), f"{key}={file}"
     wanted = f"one row for each of the data set's {n:,} training samples"
     try:
         held = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .source import Unreadable, brief, fits_into_memory
 
@@ -145,7 +145,9 @@ class Files:
             with Image.open(self._file(row), formats=IMAGE_FORMATS) as opened:
                 return np.asarray(self.cut(opened, *draws)).transpose(2, 0, 1)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise Unreadable(f"{self._name(row)} cannot be read as an image ({brief(error)})") from error
+            unknown = isinstance(error, UnidentifiedImageError)  # whose words have a path, or an address in memory
+            reason = f"it is none of {', '.join(IMAGE_FORMATS)}" if unknown else brief(error)
+            raise Unreadable(f"{self._name(row)} cannot be read as an image ({reason})") from error
 
     def _file(self, row: int) -> Path | BytesIO:
         return self.root / os.fsdecode(self.paths[row])

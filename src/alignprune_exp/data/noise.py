@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UsageError
+from ..files import typed_path
 
 if TYPE_CHECKING:
     from .source import Source
@@ -263,7 +264,7 @@ class Human(Noise):
     def give(self, source: Source, rows: np.ndarray, root: Path | None, rng: np.random.Generator) -> GivenLabels:
         if source.as_shipped:
             return GivenLabels(source.train.labels[rows], source.fingerprint)
-        file = None if self.file is None else Path(self.file).expanduser()
+        file = None if self.file is None else typed_path(self.file)
         labels = human_labels(file, root, source.name, self.labels, source.train.labels)
         content = hashlib.sha256(source.fingerprint.encode() + labels.astype("<i8").tobytes())
         return GivenLabels(labels[rows], content.hexdigest(), "verified" if source.official_order else "unverified")

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from ..errors import UsageError, reason_of
-from ..files import printable
+from ..files import printable, typed_path
 from ..pruning.reference import class_shares
 from ..schema import Aside
 
@@ -211,7 +211,7 @@ def existing(name: str, root: str | None, holds: str) -> Path:
     """Return the folder of the data set ``name``, or raise UsageError that says what it ``holds``."""
     if root is None:
         raise UsageError(f"dataset={name} needs its folder: type dataset.root=FOLDER, where FOLDER has {holds}")
-    folder = Path(root).expanduser()
+    folder = typed_path(root)
     if not folder.is_dir():
         raise UsageError(f"dataset.root={folder} is not a folder: type the folder that has {holds}")
     return folder

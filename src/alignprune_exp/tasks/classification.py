@@ -9,7 +9,6 @@ import hashlib
 import math
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..data.batches import Batch, Batches, ImageBatches
 from ..data.features import check_foretells, read_features
 from ..data.split import Split, prepare
 from ..errors import UsageError
+from ..files import typed_path
 from ..pruning.patches import Patches, small
 from ..pruning.reference import confident_thresholds, label_quality
 from ..pruning.seeding import generator
@@ -67,7 +67,7 @@ class Classification(Task):
             seed=config.seed,
             subset=dataset.subset,
             test_subset=dataset.test_subset,
-            root=Path(place).expanduser() if place is not None else None,
+            root=typed_path(place) if place is not None else None,
         )
         self.n, self.fingerprint, self._features = len(data.train), data.fingerprint, None
         if given := features_given(config):

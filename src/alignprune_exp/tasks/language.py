@@ -29,7 +29,7 @@ from ..data import columns
 from ..data.batches import Batch, Batches, TensorBatches
 from ..data.source import DataSet, Root, brief
 from ..errors import UsageError
-from ..files import below, cache_folder, keep_cached, printable
+from ..files import below, cache_folder, keep_cached, printable, typed_path
 from ..pruning.seeding import generator
 from ..records import Metric
 from .base import RowsTask, mean_nats, nats
@@ -364,7 +364,7 @@ class Reader:
     def texts(self) -> list[Text]:
         """Return all texts. Raises UsageError for files that are missing, of several kinds, or malformed."""
         kinds = {".parquet": self._parquet, ".jsonl": self._jsonl, ".txt": self._txt}
-        root = Path(self.path).expanduser()
+        root = typed_path(self.path)
         if not root.exists():
             raise UsageError(f"{self.key}={root} is not there: type a folder of {self.KINDS}, or one such file")
         there = [root] if root.is_file() else [path for path in below(root, "**/*") if path.is_file()]

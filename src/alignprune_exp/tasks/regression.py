@@ -26,7 +26,7 @@ from ..data.batches import Batch, Batches, TensorBatches
 from ..data.source import DataSet, Root, brief
 from ..data.sources.digits import shipped
 from ..errors import UsageError
-from ..files import below
+from ..files import below, typed_path
 from ..pruning.seeding import generator
 from ..records import Metric
 from .base import RowsTask
@@ -317,7 +317,7 @@ class ParquetTable(DataSet):
     def _files(self) -> list[Path]:
         if self.root is None:
             raise UsageError(f"dataset={self.name} needs its file: type dataset.root=FILE.parquet, or a folder of such")
-        root = Path(self.root).expanduser()
+        root = typed_path(self.root)
         files = [root] if root.is_file() else [file for file in below(root, "*") if file.suffix.lower() == ".parquet"]
         if not files:
             raise UsageError(f"dataset.root={root} is no Parquet file, nor a folder of *.parquet: type where these are")

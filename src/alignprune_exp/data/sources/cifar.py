@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from ...errors import UsageError
+from ...files import typed_path
 from ...schema import Aside
 from ..images import Array, Fit, Shards
 from ..index import Survey, gathered
@@ -56,7 +57,7 @@ class Cifar10(DataSet):
         official = getattr(torchvision.datasets, self.official)
         if self.root is not None and self.download:
             with suppress(OSError):
-                Path(self.root).expanduser().mkdir(parents=True, exist_ok=True)
+                typed_path(self.root).mkdir(parents=True, exist_ok=True)
         holds = f"{official.base_folder} (dataset.download=true fetches it) or train.parquet and test.parquet"
         root = existing(self.name, self.root, holds)
         if root.name == official.base_folder:

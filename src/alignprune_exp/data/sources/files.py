@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from ...errors import UsageError
+from ...files import typed_path
 from ...schema import Side
 from ..images import Files, Fit
 from ..index import Index, Splits, Survey, show
@@ -150,7 +151,7 @@ class WebVision(Photographs):
     def places(self) -> dict[str, Path]:
         if self.imagenet_root is None:
             return super().places
-        return super().places | {"imagenet_root": Path(self.imagenet_root).expanduser().resolve()}
+        return super().places | {"imagenet_root": Path(os.path.realpath(typed_path(self.imagenet_root)))}
 
     def _listed(self, survey: Survey, file: Path, folder: bytes) -> np.ndarray:
         """Return the images of a list of ``path label``, paths being relative to ``folder``, of the first classes."""
