@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from alignprune_exp import sheet
 from alignprune_exp.errors import UsageError
 from alignprune_exp.sheet import report_sheet
 from alignprune_exp.suspects import main
@@ -135,17 +136,34 @@ def test_paths_that_begin_like_a_formula_are_texts(run, listed):
 
 
 def test_contact_sheet_shows_the_images_of_the_data_set(run, tmp_path, capsys):
-    sheet = tmp_path / "sheet.png"
-    assert main([str(run), "--top", "3", "--sheet", str(sheet)]) == 0
-    image = Image.open(sheet)
+    out = tmp_path / "sheet.png"
+    assert main([str(run), "--top", "3", "--sheet", str(out)]) == 0
+    image = Image.open(out)
     assert image.width == 3 * 68
     assert len(np.unique(np.asarray(image))) > 3
 
 
+def test_contact_sheet_refuses_images_that_are_others_by_now(run, tmp_path, capsys):
+    folder, paths = tmp_path / "own", [f"train/{'abc'[k // 4]}/{k:02}.png" for k in range(12)]
+    for path in [*paths, "test/a/0.png"]:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / path)
+    own = f"name: image_folder, root: {folder}, image_size: null, on_error: stop,"
+    (run / "config.yaml").write_text(CONFIG.replace("name: digits,", own))
+    write_samples(run, SAMPLES.assign(path=[paths[index] for index in SAMPLES["index"]]))
+    line = [str(run), "--top", "3", "--force", "--sheet", str(tmp_path / "sheet.png")]
+    assert main(line) == 0
+    (folder / paths[0]).unlink()
+    sheet._source.cache_clear()
+    capsys.readouterr()
+    assert main(line) == 2
+    assert "the data set's image 7 is train/c/08.png, and the run's was train/b/07.png" in capsys.readouterr().err
+
+
 def test_report_shows_the_lowest_of_a_run_whose_images_are_at_hand(run, tmp_path):
-    sheet = report_sheet(run, tmp_path, top=3)
-    assert (sheet.run, sheet.by, sheet.count) == ("0123", "settled", 3)
-    image = Image.open(io.BytesIO(sheet.image))
+    made = report_sheet(run, tmp_path, top=3)
+    assert (made.run, made.by, made.count) == ("0123", "settled", 3)
+    image = Image.open(io.BytesIO(made.image))
     assert (image.format, image.width) == ("JPEG", 3 * 68)
     assert len(np.unique(np.asarray(image))) > 3
 
@@ -170,6 +188,7 @@ def _of_another_task(run):
         (lambda run: None, ["RUN", "--by", "oracle"], ["oracle", "loss, das, small_loss, settled"]),
         (lambda run: None, ["RUN", "--by", "loss"], ["lowest loss", "cleanest", "use --by settled"]),
         (lambda run: None, ["nowhere"], ["nowhere"]),
+        (lambda run: (run / "loop").symlink_to("loop"), ["RUN/loop"], ["there is no run", "loop"]),
         (lambda run: None, ["RUN", "--top", "0"], ["--top"]),
         (lambda run: None, ["RUN", "--tip"], ["--tip", "--help"]),
         (lambda run: _of_another_task(run), ["RUN"], ["without class labels"]),
@@ -179,6 +198,11 @@ def _of_another_task(run):
         (lambda run: None, ["RUN", "--sheet", "sheet.jpg"], ["sheet.jpg", ".png"]),
         (lambda run: None, ["RUN", "--checked", "nowhere.csv"], ["nowhere.csv", "not there"]),
         (lambda run: None, ["RUN", "--checked", __file__], ["whole numbers", "index and label"]),
+        (
+            lambda run: (run / "c.csv").write_text("index,label\n7,True\n8,False\n"),
+            ["RUN", "--checked", "RUN/c.csv"],
+            ["whole numbers", "index and label"],
+        ),
         (lambda run: (run / "samples.parquet").unlink(), ["RUN"], ["samples.parquet"]),
         (lambda run: (run / "samples.parquet").write_text("x"), ["RUN"], ["damaged"]),
         (lambda run: (run / "summary.json").unlink(), ["RUN"], ["no run that finished"]),
@@ -208,7 +232,7 @@ def _of_another_task(run):
 )
 def test_mistakes_get_one_sentence(run, change, arguments, words, capsys):
     change(run)
-    assert main([str(run) if argument == "RUN" else argument for argument in arguments]) == 2
+    assert main([argument.replace("RUN", str(run)) for argument in arguments]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert all(word in err for word in words)

@@ -118,7 +118,7 @@ def read_checked(path: Path | None) -> dict[int, int]:
         raise UsageError(f"--checked {path} is not there") from None
     except Exception:  # pandas and Arrow raise many kinds
         columns = [[None]]
-    if any(not isinstance(value, int) for values in columns for value in values):
+    if any(type(value) is not int for values in columns for value in values):
         raise UsageError(f"--checked {path} holds no table with whole numbers in columns index and label; write one")
     if len(set(columns[0])) < len(columns[0]):
         raise UsageError(f"--checked {path} has an index twice; leave one line a sample")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+from .files import printable
 from .listing import labelled, score_to_list_by, suspects
 from .records import Damaged, read_config
 
@@ -47,7 +48,7 @@ def report_sheet(folder: Path, data: Path, top: int = 3 * SHEET_WIDTH) -> Sheet:
 def contact_sheet(dataset: Mapping[str, Any], frame: pd.DataFrame) -> bytes:
     """Return a PNG of the samples' images in order, each above its given label; ``dataset`` is of the run's config.
 
-    Raises UsageError where the data set is not where the config says.
+    Raises UsageError where the data set is not where the config says, or has other images by now.
     """
     import numpy as np
     from PIL import Image, ImageDraw
@@ -60,6 +61,13 @@ def contact_sheet(dataset: Mapping[str, Any], frame: pd.DataFrame) -> bytes:
     ):
         if most >= there:
             raise UsageError(f"the data set has {there} {what} {most}; it is another one than the run's")
+    if "path" in frame and source.train.paths is not None:
+        for index, path, there in zip(rows, frame["path"], source.train.paths[rows], strict=True):
+            if path != printable(there):
+                raise UsageError(
+                    f"the data set's image {index} is {printable(there)}, and the run's was {path}: it is another one "
+                    "than the run's; put its images back, or list the samples without their images"
+                )
     images = source.train.pixels(rows).numpy()
     across = min(SHEET_WIDTH, max(len(rows), 1))
     down = -(-len(rows) // across)
