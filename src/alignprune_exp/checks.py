@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from .config import LEARNER, PRUNER, SCORE, Config, Pseudo, Trusted
 from .distributed import Processes
-from .errors import UsageError
+from .errors import UsageError, refuse_load
 from .pruning import Criterion, Plan, Score
 from .pruning.scores import Features, HeldOut, Readout
 from .pruning.signals import SIGNALS
@@ -33,14 +31,6 @@ def check_load(config: Config) -> None:
     """
     for key in ("threads", "workers"):
         refuse_load(key, getattr(config, key))
-
-
-def refuse_load(key: str, asked: int) -> None:
-    """Raise UsageError for so many threads or processes that they would only hold this machine up."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(32, 8 * processors)
-    if asked > most:
-        raise UsageError(f"{key}={asked} is far beyond this machine's {processors} processors; use at most {most}")
 
 
 def check_labels(config: Config, classes: bool, clean: bool) -> None:

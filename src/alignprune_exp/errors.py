@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import signal
 import threading
@@ -118,3 +119,11 @@ def terminable() -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGTERM) == signal.default_int_handler:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def refuse_load(key: str, asked: int) -> None:
+    """Raise UsageError for so many threads or processes that they would only hold this machine up."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(32, 8 * processors)
+    if asked > most:
+        raise UsageError(f"{key}={asked} is far beyond this machine's {processors} processors; use at most {most}")

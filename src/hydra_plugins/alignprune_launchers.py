@@ -85,8 +85,7 @@ class JoblibLauncher(CheckedLauncher):
         self.n_jobs = n_jobs
 
     def launch_jobs(self, jobs: Sequence[Job]) -> list[JobReturn]:
-        from alignprune_exp.checks import refuse_load
-        from alignprune_exp.errors import Stopped, UsageError
+        from alignprune_exp.errors import Stopped, UsageError, refuse_load
 
         if not isinstance(self.n_jobs, int) or self.n_jobs < 1:
             raise UsageError(f"hydra.launcher.n_jobs={self.n_jobs} is not a number of runs; use 1 or more")

@@ -12,8 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import duckdb
 
-from ..checks import refuse_load
-from ..errors import UsageError
+from ..errors import UsageError, refuse_load
 from .inspect import File, ShortError, first_line, rows_of, text
 from .layout import Part
 from .store import Store, protocol_of
