@@ -19,14 +19,15 @@ from alignprune_exp.config import LEARNER, identity, validate
 from alignprune_exp.errors import UsageError
 from alignprune_exp.learners import Step
 from alignprune_exp.learners import base as learners
+from alignprune_exp.learners.ce import CrossEntropy
 from alignprune_exp.learners.dividemix import clean_probability, mix, sharpen, targets
 from alignprune_exp.pruning import PRUNERS, NonFiniteLossError
-from alignprune_exp.pruning.readout import WEAK
+from alignprune_exp.pruning.readout import WEAK, readout
 from alignprune_exp.pruning.seeding import generator
 from alignprune_exp.pruning.transition import transition
 from alignprune_exp.run import Run
 from alignprune_exp.tasks import TASKS
-from alignprune_exp.tasks.classification import Classification
+from alignprune_exp.tasks.classification import Classification, features_given
 from harness import composed, config_of, id_of, metrics_of, only_run, summary_of, trained
 
 N, B, C, PIXELS = 12, 6, 4, 5
@@ -114,6 +115,15 @@ def test_a_run_is_told_once_of_its_samples_classes_by_their_patches(line, tmp_pa
         counted.append(one.loop.epoch(threading.Event(), None).refreshed)
         assert torch.equal(one.loop.network.learner.target_NC, told)
     assert counted == [one.setup.n] + [0] * (len(counted) - 1)
+
+
+def test_a_score_by_the_networks_embeddings_is_told_of_these_and_not_of_the_learners_features(tmp_path):
+    line = ("method=sieve_readout", "score.every=1", "pruner.warmup=1")
+    one = Run(tiny(tmp_path, "posterior", "noise=sym0.5", *line))
+    now = one.loop.epoch(threading.Event(), None)
+    own = one.setup.task.outputs(one.loop.network, one.setup.task.train.evaluation(one.setup.own))[1]
+    assert torch.equal(one.loop.pruning.told, readout(own, torch.from_numpy(one.setup.task.strata)).margins)
+    assert now.refreshed == 2 * one.setup.n
 
 
 def test_wrong_labels_are_shared_out_among_the_classes_that_fit():
@@ -586,7 +596,21 @@ def test_a_mistake_is_one_sentence(overrides, words):
     composed("learner=dividemix", "learner.warmup=35")
 
 
-@pytest.mark.parametrize("learner", set(LEARNERS) - {"ce", "posterior"})
+class Filed(CrossEntropy):
+    """One of somebody's own, whose file is none of features."""
+
+    def __init__(self, networks, given, *, file: str):
+        super().__init__(networks, given)
+
+
+def test_a_file_that_is_none_of_features_is_not_read_as_one_and_changes_the_id():
+    values = composed().model_dump()
+    one, other = (validate(values | {"learner": {"name": "test_learners.Filed", "file": file}}) for file in "ab")
+    assert features_given(one) is None
+    assert id_of(one) != id_of(other)
+
+
+@pytest.mark.parametrize("learner", [name for name in LEARNERS if LEARNER.find(name).remembers])
 def test_several_processes_are_refused_before_anything_is_read(learner, monkeypatch):
     monkeypatch.setattr("alignprune_exp.setup.open_task", None)
     with pytest.raises(UsageError, match=f"learner={learner} .* use learner=ce, or one process"):

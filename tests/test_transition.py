@@ -121,6 +121,17 @@ def test_rows_at_a_time_order_unit_and_the_names_of_classes_make_no_difference(s
     assert found.noise_rate == pytest.approx(expected.noise_rate, abs=1e-6)
 
 
+def test_samples_whose_labels_come_in_turn_are_sharpened_as_in_any_order():
+    labels = np.arange(50_000) % 5
+    rng = np.random.default_rng(0)
+    right = np.where((labels == 1) & (rng.random(50_000) < 0.4), 0, labels)
+    x, order = np.eye(5)[right] + 0.8 * rng.standard_normal((50_000, 5)), rng.permutation(50_000)
+    in_turn, shuffled = (
+        transition(torch.from_numpy(x[rows]), torch.from_numpy(labels[rows])).classes for rows in (slice(None), order)
+    )
+    torch.testing.assert_close(in_turn[order], shuffled, rtol=1e-3, atol=1e-3)
+
+
 PAIRS = [(0, 1), (2, 3), (3, 2), (4, 0)]
 
 

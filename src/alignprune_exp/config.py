@@ -241,6 +241,13 @@ def _saving(node: Named, score: ScoreKeys, saved: float, epochs: int) -> dict[st
     return {"pruner": node, "epochs": plan.lasting(saved, epochs), "saved": None}
 
 
+def feature_files(config: Config) -> dict[str, str | None]:
+    """Return the keys that name a file of features, as ``score.file``, with it; None for the images' patches."""
+    told = getattr(LEARNER.find(config.learner.name), "told", False)  # one of somebody's own may have another file
+    nodes = {"score": config.score.model_dump(), "learner": config.learner.model_dump() if told else {}}
+    return {f"{kind}.file": values["file"] for kind, values in nodes.items() if "file" in values}
+
+
 def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, Any]:
     """Return what makes a run the run it is: the config less its inert keys, and the data's fingerprint.
 
@@ -258,8 +265,8 @@ def identity(config: Config, fingerprint: str, processes: int = 1) -> dict[str, 
     if not config.reference.aligns:
         values["reference"] = {"size": 0.0}
     if fingerprint:
-        for key in ("score", "learner"):
-            values.get(key, {}).pop("file", None)  # the data's fingerprint knows what is in it
+        for key in feature_files(config):
+            values[key.partition(".")[0]].pop("file", None)  # the data's fingerprint knows what is in it
     pruner = PRUNER.make(config.pruner)
     for key in pruner.inert():
         del values["pruner"][key]

@@ -230,7 +230,7 @@ class Loop:
         """Tell score and learner, if they go by it, what all samples' features foretell of their labels."""
         learner = self.network.learner
         features = self.setup.processes.gather(self.setup.task.features(self.setup.own))
-        if self.pruning.due:
+        if self.pruning.due and isinstance(self.pruning.score, Features):
             self.pruning.tell(self._foretold(features, self.pruning.score.foretells, WEAK, "use score=settled"))
         if learner.told:
             classes = self._foretold(features, transition, WEAK, "use learner=ce").classes

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .bank import exact
 from .readout import ROWS, WEAK, Foretold, checked, fit, left_out
+from .seeding import generator
 
 TAILS = (0.1, 0.2, 0.5)  # shares of a class's samples, those that are most unlike another class
 UNSURE = 0.1  # of the chance of one in C: what a class has at the least
 SHARPNESS = [2 ** (step / 2) for step in range(-4, 21)]
-SHARPENED_BY = 10_000  # samples
+SHARPENED_BY = 10_000  # samples, drawn: every so many might be of one class
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     t_CC = (v_CC * share_C[:, None]).T
     t_CC = (t_CC / t_CC.sum(1, keepdim=True)).to(f_nC.dtype)
     inverse_CC = torch.linalg.pinv(t_CC.cpu()).to(t_CC.device)
-    some = slice(None, None, max(1, n // SHARPENED_BY))
+    some = torch.from_numpy(np.sort(generator(0, "sharpness").permutation(n)[:SHARPENED_BY])).to(labels.device)
     sharpness = likeliest(f_nC[some] @ inverse_CC, t_CC, labels[some])
     odds, classes_nK = [], f_nC.new_zeros(n, int(there_C[-1]) + 1)
     for rows, f_BC, label_B in zip(classes_nK.split(ROWS), f_nC.split(ROWS), labels.split(ROWS), strict=True):

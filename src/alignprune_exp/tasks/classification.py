@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import models
-from ..config import MODEL, NOISE, NOTHING_HELD_OUT, Config, Trusted
+from ..config import MODEL, NOISE, NOTHING_HELD_OUT, Config, Trusted, feature_files
 from ..data.batches import Batch, Batches, ImageBatches
 from ..data.features import check_foretells, read_features
 from ..data.split import Split, prepare
@@ -41,8 +41,7 @@ EVALUATED = {"cpu": 256, "cuda": 1000}  # samples of a batch without augmentatio
 
 def features_given(config: Config) -> tuple[str, str] | None:
     """Return the key and the file of the run's features, None where they are patches; raise UsageError for two."""
-    nodes = {"score.file": config.score, "learner.file": config.learner}
-    files = {key: getattr(node, "file") for key, node in nodes.items() if hasattr(node, "file")}  # noqa: B009
+    files = feature_files(config)
     if len(set(files.values())) > 1:
         key, other = sorted(files, key=lambda key: files[key] is None)
         given = f"{key}={files[key]} and {other}={shown(files[other])}"
