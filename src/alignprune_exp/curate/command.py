@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import Parser, Progress, command
-from ..errors import Failed, UsageError
+from ..errors import Failed, UsageError, refuse_load
 from ..files import refuse_nowhere
 from ..runs import Lock
 from .formulas import SCORES
@@ -105,6 +105,8 @@ def check(given: Namespace) -> None:
         raise UsageError(f"{given.out} lies in {given.losses}, so that it would be read as losses; name another place")
     if given.threads is not None and given.threads < 1:
         raise UsageError(f"--threads {given.threads} is no number of threads; use 1 or more")
+    if given.threads is not None and given.engine != "ray":  # whose nodes say what they have
+        refuse_load("--threads", given.threads)
     if given.ray_address is not None and given.engine != "ray":
         raise UsageError(f"--ray-address {given.ray_address} is of no use to DuckDB alone; add --engine ray")
     if given.ray_address is not None and "://" in given.ray_address:

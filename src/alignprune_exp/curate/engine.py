@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import duckdb
 
-from ..errors import UsageError, refuse_load
+from ..errors import UsageError
 from .inspect import File, ShortError, first_line, rows_of, text
 from .layout import Part
 from .store import Store, protocol_of
@@ -53,12 +53,10 @@ class Engine:
         threads: how many it uses.
         memory: the bytes that it may use.
 
-    Raises UsageError for a limit that DuckDB does not know, and for too many threads.
+    Raises UsageError for a limit that DuckDB does not know.
     """
 
     def __init__(self, spill: Path, memory: str | None = None, threads: int | None = None) -> None:
-        if threads is not None:
-            refuse_load("--threads", threads)
         self.connection, self.threads, self._limit = duckdb.connect(), 1, str(memory)
         self._cursors: list[duckdb.DuckDBPyConnection] = []
         self._stores: dict[str, Store] = {}
