@@ -293,6 +293,7 @@ def test_a_node_with_an_older_package_is_named(place, capsys):
     ("options", "words"),
     [
         (("--threads", "64"), "64 processors --threads --memory"),
+        (("--threads", "9999999"), "9999999 processors --threads --memory"),
         (("--memory", "800GB"), "1e+03 GB 1 processors --threads --memory"),
         (("--ray-address", "127.0.0.1:1"), "127.0.0.1:1 answers HOST:PORT"),
         (("--ray-address", "nowhere"), "nowhere HOST:PORT"),

@@ -63,7 +63,7 @@ class Order:
 def curate(order: Order, show: Callable[[str], None]) -> dict[str, Any]:
     """Score, cut and write into the folder ``order.out``; return the summary. Raises UsageError."""
     began = time.perf_counter()
-    engine = Engine(order.work / "spill", order.memory, order.threads)
+    engine = Engine(order.work / "spill", order.memory, order.threads if order.engine == "duckdb" else None)
     stamps = list_files(engine, order.losses)
     files, columns, skipped = read_files(engine, order.losses, stamps, order.columns, order.skip)
     with workers_for(order, engine) as workers:
