@@ -1,5 +1,7 @@
 """Features that no label has had a say in, and what ranks by them."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from alignprune_exp.pruning import DynamicPruning, within_class
 from alignprune_exp.pruning import patches as module
 from alignprune_exp.pruning.patches import Patches
 from alignprune_exp.pruning.readout import WEAK, readout
+from alignprune_exp.pruning.scores import Features
 from alignprune_exp.pruning.transition import transition
 from alignprune_exp.run import Run
 from harness import SMALL, config_of, rows_of, same_bits_when_stopped, summary_of, trained
@@ -250,6 +253,25 @@ def test_features_of_other_images_are_refused_and_their_own_are_not(refused, tmp
         np.save(tmp_path / "other.npy", np.random.default_rng(seed).permutation(own))
         sentence = refused(*line, f"score.file={tmp_path}/other.npy")
         assert "foretells the labels no better than shuffled ones: its rows are in another order than" in sentence
+
+
+class Late(Features):
+    """Somebody's own, told in the second epoch."""
+
+    told_first = False
+
+    def due(self, epoch, epochs):
+        return epoch == 1
+
+
+def test_a_score_of_ones_own_is_told_of_features_when_it_is_due(tmp_path):
+    line = ("method=sieve_features", "score.name=test_features.Late", "pruner.warmup=3", "pruner.exclude=0.3")
+    one = Run(config_of(tmp_path, *line, "learner=posterior"))
+    looked = [one.loop.epoch(threading.Event(), None).refreshed for _ in range(3)]
+    assert looked == [one.setup.n, one.setup.n, 0]
+    features = one.setup.task.features(torch.arange(one.setup.n))
+    expected = readout(features, torch.from_numpy(one.setup.task.strata), WEAK).margins
+    assert torch.equal(one.loop.pruning.told, expected)
 
 
 def test_a_learner_goes_by_a_file_of_its_own_which_a_score_beside_it_has_to_share(refused, tmp_path):

@@ -118,12 +118,11 @@ class Loop:
         """Train one epoch and return what is to be recorded of it; ``save`` is called where ``stop`` interrupts it."""
         setup, pruning, network = self.setup, self.pruning, self.network
         config, clock = setup.config, Clock(self.elapsed)
-        ranks_by_them = isinstance(pruning.score, Features) and pruning.pruner.uses_scores
-        if by_features := pruning.epoch == pruning.first and (ranks_by_them or network.learner.told):
-            if self.step == 0:
-                self._foretell()
-            clock.lap("refresh")
+        self._foretell()
+        clock.lap("refresh")
         now = Epoch(pruning.epoch, pruning.ranked_by, pruning.selection, pruning.ranking)
+        by_features = isinstance(pruning.score, Features) and pruning.told_in == pruning.epoch
+        by_features |= network.learner.told and pruning.epoch == pruning.first
         now.refreshed = setup.n if by_features else 0
         if pruning.pruner.asks:
             setup.task.answer(now.selection.indices)
@@ -138,7 +137,7 @@ class Loop:
                     self.predicted[step.index] = predicted
                 self.loss_sum += plain.sum()
         now.train_loss = self._exchange() / len(order)
-        setup.processes.from_rank_0(list(network.learner.networks.buffers()))
+        setup.processes.from_rank_0(list(network.learner.buffers()))
         network.check_finite(now.number)
         clock.lap("train")
 
@@ -227,13 +226,21 @@ class Loop:
         return len(unseen)
 
     def _foretell(self) -> None:
-        """Tell score and learner, if they go by it, what all samples' features foretell of their labels."""
-        learner = self.network.learner
+        """Tell score and learner, where they wait for it, what all samples' features foretell of their labels."""
+        pruning, learner, foretells = self.pruning, self.network.learner, self.pruning.score.foretells
+        score_waits = isinstance(pruning.score, Features) and pruning.due
+        learner_waits = learner.told and pruning.epoch == pruning.first and self.step == 0
+        waiting = {foretells: "score=settled"} if score_waits else {}
+        if learner_waits:
+            waiting.setdefault(transition, "learner=ce")
+        if not waiting:
+            return
         features = self.setup.processes.gather(self.setup.task.features(self.setup.own))
-        if self.pruning.due and isinstance(self.pruning.score, Features):
-            self.pruning.tell(self._foretold(features, self.pruning.score.foretells, WEAK, "use score=settled"))
-        if learner.told:
-            classes = self._foretold(features, transition, WEAK, "use learner=ce").classes
+        found = {by: self._foretold(features, by, WEAK, f"use {instead}") for by, instead in waiting.items()}
+        if score_waits:
+            pruning.tell(found[foretells])
+        if learner_waits:
+            classes = found[transition].classes
             assert classes is not None
             learner.tell(classes)
 
