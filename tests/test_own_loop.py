@@ -316,5 +316,6 @@ def test_the_example_trains_in_one_process(capsys):
 
 def test_the_example_trains_in_two_processes():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([*torchrun, SCRIPT], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
     assert_learned(done.stdout)
