@@ -138,7 +138,7 @@ def test_what_makes_no_features_is_refused(mistaken, network, sentence):
 
 def test_settings_are_those_of_training(mistaken):
     for line, sentence in {
-        "dataset=digit": "dataset=digit is unknown; did you mean digits?",
+        "dataset=digit": "dataset=digit is unknown (did you mean digits?)",
         "dataset=digits_boxes": "is unknown",
         "dataset=digit_boxes": "is not of images with class labels",
         "dataset.subste=3": "subste",

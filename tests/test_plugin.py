@@ -30,12 +30,14 @@ from alignprune_exp.pruning import (
     WarmUpLog,
     within_class,
 )
+from alignprune_exp.pruning.scores import Readout
 from harness import through_disk
 
 N, T, WINDOW, BATCH = 30, 8, 3, 8  # samples, epochs, window, batch size
 LOSSES = torch.from_numpy(np.random.default_rng(0).gamma(1.0, 1.0, (T, N)).astype(np.float32))
 REFERENCE = [2.0, 1.5, 1.7, 1.2, 1.3, 0.9, 0.8, 0.85]
 CLEAN = np.arange(N) % 3 > 0
+LABELS = np.arange(N) % 2
 
 
 def make(pruner="infobatch", score="das", *, epochs=T, window=WINDOW, **arguments):
@@ -1027,6 +1029,9 @@ def test_a_pruner_that_returns_no_selection_is_told_so():
         ({"ratio": 0.25}, r"ratio=0.5.*and this is pruner=InfoBatch\(ratio=0.25"),
         ({"pruner": "seta"}, r"pruner=InfoBatch.*and this is pruner=SeTa"),
         ({"epochs": 9}, "epochs=8, and this is epochs=9"),
+        ({"score": Readout(every=2), "labels": LABELS}, r"score=das, and this is score=readout\(every=2\)"),
+        ({"labels": LABELS}, "labels=None, and this is labels=checksum"),
+        ({"clean": LABELS == 0}, "clean=None, and this is clean=checksum"),
     ],
     ids=str,
 )
@@ -1035,6 +1040,18 @@ def test_the_state_of_another_run_is_not_taken_over(other, sentence):
         make(**({"seed": 0, "window": 3, "epochs": 8} | other)).load_state_dict(
             make(seed=0, window=3, epochs=8).state_dict()
         )
+
+
+@pytest.mark.parametrize("kind", [int, "U9", object])
+def test_the_state_of_a_run_with_other_labels_is_not_taken_over(kind):
+    labels = LABELS if kind is int else np.array(["even", "odd"], kind)[LABELS]
+    state = make(labels=labels).state_dict()
+    other = labels.copy()
+    other[0] = labels[1]
+    with pytest.raises(ValueError, match=r"the state is of labels=checksum \w+, and this is labels=checksum"):
+        make(labels=other).load_state_dict(state)
+    same = torch.tensor(labels, dtype=torch.int32) if kind is int else list(labels)
+    make(labels=same).load_state_dict(state)
 
 
 def test_the_state_of_another_choice_is_not_taken_over():

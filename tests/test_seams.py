@@ -255,10 +255,10 @@ def test_what_a_run_says_to_type_and_was_typed_finds_what_is_of_ones_own(
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("pruner=best pruner.prt=0.5", "unknown key pruner.prt; did you mean part?; pruner=outside.Best has part"),
+        ("pruner=best pruner.prt=0.5", "unknown key pruner.prt (did you mean part?); pruner=outside.Best has part"),
         (
             "score=powered score.powr=1",
-            "unknown key score.powr; did you mean power?; score=outside.Powered has bank, power",
+            "unknown key score.powr (did you mean power?); score=outside.Powered has bank, power",
         ),
     ],
 )

@@ -89,7 +89,7 @@ def test_what_cannot_be_made_of_a_signal_is_refused(refused, line, sentence):
 
 @pytest.mark.parametrize(("word", "meant"), OTHER_NAMES.items())
 def test_another_name_of_a_signal_is_answered_with_its_name_here(word, meant):
-    with pytest.raises(UsageError, match=f"^recorded={word} is unknown; did you mean {meant}[?]; use "):
+    with pytest.raises(UsageError, match=rf"^recorded={word} is unknown \(did you mean {meant}[?]\); use "):
         composed(f"recorded={word}")
     assert composed(f"recorded={meant}", "pruner=topk").recorded == meant
 

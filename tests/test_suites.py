@@ -213,7 +213,7 @@ def test_a_suite_that_says_too_little_of_its_table_is_refused(own, key):
     [
         (
             "rows: score, columns: noise, baseline: los",
-            "suite.baseline=los, which is no row of its table; did you mean loss?",
+            "suite.baseline=los, which is no row of its table (did you mean loss?)",
         ),
         ("rows: score, columns: noise, baseline: full", "no row of its table; use one of loss, das, or null"),
         ("rows: [score, noise], columns: seed, baseline: loss", "use one of loss sym0.5, das sym0.5, or null"),

@@ -75,9 +75,9 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean …?`` where something known is near."""
+    """Return `` (did you mean …?)`` where something known is near."""
     near = nearest(word, known)
-    return f"; did you mean {near}?" if near else ""
+    return f" (did you mean {near}?)" if near else ""
 
 
 def shown(value: Any) -> str:
@@ -135,7 +135,7 @@ def _explain(error: ValidationError, schema: type[Node], values: Mapping[str, An
 
 
 def _meant(word: str, known: Iterable[str], marks: Iterable[Any]) -> str:
-    """Return ``; did you mean …?`` where an unknown word is another name for something known, or near it."""
+    """Return `` (did you mean …?)`` where an unknown word is another name for something known, or near it."""
     other = next((mark.names[word] for mark in marks if isinstance(mark, AlsoCalled) and word in mark.names), word)
     return suggest(other, known)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .arguments import check_version
 from .bank import whole_numbers
+from .cleaning import checksum
 from .losses import one_a_sample, weighted_mean
 from .processes import DisagreementError
 from .readout import Foretold
@@ -353,11 +354,13 @@ class DynamicPruning(Selecting):
         self._begin()
         self.running.load_state_dict(state["running"])
 
-    def _arguments(self) -> dict[str, str | int]:
+    def _arguments(self) -> dict[str, str | int | None]:
         """Return what a run is of, in words and numbers; of another one no state is taken over."""
         return {
             "pruner": self.pruner.described(),
-            "score": self.score.name,
+            "score": self.score.described(),
+            "labels": checksum(self.labels),
+            "clean": checksum(self.clean),
             "unseen": self.trajectories.unseen,
             "seed": int(self.seed),
             "epochs": self.epochs - self.first,

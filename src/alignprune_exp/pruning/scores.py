@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import fast
+from .arguments import is_number
 from .bank import History
 from .cleaning import standardised
 from .logistic import told_by_others
@@ -129,6 +130,11 @@ class Score:
     def due(self, epoch: int, epochs: int) -> bool:
         """Return whether what it goes by is to be told, by `DynamicPruning.tell`, before ``epoch`` of so many ends."""
         return self.told_first and epoch == 0
+
+    def described(self) -> str:
+        """Return its name, and of its settings those that are numbers: a path may be another elsewhere."""
+        numbers = [f"{key}={value}" for key, value in vars(self).items() if is_number(value)]
+        return f"{self.name}({', '.join(numbers)})" if numbers else self.name
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.__dict__.get("name", cls.__name__)
