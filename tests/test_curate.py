@@ -358,6 +358,24 @@ def test_what_is_there_is_no_pattern(place, typed):
     check_found("das", ids, losses_NW, reference, 0.6)
 
 
+PLACES = ["losses", "./losses/", "../{here}/losses", "{place}/losses", "los*es/**/*.parquet", "."]
+
+
+@pytest.mark.parametrize("typed", PLACES)
+@pytest.mark.parametrize("hidden", ["._0.parquet", ".trash/0.parquet"])
+def test_hidden_files_of_a_folder_are_no_losses(place, monkeypatch, typed, hidden):
+    ids, losses_NW, reference = drawn()
+    lay_out("rows", ids, losses_NW)
+    Path("losses/.trash").mkdir()
+    Path("losses", hidden).write_text("not Parquet")
+    asked = ("--reference", str(place / write_reference(reference)))
+    if typed == ".":
+        monkeypatch.chdir("losses")
+    typed = typed.format(here=place.name, place=place)
+    assert curate(typed, *asked, out=str(place / "keep")) == 0
+    check_found("das", ids, losses_NW, reference, 0.6, place / "keep")
+
+
 def test_what_is_written_ends_in_parquet_and_no_two_files_become_one(place):
     ids, losses_NW, reference = drawn()
     names = ["a/0.pq", "a/0", "0.parquet", "0"]
@@ -559,6 +577,18 @@ def test_a_killed_command_goes_on_from_what_it_has_scored(place, how):
     assert len(list(Path("keep/scores").iterdir())) > 2
     assert summary["samples"] == len(ids)
     assert sorted(path.name for path in Path("keep").iterdir()) == ["scores", "summary.json"]
+
+
+def test_what_another_version_of_the_formulas_has_scored_is_scored_again(place, monkeypatch):
+    ids, losses_NW, reference = drawn()
+    lay_out("rows", ids, losses_NW)
+    asked = ("losses", "--reference", write_reference(reference))
+    ours = formulas.whole
+    with monkeypatch.context() as other:
+        other.setattr(formulas, "whole", lambda *given: f"SELECT * REPLACE (score / 2 AS score) FROM ({ours(*given)})")
+        assert curate(*asked, keep=1e-9) == 2  # scores all, and then keeps none
+    assert curate(*asked) == 0
+    check_found("das", ids, losses_NW, reference, 0.6)
 
 
 def test_changed_losses_are_scored_again(place):

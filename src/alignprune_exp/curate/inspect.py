@@ -110,6 +110,8 @@ class Skipped:
 def list_files(engine: Engine, losses: str) -> dict[str, str]:
     """Return the stamp of every Parquet file of a folder, a pattern, or a path in an object store, by path, sorted.
 
+    Files that are hidden, such as macOS's ``._a.parquet``, or in a hidden folder, are left out of the first two.
+
     Raises UsageError where there is none.
     """
     alone, exact = _meant(losses)
@@ -117,7 +119,10 @@ def list_files(engine: Engine, losses: str) -> dict[str, str]:
         raise UsageError(f"{losses} is on a web server, which lists no files; give one that ends in .parquet")
     place = escape(losses) if exact else losses
     pattern = place if alone else f"{place.rstrip('/')}/**/*.parquet"
-    if not (found := stamps(engine, pattern)):
+    found = stamps(engine, pattern)
+    if not (alone and exact):
+        found = {path: found[path] for path in found if not any(part.startswith(".") for part in _below(losses, path))}
+    if not found:
         raise UsageError(f"there is no Parquet file in {losses}; give a folder, a pattern or a path that has some")
     return found
 
@@ -129,12 +134,12 @@ def _meant(losses: str) -> tuple[bool, bool]:
     return files, "*" not in losses if protocol_of(losses) else os.path.exists(losses)
 
 
-def _folders(losses: str, path: str) -> tuple[str, ...]:
-    """Return the names of a file's folders below those that LOSSES names, which are the same however it is typed."""
+def _below(losses: str, path: str) -> tuple[str, ...]:
+    """Return the path of a file below the folders that LOSSES names, which is the same however it is typed."""
     files, exact = _meant(losses)
     typed = PurePosixPath(os.path.normpath(losses)).parts
     named = typed[: len(typed) - files] if exact else tuple(takewhile(lambda part: not set(part) & set("*?["), typed))
-    return PurePosixPath(path).parts[len(named) : -1]
+    return PurePosixPath(path).parts[len(named) :]
 
 
 def stamps(engine: Engine, pattern: str) -> dict[str, str]:
@@ -167,7 +172,7 @@ def read_file(engine: Engine, losses: str, path: str, stamp: str, columns: Seque
     columns = columns or (LISTS if LISTS[1] in there else LONG)
     in_folder, at = "", None
     if len(columns) == len(LONG) and columns[1].lower() not in map(str.lower, there):
-        in_folder, kind, at = _in_folder(engine, _folders(losses, path), columns[1])
+        in_folder, kind, at = _in_folder(engine, _below(losses, path)[:-1], columns[1])
         there |= {columns[1]: kind} if in_folder else {}
     if lacking := [column for column in columns if column not in there]:
         raise UsageError(

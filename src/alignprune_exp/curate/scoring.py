@@ -61,22 +61,23 @@ def score(work: Path, question: Question, gaps: bool, engine: Engine, part: Part
 
     Raises ApartError too.
     """
-    identity = {"asked": repr(question), "source": part.source, "stamps": [file.stamp for file in part.files]}
-    whole, gappy = (work / "parts" / f"{run_id(identity)}{ending}.parquet" for ending in ("", "-gappy"))
+    as_whole, as_gappy = (
+        formula(question.score, part.source, question.reference) for formula in (formulas.whole, formulas.gappy)
+    )
+    whole = _place(work / "parts", as_whole, part, ".parquet")
+    gappy = _place(work / "parts", as_gappy, part, "-gappy.parquet")
     expected = gappy.exists() or (gaps and not whole.exists())
-    if not expected and (scored := _made(engine, question, part, whole, gappy=False)) is not None:
+    if not expected and (scored := _made(engine, as_whole, part, whole, gappy=False)) is not None:
         return scored
-    scored = _made(engine, question, part, gappy, gappy=True)
+    scored = _made(engine, as_gappy, part, gappy, gappy=True)
     assert scored is not None
     return scored
 
 
-def _made(engine: Engine, question: Question, part: Part, target: Path, gappy: bool) -> Scored | None:
+def _made(engine: Engine, sql: str, part: Part, target: Path, gappy: bool) -> Scored | None:
     """Score a part into ``target``, if it is not there; return what it has, or None where it is not whole."""
     if target.exists():
         return _scored(engine, part, target, gappy)
-    formula = formulas.gappy if gappy else formulas.whole
-    sql = formula(question.score, part.source, question.reference)
     new = _unfinished(target)
     engine.write(f"{sql}{' ORDER BY id' if part.apart else ''}", new, part.files)
     if (scored := _scored(engine, part, new, gappy)) is None:
@@ -135,12 +136,18 @@ def divide(workers: Workers, work: Path, question: Question, files: Sequence[Fil
 
 def _divided(work: Path, engine: Engine, batch: Part) -> Path:
     """Return the folder in which a batch lies divided."""
-    folder = work / "divided" / run_id({"source": batch.source, "stamps": [file.stamp for file in batch.files]})
+    folder = _place(work / "divided", batch.source, batch)
     if not folder.exists():
         new = _unfinished(folder)
         engine.write(batch.source, new, batch.files, ", PARTITION_BY (__bucket)")
         new.replace(folder)
     return folder
+
+
+def _place(folder: Path, sql: str, part: Part, ending: str = "") -> Path:
+    """Return where that lies which this version of DuckDB makes of a part."""
+    made = {"sql": sql, "duckdb": duckdb.__version__, "stamps": [file.stamp for file in part.files]}
+    return folder / f"{run_id(made)}{ending}"
 
 
 def _unfinished(target: Path) -> Path:
