@@ -527,6 +527,15 @@ def test_smoothing_is_for_losses_of_classes_alone_and_leaves_no_trace_elsewhere(
     assert (note in inert_keys(config, smoothed)) == (not of_classes)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_flip_of_what_has_no_left_and_right_is_said_to_have_no_effect_and_leaves_no_trace(task):
+    flipped, of_images = (f"task={task}", "dataset.flip=true"), task not in ("language", "regression")
+    config = composed(*flipped)
+    assert config.dataset.flip == of_images
+    note = f"dataset.flip has no effect under task={task}, which mirrors nothing"
+    assert (note in inert_keys(config, flipped)) == (not of_images)
+
+
 def test_what_the_authors_chose_for_cifar100_follows_from_the_data_set_and_yields_to_the_command_line():
     on = ("dataset=cifar100", "dataset.root=/nowhere")
     elr = composed(*on, "learner=elr").learner

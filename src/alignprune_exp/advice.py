@@ -29,6 +29,8 @@ def inert_keys(config: Config, overrides: Sequence[str]) -> list[str]:
     for key, seam, name in (("learner", LEARNER, config.learner.name), ("task", TASK, config.task.name)):
         if smoothing and not seam.find(name).smooths:
             notes.append(f"{', '.join(smoothing)} has no effect under {key}={name}, which does not smooth")
+    if "dataset.flip" in given and not TASK.find(config.task.name).flips:
+        notes.append(f"dataset.flip has no effect under task={config.task.name}, which mirrors nothing")
     if named := [key for key in given if key in [f"pruner.{name}" for name in plan.inert()]]:
         notes.append(f"{', '.join(named)} has no effect beside the other settings of pruner={pruner}")
     inert = NoiseKeys.model_fields.keys() - {"name", *settings(NOISE.find(config.noise.name))}

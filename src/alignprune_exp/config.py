@@ -214,10 +214,13 @@ def validate(values: Mapping[str, Any]) -> Config:
         recorded = "plain" if config.recorded in SIGNALS else config.recorded
         config = config.model_copy(update={"score": UNRANKED, "recorded": recorded})
     learner = LEARNER.find(config.learner.name)
-    smooths = getattr(learner, "smooths", False) and TASK.find(config.task.name).smooths
+    task = TASK.find(config.task.name)
+    smooths = getattr(learner, "smooths", False) and task.smooths
     if not smooths or config.label_smoothing == 0:  # a scale may have set some
         kept = "plain" if config.recorded == "smoothed" else config.recorded
         config = config.model_copy(update={"label_smoothing": 0.0, "recorded": kept})
+    if not task.flips:
+        config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"flip": False})})
     learner.check(config)
     return config
 

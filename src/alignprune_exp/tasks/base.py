@@ -82,6 +82,7 @@ class Task:
     Attributes:
         metrics: what `evaluate` returns; the first is the headline.
         smooths: whether `losses` heed ``smoothing``.
+        flips: whether training mirrors samples where ``dataset.flip`` says so.
         n: training samples.
         fingerprint: sha256, as hex, of the data.
         corrupted: which training samples are known to be wrong (n,); None where that is unknown.
@@ -96,6 +97,7 @@ class Task:
 
     metrics: ClassVar[tuple[Metric, ...]]
     smooths: ClassVar[bool] = True
+    flips: ClassVar[bool] = True
     n: int
     fingerprint: str
     corrupted: np.ndarray | None = None

@@ -65,6 +65,7 @@ class Language(RowsTask):
     """
 
     metrics = (Metric("bits_per_byte", "held-out bits per byte", higher=False, digits=3),)
+    flips = False
     packages = ("tokenizers",)
     data: Documents
 

@@ -55,6 +55,7 @@ class Regression(RowsTask):
     )
     chance_loss = 1.0
     smooths = False
+    flips = False
     data: Table
 
     def __init__(self, config: Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
