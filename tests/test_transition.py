@@ -67,13 +67,22 @@ def bayes(foretold, labels, rate):
     kappa = counted(foretold, labels, rate / (classes - 1) / (1 - rate))
     of_class = kappa / kappa.sum(1, keepdims=True)
     label_share = np.bincount(labels) / len(labels)
-    joint = of_class * label_share[:, None]
-    bears = (joint / joint.sum(0)).T
+
+    def bears_by(of_class):
+        joint = of_class * label_share[:, None]
+        return (joint / joint.sum(0)).T
+
+    bears = bears_by(of_class)
     odds, g = [], foretold @ np.linalg.inv(bears)
     for row, label in zip(g, labels, strict=True):
         being = np.maximum(row, 0.1 / classes) * bears[:, label]
         odds.append(math.log(being[label] / (being.sum() - being[label])))
-    tried = [softmax(2 ** (half / 2) * g, axis=1) * bears[:, labels].T for half in range(-4, 21)]
+    symmetric = np.where(np.eye(classes), 1 - rate, rate / (classes - 1))
+    tried = []
+    for quarters, half in itertools.product(range(4, -1, -1), range(-4, 21)):
+        likely = bears_by((quarters * of_class + (4 - quarters) * symmetric) / 4)
+        g = softmax(2 ** (half / 2) * foretold @ np.linalg.inv(likely), axis=1)
+        tried.append(g * likely[:, labels].T)
     joint = max(tried, key=lambda each: np.log(each.sum(1)).sum())
     return odds, joint / joint.sum(1, keepdims=True), sum(label_share * (1 - np.diag(of_class)))
 
@@ -91,10 +100,26 @@ def asymmetric(right, pairs, rate, rng):
     return labels
 
 
-@pytest.mark.parametrize(("rate", "seed"), [(0.0, 0), (0.4, 1)])
-def test_the_odds_are_those_of_bayes(rate, seed):
+def symmetrical(right, classes, share, rng):
+    wrong = rng.random(len(right)) < share
+    return np.where(wrong, (right + rng.integers(1, classes, len(right))) % classes, right)
+
+
+def weak():
+    """Features that hardly tell classes, so that chance mixes some more than symmetric noise does."""
+    x, right, rng = clusters(300, 6, 1.5, 0)
+    return x, symmetrical(right, 6, 0.5, rng)
+
+
+def strong(rate, seed):
     x, right, rng = clusters(300, 3, 0.4, seed)
-    labels = asymmetric(right, [(0, 1)], rate, rng)
+    return x, asymmetric(right, [(0, 1)], rate, rng)
+
+
+@pytest.mark.parametrize(
+    ("x", "labels"), [strong(0.0, 0), strong(0.4, 1), weak()], ids=["clean", "asymmetric", "symmetric"]
+)
+def test_the_odds_are_those_of_bayes(x, labels):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("test_readout.RIDGE", WEAK)
         expected = by_refitting(x, labels)
@@ -149,11 +174,26 @@ def test_classes_that_are_taken_for_others_are_seen_without_trusted_labels(rate)
         assert by_odds > 0.9
 
 
+@pytest.mark.parametrize(("asymmetry", "other"), [(0.4, 0), (0.0, 1)])
+def test_a_matrix_counts_as_far_as_it_makes_labels_likelier(asymmetry, other):
+    x, right, rng = clusters(4000, 40, 0.5 if asymmetry else 1.0, 0)
+    labels = asymmetric(right, PAIRS, asymmetry, rng) if asymmetry else symmetrical(right, 40, 0.5, rng)
+
+    def surprise():
+        classes_NC = transition(torch.from_numpy(x), torch.from_numpy(labels)).classes
+        return -classes_NC[torch.arange(len(x)), torch.from_numpy(right)].log().mean()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("alignprune_exp.pruning.transition.FOUND", (other,))
+        alone = surprise()
+    assert surprise() < alone - 0.03
+
+
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_where_wrong_labels_are_of_any_class_it_tells_what_a_readout_tells(share):
     x, right, rng = clusters(10_000, 6, 0.5, 0)
-    wrong = rng.random(10_000) < share
-    labels = np.where(wrong, (right + rng.integers(1, 6, 10_000)) % 6, right)
+    labels = symmetrical(right, 6, share, rng)
+    wrong = labels != right
     told, symmetric = (each(torch.from_numpy(x), torch.from_numpy(labels), WEAK) for each in (transition, readout))
     assert told.noise_rate == pytest.approx(symmetric.noise_rate, abs=0.03)
     by_odds, by_margin = (roc_auc_score(wrong, -each.margins) for each in (told, symmetric))
@@ -164,7 +204,7 @@ def test_where_wrong_labels_are_of_any_class_it_tells_what_a_readout_tells(share
 @pytest.mark.parametrize("spread", [0.3, 0.5])
 def test_probabilities_of_classes_say_how_often_each_is_right(share, spread):
     x, right, rng = clusters(10_000, 6, spread, 0)
-    labels = np.where(rng.random(10_000) < share, (right + rng.integers(1, 6, 10_000)) % 6, right)
+    labels = symmetrical(right, 6, share, rng)
     classes = transition(torch.from_numpy(x), torch.from_numpy(labels), WEAK).classes.numpy()
     sure, said = classes.max(1), classes.argmax(1)
     assert (said == right).mean() > (labels == right).mean() - 0.02

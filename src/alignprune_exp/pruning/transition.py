@@ -5,7 +5,9 @@ Shape legend: n samples, C classes, B samples of one of them or some at a time.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from .seeding import generator
 TAILS = (0.1, 0.2, 0.5)  # shares of a class's samples, those that are most unlike another class
 UNSURE = 0.1  # of the chance of one in C: what a class has at the least
 SHARPNESS = [2 ** (step / 2) for step in range(-4, 21)]
+FOUND = (1, 0.75, 0.5, 0.25, 0)  # of a matrix found pair by pair: how much of it counts
 SHARPENED_BY = 10_000  # samples, drawn: every so many might be of one class
 
 
@@ -41,8 +44,10 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     .. math:: P(\text{class } c \mid x, \text{label } j) = \frac{g_c T_{cj}}{\sum_k g_k T_{kj}}
 
     The odds that rank labels are of g = f T⁻¹ as it is, but for a floor. It foretells in too even shares, as regression
-    on indicators does under a ridge, and so the probabilities of classes are of g = softmax(s f T⁻¹), with the s that
-    makes the labels likeliest, of each of which f knows nothing.
+    on indicators does under a ridge; and of many classes that features hardly tell, chance mixes some pairs too much.
+    So the probabilities of classes are of g = softmax(s f T⁻¹), and of λ V + (1 - λ) V° in place of V, where V° is of
+    symmetric noise of `readout`'s rate, with the s and the λ that make the labels likeliest, of each of which f knows
+    nothing.
 
     Args:
         embeddings: (n, d) that no label has shaped.
@@ -58,27 +63,41 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     rate = min(chance, max(1 / n, fit([(f_nC, labels[:, None])], labels).noise_rate))
     kappa_CC = mixed(f_nC, labels, rate / (classes - 1) / (1 - rate)).fill_diagonal_(1)
     v_CC = kappa_CC / kappa_CC.sum(1, keepdim=True)
+    even_CC = torch.full_like(v_CC, rate / (classes - 1)).fill_diagonal_(1 - rate)
     share_C = labels.bincount().to(v_CC.dtype) / n
-    t_CC = (v_CC * share_C[:, None]).T
-    t_CC = (t_CC / t_CC.sum(1, keepdim=True)).to(f_nC.dtype)
-    inverse_CC = torch.linalg.pinv(t_CC.cpu()).to(t_CC.device)
+    matrices = [borne(found * v_CC + (1 - found) * even_CC, share_C).to(f_nC.dtype) for found in FOUND]
     some = torch.from_numpy(np.sort(generator(0, "sharpness").permutation(n)[:SHARPENED_BY])).to(labels.device)
-    sharpness = likeliest(f_nC[some] @ inverse_CC, t_CC, labels[some])
+    likely_CC, sharpness = likeliest(f_nC[some], matrices, labels[some])
+    whole_CC, undone_CC = inverse(matrices[0]), inverse(likely_CC)
     odds, classes_nK = [], f_nC.new_zeros(n, int(there_C[-1]) + 1)
     for rows, f_BC, label_B in zip(classes_nK.split(ROWS), f_nC.split(ROWS), labels.split(ROWS), strict=True):
-        g_BC, bears_BC = f_BC @ inverse_CC, t_CC.T[label_B]
-        parts_BC = g_BC.clamp(min=UNSURE / classes) * bears_BC
+        parts_BC = (f_BC @ whole_CC).clamp(min=UNSURE / classes) * matrices[0].T[label_B]
         right_B1 = parts_BC.gather(1, label_B[:, None])
         odds.append(right_B1[:, 0].log() - parts_BC.scatter(1, label_B[:, None], 0).sum(1).log())
-        rows[:, there_C] = F.normalize((sharpness * g_BC).softmax(1) * bears_BC, p=1.0, dim=1)
+        g_BC = (sharpness * (f_BC @ undone_CC)).softmax(1)
+        rows[:, there_C] = F.normalize(g_BC * likely_CC.T[label_B], p=1.0, dim=1)
     return Foretold(torch.cat(odds), ((1 - v_CC.diagonal()) * share_C).sum().item(), "transition", classes_nK)
 
 
-def likeliest(g_nC: Tensor, t_CC: Tensor, labels: Tensor) -> float:
-    """Return the s of `SHARPNESS` by which labels (n,) are likeliest, drawn from softmax(s g) T."""
-    bears_nC = t_CC.T[labels]
-    likely = [((s * g_nC).softmax(1) * bears_nC).sum(1).log().mean() for s in SHARPNESS]
-    return SHARPNESS[int(torch.stack(likely).argmax())]
+def borne(v_CC: Tensor, share_C: Tensor) -> Tensor:
+    """Return T (C, C), which labels the samples of a class bear, of V, and of how often labels are borne at all."""
+    joint_CC = (v_CC * share_C[:, None]).T
+    return joint_CC / joint_CC.sum(1, keepdim=True)
+
+
+def inverse(t_CC: Tensor) -> Tensor:
+    return torch.linalg.pinv(t_CC.cpu()).to(t_CC.device)
+
+
+def likeliest(f_nC: Tensor, matrices: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, float]:
+    """Return the T, and the s of `SHARPNESS`, by which labels (n,) are likeliest, drawn from softmax(s f T⁻¹) T."""
+    tried = list(itertools.product(matrices, SHARPNESS))
+    likely = [
+        ((s * g_nC).softmax(1) * bears_nC).sum(1).log().mean()
+        for g_nC, bears_nC in ((f_nC @ inverse(t_CC), t_CC.T[labels]) for t_CC in matrices)
+        for s in SHARPNESS
+    ]
+    return tried[int(torch.stack(likely).argmax())]
 
 
 def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
