@@ -66,7 +66,7 @@ def assert_same(folder, other):
     ("ranks", "line"),
     [
         (2, ("dataset.subset=301", "keep_probabilities=true")),  # odd shares
-        (3, ("dataset.subset=132", "pruner=full")),  # 130 samples: the last batch, of two, leaves one of three without
+        (3, ("dataset.subset=131", "pruner=full")),  # 130 samples: the last batch, of two, leaves one of three without
         (3, ("dataset.subset=60", "pruner=seta", "noise=clean")),  # fewer batches than processes
         (2, ("dataset.subset=151", "pruner=static_glister", "pruner.warmup=2")),
         (3, ("dataset.subset=151", *PSEUDO)),
@@ -229,6 +229,24 @@ def test_the_process_that_writes_alone_looks_at_what_is_written(tmp_path, togeth
     assert all(row["auroc_loss"] is not None for row in rows)
     assert {row[key] for row in others for key in aurocs} == {None}
     assert [[row[key] for key in SAME] for row in others] == [[row[key] for key in SAME] for row in rows]
+
+
+def weights_and_momenta(rank, results, line):
+    one = Run(config_of(results, *line, base=TINY), Processes())
+    folder = RunFolder(Path(results), one.setup.id)
+    with folder.claim() if rank == 0 else nullcontext():
+        one.train(folder, "test")
+    network = one.loop.network
+    momenta = [state["momentum_buffer"] for state in network.optimizer.state.values()]
+    return [values.detach().numpy() for values in (*network.learner.parameters(), *momenta)]
+
+
+def test_a_process_without_a_share_of_a_step_takes_it_all_the_same(tmp_path, together):
+    line = ("dataset.subset=131", "pruner=full", "epochs=3")  # 130 samples: a last batch of two
+    first, *others = together(3, weights_and_momenta, str(tmp_path), line)
+    for other in others:
+        for values, theirs in zip(first, other, strict=True):
+            np.testing.assert_array_equal(values, theirs)
 
 
 def test_with_batch_norm_the_number_of_processes_belongs_to_the_run(tmp_path, nurse, start, undisturbed):

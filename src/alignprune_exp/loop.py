@@ -129,13 +129,14 @@ class Loop:
         order = pruning.order()
         pruning.check_agreement(self.reference.samples.numpy())
         clock.lap("select")
-        with network.waiting(setup.task.train.sizes(len(order))[-1] < setup.processes.size):
-            for step in self._batches(order, now, clock, stop, save):
-                plain, training, predicted = network.take(step, pruning.weights(step.index))
-                pruning.observe(step.index, training, setup.task.observed(plain, training, predicted, step.targets))
-                if predicted is not None:
-                    self.predicted[step.index] = predicted
-                self.loss_sum += plain.sum()
+        for step in self._batches(order, now, clock, stop, save):
+            plain, training, predicted = network.take(step, pruning.weights(step.index))
+            if step.share == 0:
+                continue
+            pruning.observe(step.index, training, setup.task.observed(plain, training, predicted, step.targets))
+            if predicted is not None:
+                self.predicted[step.index] = predicted
+            self.loss_sum += plain.sum()
         now.train_loss = self._exchange() / len(order)
         setup.processes.from_rank_0(list(network.learner.buffers()))
         network.check_finite(now.number)
@@ -183,7 +184,8 @@ class Loop:
         mine = batches.epoch(order, now.number, self.step, processes.rank, processes.size, network.learner.views)
         for index, inputs, targets in mine:
             now.lr = network.schedule((epoch + self.step / steps) / (pruning.epochs - pruning.first))
-            share = len(index) * processes.size / sizes[self.step]
+            size = sizes[self.step]
+            share = len(index) * processes.size / size if processes.rank < size else 0.0
             here = index.to(setup.device, non_blocking=True)
             yield Step(here, inputs, targets, epoch, self.step, steps, share)
             self.step += 1

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed, optim
 from .config import LEARNER, OPTIMIZER
@@ -91,12 +89,6 @@ class Network:
         loss.backward()
         self.learner.after_backward()
         self.optimizer.step()
-
-    def waiting(self, uneven: bool) -> AbstractContextManager[Any]:
-        """Let processes without a share of a step wait for those that have one."""
-        if isinstance(self._parallel, DistributedDataParallel):
-            return cast(AbstractContextManager[Any], self._parallel.join(enable=uneven))
-        return nullcontext()
 
     def check_finite(self, epoch: int) -> None:
         """Raise NonFiniteLossError if a weight became NaN or infinite."""

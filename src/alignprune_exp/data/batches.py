@@ -65,7 +65,8 @@ class Batches:
         """Yield (index, inputs, targets) for the samples of ``order``, int (k,), from batch number ``start`` on.
 
         Of ``ranks`` that share every batch, in consecutive parts whose sizes differ by one at the most, this is
-        number ``rank``. Where a last batch has fewer samples than ranks, some get none of it.
+        number ``rank``. Where a last batch has fewer samples than ranks, those without one get its first sample, so
+        that all have as many batches.
 
         ``index`` is int64 (B,) on the CPU; on the device are ``inputs`` (views · B, …) and ``targets`` (B, …): every
         sample in one augmentation, then every sample in the next. The first is what one view gives. Finish or drop one
@@ -92,8 +93,8 @@ class Batches:
         strongly: bool = False,
     ) -> Iterator[Batch]:
         index = torch.as_tensor(order).to("cpu", torch.int64)[start * self.batch_size :]
-        shares = (part.tensor_split(ranks)[rank] for part in index.split(self.sizes(len(index))))
-        if parts := [share for share in shares if len(share)]:
+        batches = index.split(self.sizes(len(index)))
+        if parts := [batch.tensor_split(ranks)[rank if rank < len(batch) else 0] for batch in batches]:
             inputs = self.inputs(parts, epoch, views, strongly)
             for part in parts:  # no name for what is yielded: its memory is free for the next
                 yield part, next(inputs), self.targets(part, epoch)

@@ -31,7 +31,8 @@ class Step:
         epoch: counted from 0.
         number: of the step in its epoch, from 0.
         steps: in this epoch.
-        share: this process's part of the batch, times the number of processes, whose gradients are averaged.
+        share: this process's part of the batch, times the number of processes, whose gradients are averaged; 0 where
+            it has none, and takes the step with a sample of another's, so that its optimizer keeps up.
     """
 
     index: Tensor
