@@ -156,7 +156,7 @@ def exchanging(rank: int, port: int, queue: Any) -> None:
     gradients, flag = torch.zeros(PARAMETERS), torch.zeros(1)
     share = int(KEPT * IMAGES) // 2
     index, losses = torch.arange(share), torch.zeros(share)
-    with processes.joined():
+    with processes.joined("cpu"):
         measured = (
             best(lambda: dist.all_reduce(gradients), 5),
             best(lambda: (processes.gathered(index), processes.gathered(losses)), 5),

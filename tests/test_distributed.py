@@ -290,19 +290,24 @@ def test_fp32_is_fp32_on_every_device(tmp_path, monkeypatch):
     assert torch.backends.cuda.matmul.allow_tf32 is False
 
 
-@pytest.mark.parametrize(("devices", "compiles"), [(0, False), (2, False), (2, True)])
-def test_processes_name_their_device_wait_longer_to_compile_and_are_not_ended_by_nccl(monkeypatch, devices, compiles):
+@pytest.mark.parametrize(
+    ("seen", "asked_for", "devices", "compiles"),
+    [(0, "auto", 0, False), (2, "auto", 2, False), (2, "cuda", 2, True), (2, "cpu", 0, False), (1, "cpu", 0, False)],
+)
+def test_processes_name_their_device_wait_longer_to_compile_and_are_not_ended_by_nccl(
+    monkeypatch, seen, asked_for, devices, compiles
+):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")
     monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
     asked, taken = [], []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: asked.append((backend, more)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    with Processes().joined(compiles):
+    with Processes().joined(asked_for, compiles):
         assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "2"  # give up the connection, and raise
     ((backend, more),) = asked
     own = torch.device("cuda", 1) if devices else None

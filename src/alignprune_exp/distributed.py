@@ -44,10 +44,12 @@ class Processes(Exchange):
         return 0 if devices == 1 else self.local
 
     @contextmanager
-    def joined(self, compiles: bool = False) -> Iterator[None]:
+    def joined(self, asked: str, compiles: bool = False) -> Iterator[None]:
         """Be connected with the others until the block ends. Raises Lost where the connection fails.
 
-        ``compiles`` allows for the silence of one that compiles its first step.
+        Args:
+            asked: for the device; on a CPU the processes leave CUDA devices, which they may have to share, alone.
+            compiles: allows for the silence of one that compiles its first step.
         """
         if self.size == 1:
             yield
@@ -55,11 +57,11 @@ class Processes(Exchange):
         with self.connected():
             # Where another process is lost, give up the connection and raise, in place of ending this one by a signal.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
-            device = None
-            if (devices := torch.cuda.device_count()) > self.place(devices):
+            cuda, device = asked != "cpu" and torch.cuda.is_available(), None
+            if cuda and (devices := torch.cuda.device_count()) > self.place(devices):
                 device = torch.device("cuda", self.place(devices))
                 torch.cuda.set_device(device)
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, timeout=COMPILING if compiles else TIMEOUT, device_id=device)
         try:
             yield

@@ -60,7 +60,7 @@ def run(config: Config, command: str, group: str | None = None) -> tuple[dict[st
     """
     processes = Processes()
     with ExitStack() as owned:
-        owned.enter_context(processes.joined(bool(config.compile)))
+        owned.enter_context(processes.joined(config.device, bool(config.compile)))
         one = _agreed(processes, lambda: Run(config, processes))
         folder = RunFolder(Path(config.paths.results), one.setup.id)
 
