@@ -88,6 +88,11 @@ class Flat(nn.Module):
         return self.layers(x)
 
 
+class Pooled(nn.Sequential):
+    def __init__(self, channels, classes):
+        super().__init__(nn.Conv2d(channels, classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Next(Noise):
     rate: float
@@ -163,6 +168,7 @@ OWN = {
     "score/powered": {"name": "outside.Powered", "window": 3, "unseen": "carry", "bank": "float32", "power": 2.0},
     "learner/capped": {"name": "outside.Capped"},
     "model/flat": {"name": "outside.Flat", "hidden": 12},
+    "model/pooled": {"name": "outside.Pooled"},
 }
 
 
@@ -323,6 +329,15 @@ def test_a_mistake_in_what_is_from_outside_is_one_sentence(own, tmp_path, capsys
     assert main([*name, override, f"paths.results={tmp_path / 'none'}"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert sentence in said
+
+
+@pytest.mark.parametrize("line", ["method=sieve_readout", "pruner=static_grand"])
+def test_a_network_without_embeddings_is_refused_where_something_goes_by_them(own, tmp_path, capsys, line):
+    results = tmp_path / "none"
+    assert main([line, "model=pooled", "threads=1", f"paths.results={results}", "--config-dir", str(own)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("the network has no torch.nn.Linear, and what goes into its last one is asked for")
+    assert not results.exists()
 
 
 def test_an_import_path_can_be_given_on_the_command_line_and_its_defaults_are_its_own(own, tmp_path):

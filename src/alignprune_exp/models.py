@@ -87,10 +87,20 @@ def synchronised(network: nn.Module, norm: str) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if norm == "sync" and dist.is_initialized() else network
 
 
+def last_linear(network: nn.Module) -> nn.Linear:
+    """Return the network's last linear layer. Raises UsageError for a network without one."""
+    if layers := [module for module in network.modules() if isinstance(module, nn.Linear)]:
+        return layers[-1]
+    raise UsageError(
+        "the network has no torch.nn.Linear, and what goes into its last one is asked for; let it end in one, or use "
+        "another pruner or score"
+    )
+
+
 @contextmanager
 def embeddings(network: nn.Module) -> Iterator[list[Tensor]]:
     """Collect, batch by batch, what goes into the network's last linear layer (B, d), until the block ends."""
-    *_, head = (module for module in network.modules() if isinstance(module, nn.Linear))
+    head = last_linear(network)
     collected: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0].detach().float()))
     try:

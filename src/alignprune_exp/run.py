@@ -25,6 +25,7 @@ from .console import epoch_line, say
 from .distributed import Lost, Processes
 from .errors import GOES_ON, Failed, Stopped, UsageError, answering
 from .loop import Loop, Spent, place, stopped
+from .models import last_linear
 from .network import Network
 from .pruning import (
     Choice,
@@ -168,7 +169,10 @@ class Run:
         labels = None if setup.task.classes is None else setup.task.strata
         phase = (pruner, epochs)
         pruning = make_pruning(setup.config, range(setup.n), clean, labels, setup.device, phase, bank)
-        return Loop(setup, pruning, Network(setup, purpose), self.reference, log, spent)
+        network = Network(setup, purpose)
+        if setup.embeds:
+            last_linear(network.learner.networks[0])  # which its outputs would miss after a warm-up
+        return Loop(setup, pruning, network, self.reference, log, spent)
 
     def train(self, folder: RunFolder, command: str, group: str | None = None) -> dict[str, Any]:
         """Walk the epochs from where the folder's checkpoint stands; write the record; return the summary."""

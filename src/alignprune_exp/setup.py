@@ -17,7 +17,7 @@ from .distributed import Processes
 from .errors import UsageError
 from .pruning import Criterion, DynamicPruning, Full, Plan, Pruner, Score, Trajectories
 from .pruning.logistic import PARTS
-from .pruning.scores import Oracle, Supervised
+from .pruning.scores import Oracle, Readout, Supervised
 from .pruning.seeding import generator
 from .runs import run_id
 from .tasks import Task
@@ -82,6 +82,13 @@ class Setup:
     def chooses_once(self) -> bool:
         """Whether the samples of all epochs are chosen once, after a warm-up."""
         return isinstance(self.plan, Criterion)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether something goes by embeddings, or by the `Task.outputs` that come with them."""
+        if isinstance(self.plan, Criterion):
+            return bool(self.plan.needs & {"probabilities", "embeddings"})
+        return self.plan.uses_scores and isinstance(SCORE.make(self.config.score), Readout)
 
     @cached_property
     def holdout(self) -> int:
