@@ -417,6 +417,14 @@ def test_status_is_a_grid_with_a_mark_a_seed_and_their_mean(suite, whole, run):
     assert any(line.startswith("infobatch  sym0.5  seed 0  failed       no [bold]loss[/bold] [/]") for line in lines)
 
 
+def test_the_time_to_go_is_of_runs_that_finished_and_a_run_with_no_epoch_left_takes_none(suite, whole, run):
+    key("summary.json", status="failed", error="no loss", seconds_total=3.0)(run)
+    assert "about 0:24 of computing to go" in overview(suite, run.parents[1])  # as the other one took
+    (run / "summary.json").unlink()
+    (run / "checkpoint-a.pt").touch()
+    assert "about 0:00 of computing to go" in overview(suite, run.parents[1])
+
+
 def test_colours_go_to_a_terminal_alone_and_lines_of_a_file_are_never_cut(suite, whole, run, monkeypatch):
     for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)

@@ -36,10 +36,10 @@ UNLIMITED = 100_000  # columns of a file, in which no line is cut
 
 @dataclass(frozen=True)
 class State:
-    """What one run's folder says of it; ``taken`` and ``left`` are seconds, where known.
+    """What one run's folder says of it.
 
-    A run that is done, or published, has a ``value`` of the metric that it is ``judged`` by; of others there may be a
-    ``detail``.
+    A run that is done, or published, has a ``value`` of the metric that it is ``judged`` by, and has ``taken`` so many
+    seconds; of others there may be a ``detail``, and the seconds that are ``left``.
     """
 
     name: str = "missing"
@@ -59,7 +59,7 @@ def state(folder: Folder) -> State:
             name = "done" if isinstance(folder, Path) else "published"
             return State(name, judged=judged, value=final, taken=record.summary["seconds_total"])
         if (summary := read_summary(folder)) is not None:
-            return State("failed", one_line(summary["error"]), taken=summary.get("seconds_total"))
+            return State("failed", one_line(summary["error"]))
         return _unfinished(folder)
     except Damaged as error:
         return State("damaged", one_line(f"{folder.name}: {error.reason}"))
@@ -95,10 +95,10 @@ def overview(suite: Suite, results: Path, file: IO[str]) -> None:
         "",
         ", ".join(f"{counts[name]} {name}" for name in there) + f" of {len(known)} runs at scale={suite.scale}",
     ]
-    taken = [found.taken for found in known.values() if found.taken]
+    taken = [found.taken for found in known.values() if found.taken is not None]
     if taken and counts["done"] < len(known):
         typical = sum(taken) / len(taken)
-        rest = sum(found.left or typical for found in known.values() if found.name != "done")
+        rest = sum(typical if found.left is None else found.left for found in known.values() if found.name != "done")
         again = ", the published ones, which are trained again, among them" * bool(counts["published"])
         lines.append(f"about {duration(rest)} of computing to go, one run at a time{again}")
     console.print("\n".join(lines), soft_wrap=True)
