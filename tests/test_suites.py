@@ -220,6 +220,24 @@ def test_a_suite_that_says_too_little_of_its_table_is_refused(own, key):
         ("rows: scoer, columns: noise, baseline: loss", "lays its table out by scoer, which is no axis"),
         ("rows: score, columns: [noise, 5], baseline: loss", "lays its table out by 5, which is no axis"),
         ("rows: score, columns: noise", "does not say suite.baseline"),
+        (
+            "rows: score, columns: noise, baseline: loss, exlude: [{score: das}]",
+            "says suite.exlude, which nothing reads; did you mean exclude?",
+        ),
+        (
+            "rows: score, columns: noise, baseline: loss, paper: {columns: [sym0.5], loss: [1, 2]}",
+            "has 2 numbers in suite.paper.loss, and 1 in suite.paper.columns; write one a column",
+        ),
+        (
+            "rows: score, columns: noise, baseline: loss, paper: {columns: [sym0.5], loss: 1}",
+            "suite.paper.loss=1; write a list of numbers",
+        ),
+        (
+            "rows: score, columns: noise, baseline: loss, paper: {columns: [sym0.5], loss: ['1']}",
+            "suite.paper.loss=['1']; write a list of numbers",
+        ),
+        ("rows: score, columns: noise, baseline: loss, paper: {loss: [1]}", "does not say suite.paper.columns"),
+        ("rows: score, columns: noise, baseline: loss, paper: [1]", "does not say suite.paper.columns"),
     ],
 )
 def test_a_suite_whose_table_cannot_be_laid_out_is_one_sentence_before_any_run(own, tmp_path, capsys, layout, words):

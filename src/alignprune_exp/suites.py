@@ -35,6 +35,8 @@ from .files import cache_folder, keep_cached
 from .runs import run_id
 from .schema import shown, suggest
 
+LAYOUT = ("name", "rows", "columns", "baseline", "exclude", "at", "paper")  # what a suite says, the first four always
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -138,8 +140,6 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
     layout = _layout(master)
     rows, columns = layout["rows"], layout["columns"]
     _refuse_pooled(name, cells, {*rows, *columns, "seed"})
-    paper = dict(layout.get("paper") or {})
-    paper_columns = paper.pop("columns", [])
     return Suite(
         name,
         cells[0].values["scale"],
@@ -148,7 +148,7 @@ def _compose(name: str, overrides: Sequence[str], own: Path | None) -> Suite:
         columns,
         layout["baseline"],
         cells,
-        {row: dict(zip(paper_columns, numbers, strict=True)) for row, numbers in paper.items()},
+        layout["paper"],
     )
 
 
@@ -207,13 +207,37 @@ def grid_of(master: DictConfig, overrides: Sequence[str], loader: ConfigLoader |
 
 
 def _layout(master: DictConfig) -> dict[str, Any]:
-    """Return what a suite says of its table: lists of ``rows`` and ``columns``, and ``baseline`` as a text or None."""
+    """Return what a suite says of its table.
+
+    That is lists of ``rows`` and ``columns``, ``baseline`` as a text or None, and ``paper`` as `Suite` has it.
+    """
     layout: Any = OmegaConf.to_container(master.suite)
-    if lacking := [key for key in ("name", "rows", "columns", "baseline") if key not in layout]:
-        name = master.hydra.runtime.choices["suite"]
+    name = master.hydra.runtime.choices["suite"]
+    if strange := [str(key) for key in layout if key not in LAYOUT]:
+        meant = suggest(strange[0], LAYOUT) or f"; use {', '.join(LAYOUT)}"
+        raise UsageError(f"suite={name} says suite.{strange[0]}, which nothing reads{meant}")
+    if lacking := [key for key in LAYOUT[:4] if key not in layout]:
         raise UsageError(f"suite={name} does not say suite.{lacking[0]}; write it there, as conf/suite/main.yaml does")
     lists = {key: layout[key] if isinstance(layout[key], list) else [layout[key]] for key in ("rows", "columns")}
-    return {**layout, **lists, "baseline": None if layout["baseline"] is None else shown(layout["baseline"])}
+    baseline = None if layout["baseline"] is None else shown(layout["baseline"])
+    return {**layout, **lists, "baseline": baseline, "paper": _paper(name, layout.get("paper") or {})}
+
+
+def _paper(name: str, given: Any) -> dict[str, dict[str, float]]:
+    """Return the paper's values by row and column, of a suite that has a list of numbers for each row."""
+    columns: Any = given.get("columns") if isinstance(given, Mapping) else None
+    if given and not isinstance(columns, list):
+        raise UsageError(f"suite={name} does not say suite.paper.columns; write it there, as conf/suite/main.yaml does")
+    values = {shown(row): numbers for row, numbers in given.items() if row != "columns"}
+    for row, numbers in values.items():
+        if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
+            raise UsageError(f"suite={name} has suite.paper.{row}={shown(numbers)}; write a list of numbers")
+        if len(numbers) != len(columns):
+            raise UsageError(
+                f"suite={name} has {len(numbers)} numbers in suite.paper.{row}, and {len(columns)} in "
+                "suite.paper.columns; write one a column"
+            )
+    return {row: dict(zip(map(shown, columns), numbers, strict=True)) for row, numbers in values.items()}
 
 
 def _check_layout(layout: Mapping[str, Any], jobs: Sequence[Sequence[str]], in_full: Sequence[Sequence[str]]) -> None:
