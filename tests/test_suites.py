@@ -14,6 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from scipy import stats
 
+from alignprune_exp.commandline import own_folder
 from alignprune_exp.config import PRUNER
 from alignprune_exp.errors import UsageError
 from alignprune_exp.records import Damaged, read_dynamics, read_record, read_samples
@@ -247,6 +248,15 @@ def test_a_suite_whose_table_cannot_be_laid_out_is_one_sentence_before_any_run(o
         assert command(line) == 2
         assert words in sentence_of(capsys.readouterr().err)
     assert not (tmp_path / "results").exists()
+
+
+def test_an_option_of_ones_own_that_the_programs_own_would_hide_is_refused(own, capsys):
+    (own / "suite" / "main.yaml").write_text(OWN)
+    for command in (main, status):
+        assert command([f"--config-dir={own}", "suite=main", "scale=smoke"]) == 2
+        assert f"{own}/suite/main.yaml would not be read" in sentence_of(capsys.readouterr().err)
+    shutil.copy(CONF / "suite" / "main.yaml", own / "suite")
+    assert load_suite("mine", own=own_folder(own)).cells
 
 
 def test_a_baseline_may_be_outside_what_the_command_line_chooses(own):

@@ -50,9 +50,16 @@ def config_dir() -> Path:
 
 
 def own_folder(given: str | Path) -> Path:
-    """Return the folder that ``--config-dir`` gives. Raises UsageError where it is none."""
+    """Return the folder that ``--config-dir`` gives.
+
+    Raises UsageError where it is none, or holds another version of an option of this program's, which is found first.
+    """
     if not given or not Path(given).is_dir():
         raise UsageError(f"--config-dir {given} is not a folder; give one with options of your own, such as suite/")
+    for ours in sorted(config_dir().rglob("*.yaml")):
+        theirs = Path(given) / ours.relative_to(config_dir())
+        if theirs.is_file() and theirs.read_bytes() != ours.read_bytes():
+            raise UsageError(f"{theirs} would not be read, since this program has its own {ours.name} there; rename it")
     return Path(given)
 
 
