@@ -223,7 +223,7 @@ def test_a_suite_that_says_too_little_of_its_table_is_refused(own, key):
         ("rows: score, columns: noise", "does not say suite.baseline"),
         (
             "rows: score, columns: noise, baseline: loss, exlude: [{score: das}]",
-            "says suite.exlude, which nothing reads; did you mean exclude?",
+            "says suite.exlude, which nothing reads (did you mean exclude?)",
         ),
         (
             "rows: score, columns: noise, baseline: loss, paper: {columns: [sym0.5], loss: [1, 2]}",
