@@ -1051,6 +1051,17 @@ def test_tables_need_neither_torch_nor_data():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_runs_that_no_suite_has_are_named(results, tmp_path, make_tables, capsys):
+    assert make_tables.main([str(results), "--out", str(tmp_path / "out")]) == 0
+    assert "in no table" not in capsys.readouterr().err
+    for number in range(12):
+        write_record(tmp_path, f"{number:x}bbbbbbbbbbb", f"{number:x}fffffffffff", 50.0, 3)
+    assert make_tables.main([str(results), "--out", str(tmp_path / "out")]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("in no table: "))
+    assert line.count("bbbbbbbbbbb") == 10
+    assert line.endswith(" and 2 more, which no suite's grid has")
+
+
 def test_what_is_damaged_is_named_wherever_tables_are_written(results, suite, tmp_path, make_tables, capsys):
     runs = sorted((results / "runs").iterdir())
     looked_at = _folders(results, suite, method="full", noise="sym0.5")[0].name

@@ -33,6 +33,7 @@ from .suites import load_suite, option_names
 
 FILES = {".md": markdown, ".csv": wide_csv, "_long.csv": long_csv, ".tex": latex}  # of a table, by their ending
 RESULTS = [Path("results"), Path("results/records")]
+NAMED = 10  # runs in one line
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -121,6 +122,11 @@ def _tables(results: Sequence[Path], arguments: argparse.Namespace) -> list[Tabl
     ]
     if not (tables := [table for table in tables if not table.long.empty]):
         raise UsageError("no finished run belongs to a suite; run one with suite=NAME")
+    shown = {id for table in tables for id in table.records}
+    known = (record.summary["id"] for record in records.values() if record.summary["scale"] in scales)
+    if others := [id for id in known if id not in shown]:
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        print(f"in no table: {', '.join(others[:NAMED])}{more}, which no suite's grid has", file=sys.stderr)
     return tables
 
 
