@@ -1030,8 +1030,8 @@ def test_a_pruner_that_returns_no_selection_is_told_so():
         ({"pruner": "seta"}, r"pruner=InfoBatch.*and this is pruner=SeTa"),
         ({"epochs": 9}, "epochs=8, and this is epochs=9"),
         pytest.param({"score": Readout(every=2), "labels": LABELS}, r"score=readout\(every=2\)", id="score.every"),
-        ({"labels": LABELS}, "labels=None, and this is labels=checksum"),
-        ({"clean": LABELS == 0}, "clean=None, and this is clean=checksum"),
+        ({"labels": LABELS}, "labels=none, and this is labels=checksum"),
+        ({"clean": LABELS == 0}, "clean=none, and this is clean=checksum"),
     ],
     ids=str,
 )

@@ -354,7 +354,7 @@ class DynamicPruning(Selecting):
         self._begin()
         self.running.load_state_dict(state["running"])
 
-    def _arguments(self) -> dict[str, str | int | None]:
+    def _arguments(self) -> dict[str, str | int]:
         """Return what a run is of, in words and numbers; of another one no state is taken over."""
         return {
             "pruner": self.pruner.described(),
