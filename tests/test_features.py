@@ -242,6 +242,15 @@ def test_a_file_that_cannot_be_it_is_refused(refused, tmp_path, content, sentenc
     assert f"score.file={path} {sentence}" in refused("method=sieve_features", f"score.file={path}")
 
 
+@pytest.mark.parametrize("line", [("method=sieve_features", "score.file"), ("learner=posterior", "learner.file")])
+def test_a_sweep_looks_at_each_file_of_features_before_its_first_run(refused, tmp_path, line):
+    chosen, key = line
+    np.save(tmp_path / "own.npy", embedded(Run(config_of(tmp_path)), 0))
+    files = f"{key}=choice('{tmp_path}/own.npy','{tmp_path}/none.npy')"
+    sentence = refused("-m", chosen, "noise=clean", files, f"paths.results={tmp_path}")
+    assert sentence.startswith(f"{key}={tmp_path}/none.npy cannot be read")
+
+
 @pytest.mark.parametrize("noise", ["clean", "sym0.5", "sym0.8"])
 def test_features_of_other_images_are_refused_and_their_own_are_not(refused, tmp_path, noise):
     own = embedded(Run(config_of(tmp_path)), 0)

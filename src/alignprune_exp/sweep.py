@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from .config import Config, identity
+from .config import Config, feature_files, identity
 from .console import Progress, say
 from .errors import Elsewhere, UsageError
 from .records import finished_configs
@@ -112,7 +112,8 @@ def _tried(config: Config, finished: bool, opened: Opened) -> Data | None:
     from .checks import check_labels, check_load
 
     check_load(config)
-    what = (config.task, config.dataset, config.noise, config.reference, config.paths.data, config.model)
+    files = frozenset(feature_files(config).values()) - {None}
+    what = (config.task, config.dataset, config.noise, config.reference, config.paths.data, config.model, files)
     if what not in opened or (opened[what] is None and not finished):
         opened[what] = _data(config, finished)
     if (data := opened[what]) is not None:
