@@ -234,6 +234,8 @@ def checksum(values: Sequence[Any] | NDArray | Tensor | None) -> str:
     if values is None:
         return "none"
     plain = array(values)
-    whole = plain.dtype.kind in "iub"
-    written = plain.astype(np.int64).tobytes() if whole else "\n".join(map(str, plain.tolist())).encode()
+    if (kind := plain.dtype.kind) in "iubf":
+        written = plain.astype(np.float64 if kind == "f" else np.int64).tobytes()
+    else:
+        written = "\n".join(map(str, plain.tolist())).encode()
     return f"checksum {zlib.crc32(written):08x}"

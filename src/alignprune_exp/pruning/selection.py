@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import check_kinds, is_number
+from .cleaning import checksum
 
 if TYPE_CHECKING:
     from typing import Self
@@ -87,7 +87,7 @@ class Plan:
     def described(self) -> str:
         """Return its name and its settings, of arrays a checksum."""
         told = {each.name: getattr(self, each.name) for each in fields(self)}
-        sums = {name: zlib.crc32(np.asarray(value).tobytes()) for name, value in told.items() if np.ndim(value)}
+        sums = {name: checksum(value) for name, value in told.items() if np.ndim(value)}
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in (told | sums).items())})"
 
     @property

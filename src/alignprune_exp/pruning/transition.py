@@ -5,7 +5,6 @@ Shape legend: n samples, C classes, B samples of one of them or some at a time.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -65,13 +64,13 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     v_CC = kappa_CC / kappa_CC.sum(1, keepdim=True)
     even_CC = torch.full_like(v_CC, rate / (classes - 1)).fill_diagonal_(1 - rate)
     share_C = labels.bincount().to(v_CC.dtype) / n
-    matrices = [borne(found * v_CC + (1 - found) * even_CC, share_C).to(f_nC.dtype) for found in FOUND]
+    pairs = [borne(found * v_CC + (1 - found) * even_CC, share_C, f_nC.dtype) for found in FOUND]
     some = torch.from_numpy(np.sort(generator(0, "sharpness").permutation(n)[:SHARPENED_BY])).to(labels.device)
-    likely_CC, sharpness = likeliest(f_nC[some], matrices, labels[some])
-    whole_CC, undone_CC = inverse(matrices[0]), inverse(likely_CC)
+    t_CC, inverse_CC = pairs[0]
+    (likely_CC, undone_CC), sharpness = likeliest(f_nC[some], pairs, labels[some])
     odds, classes_nK = [], f_nC.new_zeros(n, int(there_C[-1]) + 1)
     for rows, f_BC, label_B in zip(classes_nK.split(ROWS), f_nC.split(ROWS), labels.split(ROWS), strict=True):
-        parts_BC = (f_BC @ whole_CC).clamp(min=UNSURE / classes) * matrices[0].T[label_B]
+        parts_BC = (f_BC @ inverse_CC).clamp(min=UNSURE / classes) * t_CC.T[label_B]
         right_B1 = parts_BC.gather(1, label_B[:, None])
         odds.append(right_B1[:, 0].log() - parts_BC.scatter(1, label_B[:, None], 0).sum(1).log())
         g_BC = (sharpness * (f_BC @ undone_CC)).softmax(1)
@@ -79,25 +78,24 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     return Foretold(torch.cat(odds), ((1 - v_CC.diagonal()) * share_C).sum().item(), "transition", classes_nK)
 
 
-def borne(v_CC: Tensor, share_C: Tensor) -> Tensor:
-    """Return T (C, C), which labels the samples of a class bear, of V, and of how often labels are borne at all."""
+def borne(v_CC: Tensor, share_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return T (C, C), which labels the samples of a class bear, and its inverse, of V and each label's share."""
     joint_CC = (v_CC * share_C[:, None]).T
-    return joint_CC / joint_CC.sum(1, keepdim=True)
+    t_CC = (joint_CC / joint_CC.sum(1, keepdim=True)).to(dtype)
+    return t_CC, torch.linalg.pinv(t_CC.cpu()).to(t_CC.device)
 
 
-def inverse(t_CC: Tensor) -> Tensor:
-    return torch.linalg.pinv(t_CC.cpu()).to(t_CC.device)
-
-
-def likeliest(f_nC: Tensor, matrices: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, float]:
-    """Return the T, and the s of `SHARPNESS`, by which labels (n,) are likeliest, drawn from softmax(s f T⁻¹) T."""
-    tried = list(itertools.product(matrices, SHARPNESS))
+def likeliest(
+    f_nC: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], labels: Tensor
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Return the T and T⁻¹, and the s, by which labels (n,) are likeliest, drawn from softmax(s f T⁻¹) T."""
     likely = [
         ((s * g_nC).softmax(1) * bears_nC).sum(1).log().mean()
-        for g_nC, bears_nC in ((f_nC @ inverse(t_CC), t_CC.T[labels]) for t_CC in matrices)
+        for g_nC, bears_nC in ((f_nC @ inverse_CC, t_CC.T[labels]) for t_CC, inverse_CC in pairs)
         for s in SHARPNESS
     ]
-    return tried[int(torch.stack(likely).argmax())]
+    best, sharpest = divmod(int(torch.stack(likely).argmax()), len(SHARPNESS))
+    return pairs[best], SHARPNESS[sharpest]
 
 
 def mixed(f_nC: Tensor, labels: Tensor, least: float) -> Tensor:
