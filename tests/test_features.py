@@ -220,9 +220,9 @@ def test_a_run_ranks_by_features_in_every_pruner(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "cannot be read (No such file or directory); write it with numpy.save, one row for each of the"),
-        ("a folder", "cannot be read (Is a directory); write it with numpy.save"),
-        (b"no array", "cannot be read (it is no array of numbers as NumPy writes them); write it with numpy.save"),
+        (None, "cannot be read (No such file or directory); write it by alignprune embed or numpy.save, one row"),
+        ("a folder", "cannot be read (Is a directory); write it by alignprune embed or numpy.save"),
+        (b"no array", "cannot be read (it is no array of numbers as NumPy writes them); write it by alignprune embed"),
         (np.zeros(4), "has float64 of shape (4,); write numbers (n, d)"),
         (np.zeros((4, 2)), "has 4 rows; write one row for each of the data set's 1,438 training samples, in its order"),
         (np.full((1438, 2), np.nan), "is not finite, as float32, in row"),

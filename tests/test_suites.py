@@ -255,6 +255,10 @@ def test_an_option_of_ones_own_that_the_programs_own_would_hide_is_refused(own, 
     for command in (main, status):
         assert command([f"--config-dir={own}", "suite=main", "scale=smoke"]) == 2
         assert f"{own}/suite/main.yaml would not be read" in sentence_of(capsys.readouterr().err)
+    assert main([f"hydra.searchpath=[file://{own}]", "suite=main", "scale=smoke"]) == 2
+    assert f"{own}/suite/main.yaml would not be read" in sentence_of(capsys.readouterr().err)
+    assert main(["hydra.searchpath=['file:///nonexistent']"]) == 2
+    assert "hydra.searchpath /nonexistent is not a folder" in sentence_of(capsys.readouterr().err)
     shutil.copy(CONF / "suite" / "main.yaml", own / "suite")
     assert load_suite("mine", own=own_folder(own)).cells
 

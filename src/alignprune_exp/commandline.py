@@ -38,6 +38,7 @@ from .schema import suggest
 
 PROGRAM = "python -m alignprune_exp.train"
 OF_HYDRA = ("hydra/launcher", "hydra.launcher", "hydra.searchpath")  # keys of Hydra's own that may be set
+OF_DISK = "file://"  # what a folder begins with in a search path
 MOST_RUNS = 10_000  # of a grid
 NOT_OF_A_RUN = ("hydra", "suite", "method")  # keys of a composed job that are not part of a run's config
 
@@ -49,13 +50,13 @@ def config_dir() -> Path:
     return source if (source / "train.yaml").is_file() else here / "conf"
 
 
-def own_folder(given: str | Path) -> Path:
-    """Return the folder that ``--config-dir`` gives.
+def own_folder(given: str | Path, by: str = "--config-dir") -> Path:
+    """Return the folder that ``--config-dir``, or ``by`` something else, gives.
 
     Raises UsageError where it is none, or holds another version of an option of this program's, which is found first.
     """
     if not given or not Path(given).is_dir():
-        raise UsageError(f"--config-dir {given} is not a folder; give one with options of your own, such as suite/")
+        raise UsageError(f"{by} {given} is not a folder; give one with options of your own, such as suite/")
     for ours in sorted(config_dir().rglob("*.yaml")):
         theirs = Path(given) / ours.relative_to(config_dir())
         if theirs.is_file() and theirs.read_bytes() != ours.read_bytes():
@@ -181,6 +182,10 @@ def _check_override(override: Override, sweeping: bool) -> None:
         raise UsageError(f"cannot read {line!r}: write key=value; {PROGRAM} --help shows the keys")
     if key.partition(".")[0].partition("/")[0] == "hydra" and not key.startswith(OF_HYDRA):
         raise UsageError(f"{line}: of Hydra's own keys only {', '.join(OF_HYDRA)} can be set here")
+    if key == "hydra.searchpath" and isinstance(searched := override.value(), list):
+        for place in map(str, searched):
+            if place.startswith(OF_DISK):
+                own_folder(place.removeprefix(OF_DISK), key)
     if override.package is not None:
         raise UsageError(f"{line}: leave out @{override.package}; every group has its place")
     if override.is_sweep_override() and not sweeping:
@@ -328,7 +333,7 @@ def _folders_typed(arguments: Sequence[str]) -> list[str]:
 
 def searching(folder: str | Path) -> str:
     """Return the override by which Hydra finds options in a folder of one's own."""
-    return f"hydra.searchpath=[{_in_quotes(f'file://{os.path.abspath(folder)}')}]"
+    return f"hydra.searchpath=[{_in_quotes(OF_DISK + os.path.abspath(folder))}]"
 
 
 def key_of(override: str) -> str:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         first = next(blocks)  # by which what is wrong has shown
         write_atomically(given.out, lambda file: _write(file, chain([first], blocks), len(batches), first.shape[1]))
         images = f"the {len(batches):,} training images of {config.dataset.name}"
-        print(f"{given.out}: {first.shape[1]} features of {images}; use score.file={given.out}")
+        print(f"{given.out}: {first.shape[1]} features of {images}; use score.file= or learner.file={given.out}")
 
     return command(work)
 

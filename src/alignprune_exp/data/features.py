@@ -30,7 +30,7 @@ def read_features(key: str, file: str, n: int, rows: np.ndarray) -> np.ndarray:
         no_array = "it is no array of numbers as NumPy writes them"  # not NumPy's advice to load it unsafely
         reason = brief(error) if isinstance(error, OSError) else no_array
         raise UsageError(
-            f"{given} cannot be read ({reason}); write it with numpy.save, {wanted}, or leave it out"
+            f"{given} cannot be read ({reason}); write it by alignprune embed or numpy.save, {wanted}, or leave it out"
         ) from None
     if not isinstance(held, np.ndarray) or held.ndim != 2 or held.dtype.kind not in "fiu" or held.shape[1] == 0:
         what = f"{held.dtype} of shape {held.shape}" if isinstance(held, np.ndarray) else "several arrays"
