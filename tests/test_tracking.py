@@ -90,7 +90,7 @@ def test_a_run_is_mirrored_under_its_own_id(tmp_path, wandb, capsys):
     folder = only_run(tmp_path)
     (arguments,), (run,) = fake.arguments, fake.runs
     assert arguments["id"] == folder.name
-    assert arguments["resume"] == "allow"
+    assert arguments["resume"] is None
     assert arguments["group"] == "main"
     assert arguments["project"] == "mine"
     assert arguments["mode"] == "offline"
@@ -133,9 +133,12 @@ def test_a_resumed_run_is_mirrored_as_the_same_run(tmp_path, wandb, monkeypatch)
         assert stopped.value.code == 130
     assert launch(tmp_path, base=SMALL) == 0
     assert [arguments["id"] for arguments in fake.arguments] == [only_run(tmp_path).name] * 2
+    assert [arguments["resume"] for arguments in fake.arguments] == [None, "allow"]
     assert [step for run in fake.runs for step, _ in run.rows] == [0, 1, 2, 3, 4]
     assert fake.runs[-1].exit_codes == [0]
     assert [run.preempting for run in fake.runs] == [True, False]
+    assert launch(tmp_path, "force=true", base=SMALL) == 0
+    assert fake.arguments[-1]["resume"] is None  # lest what was mirrored go on, whose steps are not to be had again
 
 
 def test_a_failed_run_is_closed_as_failed(tmp_path, wandb):

@@ -30,7 +30,7 @@ class Wandb(Tracker):
             entity=self.entity,
             group=self.group or run.group,
             id=run.id,
-            resume="allow",
+            resume="allow" if run.epochs else None,  # None, begun anew, takes the place of what was mirrored before
             mode=self.mode,
             dir=str(run.folder),
             config=dict(run.values),
