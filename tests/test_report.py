@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
 
 from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning import SCORES
@@ -1137,6 +1138,77 @@ def test_a_readme_may_show_another_number_of_the_runs(results, tmp_path, make_ta
     assert "72.0" in accuracies
     assert make_tables.main(arguments) == 0
     assert readme.read_text() == text
+
+
+CLAIMED = """
+On clean labels they end at 71.0 % and 72.0 %.
+
+1. DAS is one above full training on average
+   (1.0 [−1.5, 3.5]), by 2.0 at the most and by 0.0 at the least.
+   <!-- claims
+   main_smoke clean: infobatch_das - full ≈
+   main_smoke clean: infobatch_das - full = [0, 0] of 9
+   main_smoke clean: infobatch_das - full each = 7
+   main_smoke clean: infobatch_das - full by seeds 0,1 ≈ 8
+   main_smoke sym0.5: infobatch_das - full = []
+   end -->
+2. It keeps 0.4 noise.
+<!-- claims
+main_smoke clean: full = 1
+main_smoke.kept_noise_mean clean: full = 0.9
+end -->
+"""
+
+
+def test_what_prose_claims_is_compared_with_the_tables(results, tmp_path, make_tables, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(CLAIMED)
+    arguments = [str(results), "--out", str(tmp_path / "out"), "--into", str(readme)]
+    assert make_tables.main(arguments) == 2
+    ours, base = (ACCURACY[method, "clean"] for method in ("infobatch_das", "full"))
+    low, high = ttest_rel(ours, base).confidence_interval()
+    interval = f"[{low:.1f}, {high:.1f}]".replace("-", "−")
+    told = [line.strip() for line in readme.read_text().splitlines() if line.strip().startswith("main_smoke")]
+    assert told == [
+        "main_smoke clean: infobatch_das - full ≈ 1.0 of 3",
+        f"main_smoke clean: infobatch_das - full = 1.0 {interval} of 3",
+        "main_smoke clean: infobatch_das - full each = 1.0, 2.0, 0.0",
+        "main_smoke clean: infobatch_das - full by seeds 0,1 ≈ 1.5 of 2",
+        "main_smoke sym0.5: infobatch_das - full = 10.0 [10.0, 10.0] of 2",
+        "main_smoke clean: full = 71.0 of 3",
+        "main_smoke.kept_noise_mean clean: full = 0.40 of 3",
+    ]
+    (sentence,) = capsys.readouterr().err.splitlines()
+    first, second, third = sentence.partition("; mend the prose")[0].split("; ")
+    assert f"{readme}: the paragraph above line 6 does not say 10.0: main_smoke sym0.5" in first
+    assert f"{readme}: the paragraph above line 14 does not say 71.0: main_smoke clean" in second
+    assert "does not say 0.40: main_smoke.kept_noise_mean" in third
+    assert (tmp_path / "out" / "report.html").is_file()
+    mended = readme.read_text().replace("0.4 noise", "0.40 noise, at 71.0, and 10.0 more")
+    mended = mended.replace("main_smoke sym0.5: infobatch_das - full =", "main_smoke sym0.5: infobatch_das - full ≈")
+    readme.write_text(mended)
+    assert make_tables.main(arguments) == 0
+    assert readme.read_text() == mended
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("main_smoke clean full = 1", "cannot read the claim"),
+        ("mian_smoke clean: full = 1", "is of no table; it could be main_smoke"),
+        ("main_smoke clean: seta = 1", "no such run of seta at clean has test_accuracy_final"),
+        ("main_smoke.kept clean: full = 1", "no such run of full at clean has kept"),
+        ("main_smoke clean: full by seed 9 = 1", "no such run of full at clean"),
+        ("main_smoke clean: full - infobatch by seed 0,1,2 = 1 of 3", ""),
+    ],
+)
+def test_a_claim_that_is_of_nothing_is_one_sentence(results, tmp_path, make_tables, capsys, line, words):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"It ends 1.0 below.\n<!-- claims\n{line}\nend -->\n")
+    assert make_tables.main([str(results), "--out", str(tmp_path / "out"), "--into", str(readme)]) == (
+        2 if words else 0
+    )
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ python -m alignprune_exp.tables [RESULTS ...] [--best] [--into FILE ...]        
 For each suite and scale that has finished runs: <out>/tables/<suite>_<scale>.md, .csv (a line a cell), _long.csv (a
 line a run) and .tex; <out>/figures/<suite>_<scale>_<figure>.pdf and .png; and <out>/report.html, which opens with what
 was found. A Markdown file gets the headlines alone wherever it says <!-- table <suite>_<scale> --> … <!-- end -->, and
-another number of the runs' summaries where it says <!-- table <suite>_<scale> <key> -->.
+another number of the runs' summaries where it says <!-- table <suite>_<scale> <key> -->; what its prose claims, as
+report/claims.py has it, is compared with the tables.
 The same records give the same bytes. What stands there of a suite without runs now is left, and named.
 """
 
@@ -21,6 +22,7 @@ from .commandline import own_folder
 from .config import FORMER_SCALES
 from .console import Parser, command, one_line
 from .errors import UsageError
+from .report.claims import recounted
 from .report.figures import save_all
 from .report.html import page
 from .report.mirrored import download
@@ -69,8 +71,10 @@ def main(arguments: Sequence[str]) -> int:
 def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     """Write what the runs under ``results`` give, and say what is left out. Raises UsageError where that is nothing."""
     tables = _tables(results, arguments)
-    for file, text in [(file, _filled(file, tables)) for file in arguments.into]:  # no file before all are right
+    lacking = []
+    for file, (text, lacks) in [(file, _filled(file, tables)) for file in arguments.into]:  # none before all are right
         write_text(file, text)
+        lacking += [f"{file}: {each}" for each in lacks]
     folder, drawings = arguments.out / "tables", arguments.out / "figures"
     for place in (folder, drawings):
         place.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,8 @@ def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     report = arguments.out / ("report_best.html" if arguments.best else "report.html")
     write_text(report, page(tables, images, _sheets(tables, arguments.data)))
     print(report)
+    if lacking:
+        raise UsageError(f"{'; '.join(lacking)}; mend the prose, or write ≈ for = where it has words or rounds")
 
 
 def _tables(results: Sequence[Path], arguments: argparse.Namespace) -> list[Table]:
@@ -137,10 +143,13 @@ def _left_over(folder: Path, tables: Sequence[Table], best: bool) -> list[str]:
     return sorted(name for name in ours - {table.name for table in tables} if name.endswith("_best") == best)
 
 
-def _filled(file: Path, tables: Sequence[Table]) -> str:
-    """Return what is to stand in a Markdown file. Raises UsageError for one that cannot be read or filled."""
+def _filled(file: Path, tables: Sequence[Table]) -> tuple[str, list[str]]:
+    """Return what is to stand in a Markdown file, and what its prose lacks of that; see `recounted`.
+
+    Raises UsageError for one that cannot be read or filled.
+    """
     try:
-        return filled(file.read_text(encoding="utf-8"), tables)
+        return recounted(filled(file.read_text(encoding="utf-8"), tables), {table.name: table for table in tables})
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}; name a Markdown file that is there") from None
     except UnicodeDecodeError:
