@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprune_exp import graph, optim
-from alignprune_exp.errors import UsageError
+from alignprune_exp.errors import Failed, UsageError
 from alignprune_exp.graph import WARM_UP
+from alignprune_exp.learners import Step
 from alignprune_exp.run import Run
 from harness import Stop, checkpoint_of, config_of, launch, metrics_of, missing, only_run, sentence_of, trained
 from pretended import mapped, pretended, tensors
@@ -140,6 +141,34 @@ def test_a_step_that_cannot_be_recorded_is_one_sentence(tmp_path, taped, monkeyp
     monkeypatch.setattr(Tape, "record", refused)
     with pytest.raises(Exception, match=r"cannot be recorded as a CUDA graph \(operation not permitted .*graph=false"):
         walked(tmp_path)
+
+
+class Broken:
+    """Stands in for `torch.cuda.graph` where an operation that waits has broken it off: ending it raises once more."""
+
+    def __init__(self, graph, stream, capture_error_mode="global"):
+        self.mode = capture_error_mode
+
+    def __enter__(self):
+        assert self.mode == "thread_local"  # "global" is broken off by a loader's thread that pins memory, too
+
+    def __exit__(self, kind, error, _):
+        if kind is not None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def test_a_recording_that_is_broken_off_says_why_and_heeds_its_own_thread_alone(monkeypatch):
+    def waits(step, weights):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    for name, stands_in in (("CUDAGraph", object), ("Stream", object), ("graph", Broken)):
+        monkeypatch.setattr(torch.cuda, name, stands_in)
+    index = torch.arange(2)
+    step = Step(index, index, index, 0, 0, 1)
+    replayed = graph.Replayed(waits, 2)
+    replayed._warm = WARM_UP
+    with pytest.raises(Failed, match=r"\(CUDA error: operation not permitted when stream is capturing\); set graph"):
+        replayed(step, index)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ class Graph:
 
     def record(self, work: Callable[[], Taken]) -> Taken:
         """Record ``work`` without doing it; return the tensors that `replay` leaves its results in."""
-        with torch.cuda.graph(self._graph, stream=self._stream):
+        # What other threads do meanwhile, such as the loader's that pins images, does not break off the recording.
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             return work()
 
     def replay(self) -> None:
@@ -77,5 +78,6 @@ class Replayed:
                 lambda: self._take(replace(step, index=index, inputs=inputs, targets=targets), weights)
             )
         except RuntimeError as error:
-            raise Failed(f"a step cannot be recorded as a CUDA graph ({reason_of(error)}); set graph=false") from None
+            first = error.__context__ or error  # ending what is broken off raises once more, and says nothing of why
+            raise Failed(f"a step cannot be recorded as a CUDA graph ({reason_of(first)}); set graph=false") from None
         self._given = index, inputs, targets, weights
