@@ -22,7 +22,7 @@ from alignprune_exp.record import environment
 from alignprune_exp.run import Run
 from alignprune_exp.runs import RunFolder
 from alignprune_exp.setup import resolve_device
-from harness import config_of, environment_of, launch, only_run, rows_of, samples_of, summary_of
+from harness import config_of, environment_of, launch, only_run, rows_of, samples_of, sentence_of, summary_of
 from hydra_plugins.alignprune_launchers import take_device
 
 TINY = ("model.norm=group", "precision=fp32", "epochs=6", "score.window=3", "dataset.test_subset=90")
@@ -271,6 +271,31 @@ def test_a_process_takes_the_device_of_its_number_or_the_only_one_it_is_shown(mo
     else:
         with pytest.raises(UsageError, match="torch sees 2 CUDA devices"):
             resolve_device("cuda", processes)
+
+
+@pytest.mark.parametrize(("devices", "torchrun"), [(1, True), (2, True), (2, False)])
+def test_more_processes_than_devices_are_refused_in_all_of_them_and_none_waits_for_nccl(monkeypatch, devices, torchrun):
+    """NCCL takes no device twice; those that have one would wait for the others to name theirs."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: asked.append(more["device_id"]))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    if not torchrun:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    for local in range(4):
+        line = {"MASTER_ADDR": "127.0.0.1", "RANK": local, "WORLD_SIZE": 4, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": 4}
+        for name, value in line.items():
+            monkeypatch.setenv(name, str(value))
+        processes = Processes()
+        with processes.joined("auto"), pytest.raises(UsageError) as refused:
+            resolve_device("auto", processes)
+        said = f"torch sees {devices} CUDA devices, and each of 4 processes on this machine needs one of its own; "
+        assert sentence_of(str(refused.value)) == said + f"start {devices}, or set device=cpu"
+        assert resolve_device("cpu", processes) == torch.device("cpu")
+    assert asked == [None] * 4
 
 
 @pytest.mark.parametrize(("devices", "own"), [(0, []), (1, [0, 0, 0, 0]), (2, [0, 1, 0, 1]), (8, [0, 1, 2, 3])])

@@ -26,22 +26,28 @@ class Lost(Failed):
 
 
 class Processes(Exchange):
-    """The processes of a run; this one is number ``rank`` of ``size``, and number ``local`` on its machine.
+    """The processes of a run; this one is number ``rank`` of ``size``, and ``local`` of ``beside`` on its machine.
 
     Only rank 0 writes.
     """
 
     def __init__(self) -> None:
         together = "MASTER_ADDR" in os.environ
-        rank, size, self.local = (
+        rank, size, self.local, beside = (
             int(os.environ.get(name, alone)) if together else alone
-            for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+            for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
         )
+        self.beside = max(beside, self.local + 1)
         super().__init__(rank, size)
 
     def place(self, devices: int) -> int:
-        """Return the number of its own of the CUDA devices that it sees; a scheduler may show it that one alone."""
-        return 0 if devices == 1 else self.local
+        """Return the number of its own of the CUDA devices that it sees, or one too high where they do not suffice.
+
+        A scheduler may show it that one alone; torchrun shows all of them to all processes of a machine.
+        """
+        if devices == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            return 0
+        return self.local if self.beside <= devices else max(devices, self.local)
 
     @contextmanager
     def joined(self, asked: str, compiles: bool = False) -> Iterator[None]:

@@ -158,6 +158,11 @@ def resolve_device(asked: str, processes: Processes | None = None) -> torch.devi
         if device.index is not None:
             raise UsageError(f"device={asked} is one device for {processes.size} processes; use device=cuda")
         device = torch.device("cuda", processes.place(count))
+        if count and device.index >= count:
+            raise UsageError(
+                f"torch sees {count} CUDA devices, and each of {processes.beside} processes on this machine needs one "
+                f"of its own; start {count}, or set device=cpu"
+            )
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UsageError(f"device={asked} is not there: torch sees {count} CUDA devices; use device=auto or device=cpu")
     return device
