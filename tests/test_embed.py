@@ -209,3 +209,9 @@ def test_a_file_that_is_there_stays(tmp_path, capsys):
     assert out.read_bytes() == b"mine"
     assert embed.main([*line, "--force"]) == 0
     assert len(np.load(out)) == len(DIGITS)
+
+
+def test_features_are_of_float32_on_every_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    embed._anyones("torch.nn.Identity", config_of(tmp_path))
+    assert torch.backends.cudnn.allow_tf32 is False

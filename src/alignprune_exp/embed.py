@@ -236,6 +236,7 @@ def _anyones(path: str, config: Config) -> Embedder:
     if not isinstance(network, torch.nn.Module):
         raise UsageError(f"{path} returns {type(network).__name__}; let it return a torch.nn.Module")
     torch.set_num_threads(config.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what it says, as in a run
     device = resolve_device(config.device)
     network = network.to(device).eval()
     return Embedder(lambda batches: torch.cat([network(images) for _, images, _ in batches]), device, torch.float32)
