@@ -22,7 +22,9 @@ from alignprune_exp.record import environment
 from alignprune_exp.run import Run
 from alignprune_exp.runs import RunFolder
 from alignprune_exp.setup import resolve_device
+from alignprune_exp.sweep import Job
 from harness import config_of, environment_of, launch, only_run, rows_of, samples_of, sentence_of, summary_of
+from hydra_plugins import alignprune_launchers
 from hydra_plugins.alignprune_launchers import take_device
 
 TINY = ("model.norm=group", "precision=fp32", "epochs=6", "score.window=3", "dataset.test_subset=90")
@@ -306,6 +308,16 @@ def test_the_workers_of_a_sweep_take_the_devices_in_turn(monkeypatch, devices, o
     for number in range(4):
         take_device(number)
     assert taken == own
+
+
+@pytest.mark.parametrize(("device", "taken"), [("cpu", []), ("auto", [1])])
+def test_a_worker_leaves_devices_alone_for_a_run_on_the_cpu(tmp_path, monkeypatch, device, taken):
+    found = []
+    monkeypatch.setattr(alignprune_launchers, "take_device", found.append)
+    monkeypatch.setattr(alignprune_launchers, "perform", lambda job: 0)
+    job = Job(1, (), config_of(tmp_path, f"device={device}"), None)
+    assert alignprune_launchers._status(job, os.getppid(), 1) == 0
+    assert found == taken
 
 
 def test_fp32_is_fp32_on_every_device(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ class _Worker:
     def start(self) -> None:
         from joblib.externals.loky.process_executor import ProcessPoolExecutor
 
-        self._pool = ProcessPoolExecutor(1, initializer=_enter, initargs=(os.getpid(), self._number))
+        self._pool = ProcessPoolExecutor(1, initializer=_enter, initargs=(os.getpid(),))
         self._pool.submit(os.getpid)
 
     def run(self, job: Job) -> JobReturn:
@@ -132,7 +132,7 @@ class _Worker:
         try:
             if self._pool is None:
                 self.start()
-            return _ended(self._pool.submit(_status, job, os.getpid()).result())
+            return _ended(self._pool.submit(_status, job, os.getpid(), self._number).result())
         except BrokenProcessPool:
             self.close()
             return _lost("its process was killed, or ran out of memory; the same command goes on")
@@ -152,10 +152,9 @@ class _Worker:
         self._pool = None
 
 
-def _enter(parent: int, number: int) -> None:
+def _enter(parent: int) -> None:
     """Begin a worker: the terminal's ^C is for the sweep alone, and whoever kills that ends its workers too."""
     os.setpgrp()
-    take_device(number)
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 
@@ -176,7 +175,9 @@ def _end_after(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _status(job: Job, parent: int) -> int:
+def _status(job: Job, parent: int, number: int) -> int:
+    if job.config.device != "cpu":  # to name a device takes up some of its memory
+        take_device(number)
     try:
         status = perform(job)
     except SystemExit as stopped:
