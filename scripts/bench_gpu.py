@@ -201,7 +201,7 @@ class OnDevice(Report):
 
     def reset(self) -> None:
         """Give back what is not in use, and count the peak of memory from here."""
-        gc.collect()  # a step that is replayed holds its graph in a cycle
+        gc.collect()
         reset_peak()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,8 +1,10 @@
 """Steps that are replayed: on a pretended device, by a tape of operations in place of a CUDA graph."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -129,6 +131,25 @@ def test_a_replayed_run_stopped_within_an_epoch_goes_on_exactly(tmp_path, taped)
     assert equal(whole, only_run(tmp_path / "stopped"))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_network_and_its_graph_are_given_up_with_the_run_not_when_garbage_is_collected(tmp_path, taped, device):
+    with pretended() as watched:
+        watched.watched = False
+        for _ in range(2):  # what is imported by the first may hold it
+            one = Run(config_of(tmp_path, f"device={device}", *TINY, base=()))
+            network, replayed = weakref.ref(one.loop.network), one.loop.network.replayed
+            assert (replayed is None) is (device == "cpu")
+            left, replayed = replayed and weakref.ref(replayed), None
+            gc.collect()
+            gc.disable()
+            try:
+                del one
+                gone = network() is None and (left is None or left() is None)
+            finally:
+                gc.enable()
+        assert gone
+
+
 def test_a_rate_that_were_a_number_would_be_found(tmp_path, taped, monkeypatch):
     monkeypatch.setattr(optim, "_rate", lambda value, device: value)
     assert not equal(walked(tmp_path / "plain", "graph=false"), walked(tmp_path / "replayed"))
@@ -165,10 +186,10 @@ def test_a_recording_that_is_broken_off_says_why_and_heeds_its_own_thread_alone(
         monkeypatch.setattr(torch.cuda, name, stands_in)
     index = torch.arange(2)
     step = Step(index, index, index, 0, 0, 1)
-    replayed = graph.Replayed(waits, 2)
+    replayed = graph.Replayed(2)
     replayed._warm = WARM_UP
     with pytest.raises(Failed, match=r"\(CUDA error: operation not permitted when stream is capturing\); set graph"):
-        replayed(step, index)
+        replayed(waits, step, index)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +213,7 @@ def test_on_the_cpu_graph_true_is_refused_and_auto_replays_nothing(tmp_path, cap
     assert "graph=true is for device=cuda" in sentence_of(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
     one = Run(config_of(tmp_path, "device=cpu"))
-    assert one.loop.network.take == one.loop.network._take
+    assert one.loop.network.replayed is None
 
 
 def test_the_tests_for_a_card_are_walked_on_the_cpu():

@@ -45,37 +45,36 @@ class Replayed:
     """Takes steps on whole batches by replaying one, and all others, such as an epoch's last, as they are.
 
     Args:
-        take: takes a step, given the weights (B,) of its samples.
         size: samples B of a whole batch.
     """
 
-    def __init__(self, take: Callable[[Step, Tensor], Taken], size: int) -> None:
-        self._take, self._size, self._graph, self._warm = take, size, Graph(), 0
+    def __init__(self, size: int) -> None:
+        self._size, self._graph, self._warm = size, Graph(), 0
         self._given: tuple[Tensor, ...] = ()
         self._left: Taken
 
-    def __call__(self, step: Step, weights: Tensor) -> Taken:
-        """Take a step. What it returns is overwritten by the next one.
+    def __call__(self, take: Callable[[Step, Tensor], Taken], step: Step, weights: Tensor) -> Taken:
+        """Take a step by ``take``, given the weights (B,) of its samples. What it returns the next one overwrites.
 
         Raises Failed where the step cannot be recorded.
         """
         given = step.index, step.inputs, step.targets, weights
         if not self._given and self._warm == WARM_UP and len(weights) == self._size:
-            self._record(step, given)
+            self._record(take, step, given)
         if not self._given or any(mine.shape != here.shape for mine, here in zip(self._given, given, strict=True)):
             self._warm += not self._given and len(weights) == self._size
             with self._graph.beside():
-                return self._take(step, weights)
+                return take(step, weights)
         for mine, here in zip(self._given, given, strict=True):
             mine.copy_(here, non_blocking=True)
         self._graph.replay()
         return self._left
 
-    def _record(self, step: Step, given: tuple[Tensor, ...]) -> None:
+    def _record(self, take: Callable[[Step, Tensor], Taken], step: Step, given: tuple[Tensor, ...]) -> None:
         index, inputs, targets, weights = (each.clone() for each in given)
         try:
             self._left = self._graph.record(
-                lambda: self._take(replace(step, index=index, inputs=inputs, targets=targets), weights)
+                lambda: take(replace(step, index=index, inputs=inputs, targets=targets), weights)
             )
         except RuntimeError as error:
             first = error.__context__ or error  # ending what is broken off raises once more, and says nothing of why

@@ -24,6 +24,9 @@ class Network:
     Args:
         setup: of the run.
         purpose: names the random numbers that the networks are initialised by.
+
+    Attributes:
+        replayed: what replays steps, if anything does.
     """
 
     def __init__(self, setup: Setup, purpose: str) -> None:
@@ -42,7 +45,7 @@ class Network:
             self._parallel = distributed.parallel(self.learner)
         mode = config.compile if isinstance(config.compile, str) else None
         self._forward = torch.compile(self._parallel, mode=mode) if config.compile else self._parallel
-        self.take = Replayed(self._take, config.batch_size) if self._replays(setup) else self._take
+        self.replayed = Replayed(config.batch_size) if self._replays(setup) else None
 
     def training_logits(self, inputs: Tensor, *network: int) -> Tensor:
         """Return float32 outputs (B, …) of all networks, or of one, to differentiate."""
@@ -58,8 +61,11 @@ class Network:
         """Set the rates of training progress in [0, 1]; return the learning rate."""
         return optim.set_progress(self.optimizer, progress, self.config)
 
-    def _take(self, step: Step, weights: Tensor) -> Taken:
+    def take(self, step: Step, weights: Tensor) -> Taken:
         """Take a step, given the weights (B,) of its samples; return what the learner says of it, to look at."""
+        return self._take(step, weights) if self.replayed is None else self.replayed(self._take, step, weights)
+
+    def _take(self, step: Step, weights: Tensor) -> Taken:
         plain, training, predicted = self.learner.losses(step, self.training_logits)
         training = one_a_sample("the loss", training, step.index)
         self.learn(weighted_mean(training, weights) * step.share)
