@@ -98,11 +98,12 @@ class Device(TorchDispatchMode):
     Attributes:
         noted: while it is ``watched``, what the CPU had to wait for, what blocked it, what it may read before it is
             there, and what deterministic mode refuses: (kind, operation, elements, line of the package).
+        strict: whether what waits raises, as `torch.cuda.set_sync_debug_mode` has it.
     """
 
     def __init__(self):
         super().__init__()
-        self.noted, self.watched = [], True
+        self.noted, self.watched, self.strict = [], True, False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -143,6 +144,8 @@ class Device(TorchDispatchMode):
             self._add("refused", func, elements)
 
     def _add(self, kind, func, elements):
+        if self.strict and kind in ("waits", "blocks"):
+            raise RuntimeError(f"called a synchronizing CUDA operation, {func}, in {line()}")
         if self.watched:
             self.noted.append((kind, str(func), elements, line()))
 
@@ -170,6 +173,7 @@ def pretended():
 
         return made
 
+    device = Device()
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*meta parameter")  # what is loaded is copied all the same
@@ -179,6 +183,7 @@ def pretended():
             "device_count": lambda: 1,
             "set_device": lambda device: None,
             "current_device": lambda: 0,
+            "set_sync_debug_mode": lambda mode: setattr(device, "strict", mode == "error"),
             "get_device_name": lambda device=None: "a pretended device",
             "is_bf16_supported": lambda including_emulation=True: False,
         }.items():
@@ -189,7 +194,7 @@ def pretended():
         patch.setattr(torch, "as_tensor", moved(torch.as_tensor))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
-            with Device() as device:
+            with device:
                 yield device
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(before)

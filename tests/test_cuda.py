@@ -11,6 +11,7 @@ from torch import nn
 from alignprune_exp.data.batches import ImageBatches
 from alignprune_exp.distributed import parallel
 from alignprune_exp.graph import Graph
+from alignprune_exp.loop import Loop
 from alignprune_exp.network import Network
 from alignprune_exp.pruning import PRUNERS, SCORES, DynamicPruning, Pruner
 from alignprune_exp.run import Run
@@ -42,9 +43,12 @@ def on(results, *line):
 @pytest.fixture
 def strict(monkeypatch):
     """Have whatever waits for the device within a step raise."""
-    if DRY:
-        return
-    epoch, record = ImageBatches.epoch, Graph.record
+    if not DRY:
+        be_strict(monkeypatch)
+
+
+def be_strict(monkeypatch):
+    epoch, record, exchange = ImageBatches.epoch, Graph.record, Loop._exchange
 
     def watched(*given, **more):
         try:
@@ -60,6 +64,11 @@ def strict(monkeypatch):
         torch.cuda.set_sync_debug_mode("error")
         return left
 
+    def exchanged(loop):  # where the steps end, or a run stops between two
+        torch.cuda.set_sync_debug_mode("default")
+        return exchange(loop)
+
+    monkeypatch.setattr(Loop, "_exchange", exchanged)
     monkeypatch.setattr(ImageBatches, "epoch", watched)
     monkeypatch.setattr(Graph, "record", recorded)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import test_cuda
 from alignprune_exp import graph, optim
 from alignprune_exp.errors import Failed, UsageError
 from alignprune_exp.graph import WARM_UP
@@ -214,6 +215,18 @@ def test_on_the_cpu_graph_true_is_refused_and_auto_replays_nothing(tmp_path, cap
     assert not list(tmp_path.iterdir())
     one = Run(config_of(tmp_path, "device=cpu"))
     assert one.loop.network.replayed is None
+
+
+def test_the_test_for_a_card_that_stops_a_run_is_walked_on_a_pretended_one(tmp_path, taped, monkeypatch):
+    monkeypatch.setattr(test_cuda, "DRY", False)
+    monkeypatch.setattr(test_cuda, "DEVICE", "cuda:0")
+    monkeypatch.setattr(test_cuda, "Graph", Tape)
+    with pretended() as device:
+        device.watched = False
+        test_cuda.be_strict(monkeypatch)
+        test_cuda.test_a_run_repeats_and_resumes_to_the_bit_and_waits_within_no_step(
+            tmp_path, None, "das, lars", "fp32"
+        )
 
 
 def test_the_tests_for_a_card_are_walked_on_the_cpu():
