@@ -137,7 +137,7 @@ def test_fp32_is_fp32(tmp_path):
     for work, given in ((nn.functional.conv2d, (x, w)), (torch.matmul, (a, a))):
         exact = work(*(each.double() for each in given))
         found = work(*(each.to(DEVICE) for each in given)).cpu().double()
-        assert (found - exact).norm() / exact.norm() < 2e-6  # TF32 has ten bits: about 3e-4
+        assert (found - exact).norm() / exact.norm() < 3e-5  # sums in any order come within it; TF32 is at 3e-4
 
 
 def test_channels_last_is_kept_through_the_network(tmp_path):
