@@ -1150,6 +1150,7 @@ On clean labels they end at 71.0 % and 72.0 %.
    main_smoke clean: infobatch_das - full = [0, 0] of 9
    main_smoke clean: infobatch_das - full each = 7
    main_smoke clean: infobatch_das - full by seeds 0,1 ≈ 8
+   main_smoke clean: full - main_smoke sym0.5: infobatch ≈
    main_smoke sym0.5: infobatch_das - full = []
    end -->
 2. It keeps 0.4 noise.
@@ -1174,6 +1175,7 @@ def test_what_prose_claims_is_compared_with_the_tables(results, tmp_path, make_t
         f"main_smoke clean: infobatch_das - full = 1.0 {interval} of 3",
         "main_smoke clean: infobatch_das - full each = 1.0, 2.0, 0.0",
         "main_smoke clean: infobatch_das - full by seeds 0,1 ≈ 1.5 of 2",
+        "main_smoke clean: full - main_smoke sym0.5: infobatch ≈ 30.0 of 3",
         "main_smoke sym0.5: infobatch_das - full = 10.0 [10.0, 10.0] of 2",
         "main_smoke clean: full = 71.0 of 3",
         "main_smoke.kept_noise_mean clean: full = 0.40 of 3",
@@ -1181,7 +1183,7 @@ def test_what_prose_claims_is_compared_with_the_tables(results, tmp_path, make_t
     (sentence,) = capsys.readouterr().err.splitlines()
     first, second, third = sentence.partition("; mend the prose")[0].split("; ")
     assert f"{readme}: the paragraph above line 6 does not say 10.0: main_smoke sym0.5" in first
-    assert f"{readme}: the paragraph above line 14 does not say 71.0: main_smoke clean" in second
+    assert f"{readme}: the paragraph above line 15 does not say 71.0: main_smoke clean" in second
     assert "does not say 0.40: main_smoke.kept_noise_mean" in third
     assert (tmp_path / "out" / "report.html").is_file()
     mended = readme.read_text().replace("0.4 noise", "0.40 noise, at 71.0, and 10.0 more")
@@ -1195,7 +1197,8 @@ def test_what_prose_claims_is_compared_with_the_tables(results, tmp_path, make_t
     ("line", "words"),
     [
         ("main_smoke clean full = 1", "cannot read the claim"),
-        ("mian_smoke clean: full = 1", "is of no table; it could be main_smoke"),
+        ("mian_smoke clean: full = 1", "is of no table mian_smoke; it could be main_smoke"),
+        ("main_smoke clean: full - mian_smoke clean: full = 1", "is of no table mian_smoke; it could be main_smoke"),
         ("main_smoke clean: seta = 1", "no such run of seta at clean has test_accuracy_final"),
         ("main_smoke.kept clean: full = 1", "no such run of full at clean has kept"),
         ("main_smoke clean: full by seed 9 = 1", "no such run of full at clean"),

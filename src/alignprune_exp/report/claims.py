@@ -6,13 +6,15 @@ Under the paragraph that claims it, a line each, with nothing behind the sign or
     posterior_cpu sym0.5: posterior shorter = 60.8 of 5
     posterior_cpu sym0.5: posterior shorter - ce shorter = 6.5 [5.1, 7.8] of 5
     posterior_cpu sym0.5: ce topk_oracle - ce shorter by seeds 0,1 = 11.7 of 2
+    posterior_cpu sym0.5: posterior shorter - untrusted_cpu sym0.5: sieve_features none = 2.5 of 3
     sieve_cpu sym0.5: sieve_readout - shorter each = 3.6, 3.4, 3.4, 3.5
     foretold_cpu.noise_estimate sym0.5: sieve_features ≈ 0.52 of 3
     end -->
 
-That is TABLE COLUMN: ROW, less another one of the same seeds, of all seeds, some, or each by itself; TABLE.KEY is for
-another number of the summaries than the headline. Behind = it stands in the paragraph in digits, with the interval
-where brackets ask for one, and of several the least and the largest; behind ≈ in words, or rounded.
+That is TABLE COLUMN: ROW, less another one of the same seeds, which another table or column may have, of all seeds,
+some, or each by itself; TABLE.KEY is for another number of the summaries than the headline. Behind = it stands in the
+paragraph in digits, with the interval where brackets ask for one, and of several the least and the largest; behind ≈
+in words, or rounded.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from .tables import Table, paired_difference
 
 BLOCK = re.compile(r"(?ms)^(?P<indent>[ \t]*)<!-- claims$(?P<lines>.*?)^[ \t]*end -->$")
 CLAIM = re.compile(
-    r"(?P<table>[^\s.]+)(?:\.(?P<key>\S+))? (?P<column>[^:]+): (?P<row>.+?)(?: - (?P<other>.+?))?"
+    r"(?P<table>[^\s.]+)(?:\.(?P<key>\S+))? (?P<column>[^:]+): (?P<row>.+?)"
+    r"(?: - (?:(?P<other_table>\S+) (?P<other_column>[^:]+): )?(?P<other>.+?))?"
     r"(?: by seeds? (?P<seeds>\d+(?:,\d+)*))?(?P<each> each)? (?P<sign>[=≈])(?P<found>.*)"
 )
 
@@ -67,14 +70,16 @@ def _recounted(line: str, tables: Mapping[str, Table]) -> tuple[str, list[str]]:
     claim = CLAIM.fullmatch(line)
     if claim is None:
         raise UsageError(f"cannot read the claim {line!r}; write TABLE COLUMN: ROW - OTHER =")
-    if claim["table"] not in tables:
-        raise UsageError(f"the claim {line!r} is of no table; it could be {', '.join(tables)}")
+    for name in filter(None, (claim["table"], claim["other_table"])):
+        if name not in tables:
+            raise UsageError(f"the claim {line!r} is of no table {name}; it could be {', '.join(tables)}")
     table = tables[claim["table"]]
     digits = table.metric.digits if claim["key"] is None else 2
-    values = ours = _values(claim, table, claim["row"])
+    values = ours = _values(claim, table, claim["column"], claim["row"])
     interval: Sequence[float] = ()
     if claim["other"]:
-        base = _values(claim, table, claim["other"])
+        beside = tables[claim["other_table"] or claim["table"]]
+        base = _values(claim, beside, claim["other_column"] or claim["column"], claim["other"])
         values = (ours - base).dropna()
         if "[" in claim["found"] and len(values) > 1 and (difference := paired_difference(ours, base)):
             interval = difference[1:]
@@ -82,7 +87,7 @@ def _recounted(line: str, tables: Mapping[str, Table]) -> tuple[str, list[str]]:
         raise UsageError(f"the claim {line!r} is of no seed that both have; leave it out")
 
     def figures(numbers: Sequence[float]) -> list[str]:
-        return [f"{number:.{digits}f}".replace("-", "−") for number in numbers]
+        return [f"{number:z.{digits}f}".replace("-", "−") for number in numbers]
 
     if claim["each"]:
         found, in_prose = ", ".join(figures(values.tolist())), [values.min(), values.max()]
@@ -93,12 +98,12 @@ def _recounted(line: str, tables: Mapping[str, Table]) -> tuple[str, list[str]]:
     return f"{line[: claim.start('found')]} {found}", figures(in_prose) if claim["sign"] == "=" else []
 
 
-def _values(claim: re.Match[str], table: Table, row: str) -> pd.Series:
+def _values(claim: re.Match[str], table: Table, column: str, row: str) -> pd.Series:
     """Return a row's numbers by seed, of the seeds that a claim is of. Raises UsageError where there are none."""
-    key, runs = claim["key"] or table.key, table.runs(row, claim["column"])
+    key, runs = claim["key"] or table.key, table.runs(row, column)
     values = runs[key].dropna() if key in runs else pd.Series()
     if claim["seeds"]:
         values = values[values.index.isin([int(seed) for seed in claim["seeds"].split(",")])]
     if values.empty:
-        raise UsageError(f"the claim {claim.group()!r}: no such run of {row} at {claim['column']} has {key}")
+        raise UsageError(f"the claim {claim.group()!r}: no such run of {row} at {column} has {key}")
     return values
