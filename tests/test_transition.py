@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import softmax
+from scipy.special import logit, softmax
 from sklearn.metrics import roc_auc_score
 
 from alignprune_exp.pruning import SCORES, DynamicPruning
@@ -72,11 +72,6 @@ def bayes(foretold, labels, rate):
         joint = of_class * label_share[:, None]
         return (joint / joint.sum(0)).T
 
-    bears = bears_by(of_class)
-    odds, g = [], foretold @ np.linalg.inv(bears)
-    for row, label in zip(g, labels, strict=True):
-        being = np.maximum(row, 0.1 / classes) * bears[:, label]
-        odds.append(math.log(being[label] / (being.sum() - being[label])))
     symmetric = np.where(np.eye(classes), 1 - rate, rate / (classes - 1))
     tried = []
     for quarters, half in itertools.product(range(4, -1, -1), range(-4, 21)):
@@ -84,7 +79,9 @@ def bayes(foretold, labels, rate):
         g = softmax(2 ** (half / 2) * foretold @ np.linalg.inv(likely), axis=1)
         tried.append(g * likely[:, labels].T)
     joint = max(tried, key=lambda each: np.log(each.sum(1)).sum())
-    return odds, joint / joint.sum(1, keepdims=True), sum(label_share * (1 - np.diag(of_class)))
+    probabilities = joint / joint.sum(1, keepdims=True)
+    right = probabilities[np.arange(len(labels)), labels]
+    return logit(right), probabilities, 1 - right.mean()
 
 
 def clusters(n, classes, spread, seed):
@@ -214,8 +211,14 @@ def test_probabilities_of_classes_say_how_often_each_is_right(share, spread):
             assert (said == right)[within].mean() == pytest.approx(sure[within].mean(), abs=0.1)
 
 
-def test_labels_that_say_nothing_and_a_class_of_one_have_finite_odds():
+def test_labels_that_say_nothing_a_class_of_one_and_features_that_say_all_have_finite_odds():
     rng = np.random.default_rng(0)
+    sure, _, _ = clusters(500, 3, 0.0, 0)
+    labels = sure.argmax(1)
+    labels[7] = (labels[7] + 1) % 3
+    told = transition(torch.from_numpy(sure), torch.from_numpy(labels))
+    assert told.margins.isfinite().all()
+    assert told.margins.argmin() == 7
     x, labels = torch.from_numpy(rng.standard_normal((500, 4))), torch.from_numpy(rng.integers(0, 2, 500))
     assert transition(x, labels).margins.isfinite().all()
     labels[7] = 2

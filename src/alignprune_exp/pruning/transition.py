@@ -18,7 +18,6 @@ from .readout import ROWS, WEAK, Foretold, checked, fit, left_out
 from .seeding import generator
 
 TAILS = (0.1, 0.2, 0.5)  # shares of a class's samples, those that are most unlike another class
-UNSURE = 0.1  # of the chance of one in C: what a class has at the least
 SHARPNESS = [2 ** (step / 2) for step in range(-4, 21)]
 FOUND = (1, 0.75, 0.5, 0.25, 0)  # of a matrix found pair by pair: how much of it counts
 SHARPENED_BY = 10_000  # samples, drawn: every so many might be of one class
@@ -33,20 +32,19 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     rate that `readout` estimates in classes of one size, and V_jc the share of class c among the samples of label j,
 
     .. math:: V_{jc} = \frac{\kappa_{jc}}{\sum_k \kappa_{jk}}, \qquad
-              T_{cj} = P(\text{label } j \mid \text{class } c) \propto V_{jc}\, P(\text{label } j), \qquad
-              \eta = \sum_j P(\text{label } j)\,(1 - V_{jj})
+              T_{cj} = P(\text{label } j \mid \text{class } c) \propto V_{jc}\, P(\text{label } j)
 
     which is exact where each label is right as often. `readout` ranks better beside a class of nine tenths of the
-    samples, and may in a ring, where each class is taken for the next: see `mixed`. What is foretold, f, are
-    probabilities of labels; those of classes are g with f = g T (Patrini et al., CVPR 2017), and so
+    samples: see `mixed`. What is foretold, f, are probabilities of labels, in too even shares, as regression on
+    indicators has them under a ridge; those of classes are g with f = g T (Patrini et al., CVPR 2017), and so
 
-    .. math:: P(\text{class } c \mid x, \text{label } j) = \frac{g_c T_{cj}}{\sum_k g_k T_{kj}}
+    .. math:: g = \mathrm{softmax}(s f T^{-1}), \qquad
+              P(\text{class } c \mid x, \text{label } j) = \frac{g_c T_{cj}}{\sum_k g_k T_{kj}}, \qquad
+              \eta = 1 - \tfrac1n \sum_i P(\text{class } j_i \mid x_i, \text{label } j_i)
 
-    The odds that rank labels are of g = f T⁻¹ as it is, but for a floor. It foretells in too even shares, as regression
-    on indicators does under a ridge; and of many classes that features hardly tell, chance mixes some pairs too much.
-    So the probabilities of classes are of g = softmax(s f T⁻¹), and of λ V + (1 - λ) V° in place of V, where V° is of
-    symmetric noise of `readout`'s rate, with the s and the λ that make the labels likeliest, of each of which f knows
-    nothing.
+    Of many classes that features hardly tell, chance mixes some pairs too much. So it is λ V + (1 - λ) V° in place of
+    V, where V° is of symmetric noise of `readout`'s rate, with the λ and the s that make the labels likeliest, of each
+    of which f knows nothing.
 
     Args:
         embeddings: (n, d) that no label has shaped.
@@ -66,16 +64,16 @@ def transition(embeddings: Tensor, labels: Tensor, ridge: float = WEAK) -> Foret
     share_C = labels.bincount().to(v_CC.dtype) / n
     pairs = [borne(found * v_CC + (1 - found) * even_CC, share_C, f_nC.dtype) for found in FOUND]
     some = torch.from_numpy(np.sort(generator(0, "sharpness").permutation(n)[:SHARPENED_BY])).to(labels.device)
-    t_CC, inverse_CC = pairs[0]
-    (likely_CC, undone_CC), sharpness = likeliest(f_nC[some], pairs, labels[some])
+    (t_CC, undone_CC), sharpness = likeliest(f_nC[some], pairs, labels[some])
     odds, classes_nK = [], f_nC.new_zeros(n, int(there_C[-1]) + 1)
     for rows, f_BC, label_B in zip(classes_nK.split(ROWS), f_nC.split(ROWS), labels.split(ROWS), strict=True):
-        parts_BC = (f_BC @ inverse_CC).clamp(min=UNSURE / classes) * t_CC.T[label_B]
-        right_B1 = parts_BC.gather(1, label_B[:, None])
-        odds.append(right_B1[:, 0].log() - parts_BC.scatter(1, label_B[:, None], 0).sum(1).log())
         g_BC = (sharpness * (f_BC @ undone_CC)).softmax(1)
-        rows[:, there_C] = F.normalize(g_BC * likely_CC.T[label_B], p=1.0, dim=1)
-    return Foretold(torch.cat(odds), ((1 - v_CC.diagonal()) * share_C).sum().item(), "transition", classes_nK)
+        joint_BC = (g_BC * t_CC.T[label_B]).clamp(min=torch.finfo(g_BC.dtype).tiny)
+        right_B1 = joint_BC.gather(1, label_B[:, None])
+        odds.append(right_B1[:, 0].log() - joint_BC.scatter(1, label_B[:, None], 0).sum(1).log())
+        rows[:, there_C] = F.normalize(joint_BC, p=1.0, dim=1)
+    odds_n = torch.cat(odds)
+    return Foretold(odds_n, (-odds_n).sigmoid().double().mean().item(), "transition", classes_nK)
 
 
 def borne(v_CC: Tensor, share_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
