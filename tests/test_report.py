@@ -1203,6 +1203,7 @@ def test_what_prose_claims_is_compared_with_the_tables(results, tmp_path, make_t
         ("main_smoke.kept clean: full = 1", "no such run of full at clean has kept"),
         ("main_smoke clean: full by seed 9 = 1", "no such run of full at clean"),
         ("main_smoke clean: full - infobatch by seed 0,1,2 = 1 of 3", ""),
+        ("main_smoke clean: full ≈\nend -->\n<!-- claims -->", "a block of claims begins or ends otherwise than"),
     ],
 )
 def test_a_claim_that_is_of_nothing_is_one_sentence(results, tmp_path, make_tables, capsys, line, words):

@@ -8,7 +8,7 @@ Under the paragraph that claims it, a line each, with nothing behind the sign or
     posterior_cpu sym0.5: ce topk_oracle - ce shorter by seeds 0,1 = 11.7 of 2
     posterior_cpu sym0.5: posterior shorter - untrusted_cpu sym0.5: sieve_features none = 2.5 of 3
     sieve_cpu sym0.5: sieve_readout - shorter each = 3.6, 3.4, 3.4, 3.5
-    foretold_cpu.noise_estimate sym0.5: sieve_features ≈ 0.52 of 3
+    foretold_cpu.noise_estimate sieve_features cifar10: sym0.5 ≈ 0.49 of 3
     end -->
 
 That is TABLE COLUMN: ROW, less another one of the same seeds, which another table or column may have, of all seeds,
@@ -28,6 +28,7 @@ from ..errors import UsageError
 from .tables import Table, paired_difference
 
 BLOCK = re.compile(r"(?ms)^(?P<indent>[ \t]*)<!-- claims$(?P<lines>.*?)^[ \t]*end -->$")
+BEGINS = re.compile(r"<!--\s*claims")
 CLAIM = re.compile(
     r"(?P<table>[^\s.]+)(?:\.(?P<key>\S+))? (?P<column>[^:]+): (?P<row>.+?)"
     r"(?: - (?:(?P<other_table>\S+) (?P<other_column>[^:]+): )?(?P<other>.+?))?"
@@ -38,8 +39,10 @@ CLAIM = re.compile(
 def recounted(text: str, tables: Mapping[str, Table]) -> tuple[str, list[str]]:
     """Return Markdown whose claims hold what the tables, by their names, say, and a line for each that the prose lacks.
 
-    Raises UsageError for a claim that cannot be read, or of which there are no runs.
+    Raises UsageError for a claim that cannot be read, or of which there are no runs, and for a block that does not end.
     """
+    if len(BEGINS.findall(text)) > len(BLOCK.findall(text)):
+        raise UsageError("a block of claims begins or ends otherwise than with <!-- claims and end -->, each on a line")
     lacking: list[str] = []
 
     def of_block(block: re.Match[str]) -> str:
