@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from alignprune_exp import optim
 from alignprune_exp.data.batches import Batches, ImageBatches
 from alignprune_exp.learners.ce import CrossEntropy
-from alignprune_exp.pruning import DynamicPruning
+from alignprune_exp.pruning import DynamicPruning, held
+from alignprune_exp.pruning.bank import Trajectories
 from alignprune_exp.run import Run
 from harness import (
     Stop,
@@ -242,6 +245,39 @@ def test_a_pruning_lies_where_the_first_loss_does():
             index = torch.from_numpy(gone_on.order())[:5]
             gone_on.update(index, torch.ones(5, device="cuda:0"))
             assert gone_on.trajectories.last_N.cpu()[index].tolist() == [1.0] * 5
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 999), st.integers(1, 30), st.booleans())
+def test_losses_that_wait_to_be_written_are_those_that_the_cpu_writes_at_once(seed, batch, reads):
+    rng = np.random.default_rng(seed)
+    order, losses = rng.permutation(50)[:40], rng.random((3, 50), np.float32)
+    found, writes = [], 0
+
+    def counting(self, index, losses, write=Trajectories._write):
+        nonlocal writes
+        writes += 1
+        write(self, index, losses)
+
+    for place in ("cuda:0", "cpu"):
+        with pretended(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(held, "SAMPLES", 25)
+            patch.setattr(Trajectories, "_write", counting)
+            bank, writes = Trajectories(50, 3, device=place), 0
+            for epoch in losses:
+                for part in np.split(order, range(batch, 40, batch)):
+                    index, values = torch.tensor(part, device=place), torch.tensor(epoch[part], device=place)
+                    bank.record(index, values)
+                    if place != "cpu":  # the next step may use its memory again
+                        index.zero_(), values.zero_()
+                    if reads and part[0] % 2:
+                        assert torch.equal(bank.last_N.cpu()[part], torch.tensor(epoch[part]))
+                bank.end_epoch(1.0)
+            found.append(mapped(lambda x: x.cpu(), bank.state_dict()))
+            if place != "cpu" and not reads:
+                assert writes <= 3 * 3  # of 40 samples, 25 at a time at the most, in each epoch
+    for mine, other in zip(found[0].values(), found[1].values(), strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True, rtol=0, atol=0)
 
 
 def test_a_pruning_that_stays_on_the_cpu_waits_for_indices_that_come_from_a_card():

@@ -18,6 +18,7 @@ from .errors import Failed, Stopped
 from .learners import Step
 from .network import Network
 from .pruning import DynamicPruning, NonFiniteLossError, Selection, WarmUpLog
+from .pruning.held import Held
 from .pruning.readout import RIDGE, WEAK, Foretold
 from .pruning.scores import Features
 from .pruning.transition import transition
@@ -89,7 +90,6 @@ class Loop:
     Attributes:
         step: steps done in the running epoch.
         elapsed: seconds spent on the running epoch before this process took it up.
-        predicted: (n,) class that each sample was taken for when it was last trained on; -1 before.
         log: what static criteria want to know of a warm-up.
     """
 
@@ -107,12 +107,22 @@ class Loop:
         self.step, self.elapsed = 0, self.spent.seconds
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=setup.device)
         self._exchanged = self.loss_sum.clone()  # of the sum, what all processes have
-        self.predicted = torch.full((setup.n,), -1, dtype=torch.int64, device=setup.device)
+        self._predicted = torch.full((setup.n,), -1, dtype=torch.int64, device=setup.device)
+        self._held = Held()
 
     @property
     def trained(self) -> int:
         """Samples trained on in all finished epochs of the run, those of earlier phases included."""
         return self.spent.trained + int(self.pruning.times_selected.sum())
+
+    @property
+    def predicted(self) -> Tensor:
+        """The class (n,) that each sample was taken for when it was last trained on; -1 before."""
+        self._held.settle(self._predict)
+        return self._predicted
+
+    def _predict(self, index: Tensor, predicted: Tensor) -> None:
+        self._predicted[index] = predicted
 
     def epoch(self, stop: threading.Event, save: Callable[[], None]) -> Epoch:
         """Train one epoch and return what is to be recorded of it; ``save`` is called where ``stop`` interrupts it."""
@@ -135,7 +145,7 @@ class Loop:
                 continue
             pruning.observe(step.index, training, setup.task.observed(plain, training, predicted, step.targets))
             if predicted is not None:
-                self.predicted[step.index] = predicted
+                self._held.add(self._predict, step.index, predicted)
             self.loss_sum += plain.sum()
         now.train_loss = self._exchange() / len(order)
         setup.processes.from_rank_0(list(network.learner.buffers()))

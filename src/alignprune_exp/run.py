@@ -342,7 +342,7 @@ class Run:
         bank = None if before is None else before.pruning.trajectories
         self.loop = self._phase(Fixed(indices=choice.indices), self.setup.config.epochs, bank=bank, spent=spent)
         if before is not None:
-            self.loop.predicted = before.predicted
+            self.loop.predicted.copy_(before.predicted)
 
     def _hold_out(self) -> None:
         """Let the network tell the losses of the half that it has not trained on, and begin the next phase."""

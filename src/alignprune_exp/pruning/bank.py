@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .arguments import check_version, check_whole
+from .held import Held
 
 UNSEEN = ("carry", "mask", "refresh")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -105,23 +106,41 @@ class Trajectories:
         self.n, self.window, self.unseen = n, window, unseen
         self.epoch = 0
         self.recorded = 0  # losses in the running epoch's row
-        self.losses_WN = torch.full((window, n), torch.nan, dtype=dtype, device=device)
-        self.last_N = torch.full((n,), torch.nan, dtype=torch.float32, device=device)
+        self._losses_WN = torch.full((window, n), torch.nan, dtype=dtype, device=device)
+        self._last_N = torch.full((n,), torch.nan, dtype=torch.float32, device=device)
+        self._held = Held()
         self.sum_N = torch.zeros(n, dtype=exact(device), device=device)
         self.count_N = torch.zeros(n, dtype=torch.int32, device=device)
         self.reference_W = torch.full((window,), torch.nan, dtype=torch.float64, device="cpu")
 
+    @property
+    def losses_WN(self) -> Tensor:
+        """The rows, of which the running epoch's is number epoch mod W."""
+        self._held.settle(self._write)
+        return self._losses_WN
+
+    @property
+    def last_N(self) -> Tensor:
+        """The last recorded loss of each sample."""
+        self._held.settle(self._write)
+        return self._last_N
+
+    @property
+    def device(self) -> torch.device:
+        return self._last_N.device
+
     def anew(self) -> Trajectories:
         """Return a bank of the same kind that knows no loss yet, and whose epochs count on: of another network."""
-        bank = Trajectories(self.n, self.window, self.unseen, self.last_N.device, self.losses_WN.dtype)
+        bank = Trajectories(self.n, self.window, self.unseen, self.device, self._losses_WN.dtype)
         bank.epoch = self.epoch
         return bank
 
     def move(self, device: torch.device) -> None:
         """Lie on another device from now on."""
-        self.losses_WN, self.last_N, self.count_N = (
+        self._losses_WN, self._last_N, self.count_N = (
             each.to(device) for each in (self.losses_WN, self.last_N, self.count_N)
         )
+        self._held = Held()
         self.sum_N = self.sum_N.to(device, exact(device))
 
     def record(self, index: Tensor, losses: Tensor) -> None:
@@ -134,23 +153,26 @@ class Trajectories:
         if index.numel() == 0:
             return
         index = self.place(index)
-        row = self.losses_WN[self.epoch % self.window]
-        before = self.pick(row, index)
+        row = self._losses_WN[self.epoch % self.window]
+        if row.device.type == "cpu":
+            before = self.pick(row, index)
+            if self.recorded and not before.isnan().all():
+                raise ValueError(self._twice(f"sample {int(index[~before.isnan()][0])}"))
         if self.recorded == 0:
             row.fill_(torch.nan)
-        elif before.device.type == "cpu" and not before.isnan().all():
-            raise ValueError(self._twice(f"sample {int(index[~before.isnan()][0])}"))
-        losses = losses.to(row.device, torch.float32)
-        self.last_N.index_copy_(0, index, losses)
-        row.index_copy_(0, index, self._fit(losses))
+        self._held.add(self._write, index, losses.to(row.device, torch.float32))
         self.recorded += index.numel()
+
+    def _write(self, index: Tensor, losses: Tensor) -> None:
+        self._last_N.index_copy_(0, index, losses)
+        self._losses_WN[self.epoch % self.window].index_copy_(0, index, self._fit(losses))
 
     def place(self, index: Any) -> Tensor:
         """Return sample indices (B,) as int64 where the bank lies.
 
         Raises ValueError if they are no whole numbers, and IndexError if they leave the CPU out of range.
         """
-        index, device = whole_numbers(index).long(), self.last_N.device
+        index, device = whole_numbers(index).long(), self.device
         if index.device.type == "cpu" != device.type and not ((index >= 0) & (index < self.n)).all():
             raise outside(index, self.n)
         return index.to(device, non_blocking=device.type != "cpu")  # on the CPU it would be read before it is there
@@ -165,7 +187,7 @@ class Trajectories:
     def unseen_samples(self) -> Tensor:
         """Return the samples (K,) without a loss in the running epoch, ascending."""
         if self.recorded == 0:
-            return torch.arange(self.n, device=self.last_N.device)
+            return torch.arange(self.n, device=self.device)
         return self.losses_WN[self.epoch % self.window].isnan().nonzero().squeeze(1)
 
     def end_epoch(self, reference_loss: float | None) -> None:
@@ -250,7 +272,7 @@ class Trajectories:
         self.reference_W.copy_(state["reference"])
 
     def _fit(self, losses: Tensor) -> Tensor:
-        dtype = self.losses_WN.dtype
+        dtype = self._losses_WN.dtype
         if dtype == losses.dtype:
             return losses
         limit = torch.finfo(dtype).max

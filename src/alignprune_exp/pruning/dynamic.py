@@ -152,7 +152,7 @@ class DynamicPruning(Selecting):
                 others = np.ones(self.n, bool)
                 others[self.sampler.share()] = False
                 weights[others] = 0
-            self._weights = torch.from_numpy(weights).to(self.trajectories.last_N.device, non_blocking=True)
+            self._weights = torch.from_numpy(weights).to(self.trajectories.device, non_blocking=True)
         weights_B = self.trajectories.pick(self._weights, index)
         if weights_B.device.type == "cpu" and not weights_B.all():
             raise self._stray(int(index[weights_B == 0][0]))
@@ -276,7 +276,7 @@ class DynamicPruning(Selecting):
                 f"score={self.score.name!r} compares with the reference set: pass its mean loss to end_epoch()"
             )
         seen = np.flatnonzero(self.running.trained.cpu().numpy())
-        if self.trajectories.last_N.device.type != "cpu":
+        if self.trajectories.device.type != "cpu":
             self._check_selected(seen)
         self._check_divided_once(len(seen))
         self._check_noise_rate(trusted)

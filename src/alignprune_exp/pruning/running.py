@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .arguments import check_version
 from .bank import Trajectories
+from .held import Held
 from .processes import Exchange
 
 NO_STEP = torch.iinfo(torch.int64).max
@@ -31,7 +32,6 @@ class Running:
     """The running epoch of n samples, of whose losses the bank ``trajectories`` is kept.
 
     Attributes:
-        trained: (n,) whether each sample has been trained on, as far as this process knows.
         step: updates done in this process.
         agreed: whether all processes are known to have chosen the same.
         fresh: samples trained on in this process since the last exchange.
@@ -40,23 +40,43 @@ class Running:
 
     def __init__(self, trajectories: Trajectories) -> None:
         self.bank = trajectories
-        device = trajectories.last_N.device
-        self.trained = torch.zeros(trajectories.n, dtype=torch.bool, device=device)
-        self._unshared = self.trained.clone()  # observed here, and not yet known elsewhere
+        device = trajectories.device
+        self._trained = torch.zeros(trajectories.n, dtype=torch.bool, device=device)
+        self._unshared = self._trained.clone()  # observed here, and not yet known elsewhere
+        self._taken, self._observed = Held(), Held()  # what is to be set of these two
         self.step = self.fresh = self._shared = self.largest = 0
         self.agreed = False
         self._bad_step = torch.full((), NO_STEP, device=device)  # the first with a loss that is not finite
 
+    @property
+    def trained(self) -> Tensor:
+        """Whether each sample (n,) has been trained on, as far as this process knows."""
+        self._taken.settle(self._take)
+        return self._trained
+
+    @property
+    def unshared(self) -> Tensor:
+        """Whether each sample (n,) was observed here, and the others do not know yet."""
+        self._observed.settle(self._observe)
+        return self._unshared
+
+    def _take(self, index: Tensor) -> None:
+        self._trained.index_fill_(0, index, True)
+
+    def _observe(self, index: Tensor) -> None:
+        self._unshared.index_fill_(0, index, True)
+
     def move(self, device: torch.device) -> None:
         """Lie where the bank does by now."""
-        self.trained, self._unshared, self._bad_step = (
-            each.to(device) for each in (self.trained, self._unshared, self._bad_step)
+        self._trained, self._unshared, self._bad_step = (
+            each.to(device) for each in (self.trained, self.unshared, self._bad_step)
         )
+        self._taken, self._observed = Held(), Held()
 
     def record(self, index: Tensor, losses: Tensor) -> None:
         """Record the losses (B,) of samples ``index`` (B,), which lie where the bank does."""
         self.bank.record(index, losses)
-        self._unshared.index_fill_(0, index, True)
+        self._observed.add(self._observe, index)
         self.watch(losses)
 
     def watch(self, losses: Tensor) -> None:
@@ -66,7 +86,7 @@ class Running:
 
     def train(self, index: Tensor) -> None:
         """Count a step on samples ``index`` (B,)."""
-        self.trained.index_fill_(0, index, True)
+        self._taken.add(self._take, index)
         self.fresh += len(index)
         self.largest = max(self.largest, len(index))
         self.step += 1
@@ -86,7 +106,7 @@ class Running:
 
         Raises ValueError, in all processes, where two of them have observed the same sample.
         """
-        index = self._unshared.nonzero().squeeze(1)
+        index = self.unshared.nonzero().squeeze(1)
         parts = processes.gathered(index)
         self._check_apart(torch.cat(parts), processes.size)
         theirs = [
@@ -97,7 +117,7 @@ class Running:
             self.bank.record(parts[rank], theirs[0][rank])
             for values, part in zip((self.trained, *also), theirs[1:], strict=True):
                 values[parts[rank].to(values.device)] = part[rank]
-        self._unshared.zero_()
+        self.unshared.zero_()
         self._shared, self.fresh = int(self.trained.sum()), 0
 
     def _check_apart(self, index: Tensor, processes: int) -> None:
@@ -112,7 +132,7 @@ class Running:
 
     def check_shared(self) -> None:
         """Raise RuntimeError where the other processes do not know what this one has observed."""
-        if self._unshared.any():
+        if self.unshared.any():
             raise RuntimeError(
                 f"the processes do not know what the others have observed in epoch {self.bank.epoch}; call exchange() "
                 "in all of them before state_dict() and leave_out_trained()"
@@ -125,7 +145,7 @@ class Running:
         """Raises ValueError for the state of another version."""
         check_version(self.state_dict(), state)
         self.trained.copy_(state["trained"])
-        self._unshared.zero_()
+        self.unshared.zero_()
         self._bad_step.copy_(state["bad_step"])
         self.step, self.fresh, self._shared = state["step"], 0, int(self.trained.sum())
         self.agreed = False

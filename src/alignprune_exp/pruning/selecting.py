@@ -74,7 +74,7 @@ class Selecting(Indexed):
         self.trajectories = bank or Trajectories(self.n, window, unseen, device or "cpu", bank_dtype)
         if self.trajectories.n != self.n:
             raise ValueError(f"bank is of {self.trajectories.n} samples, and the data set has {self.n}; pass its own")
-        device = self.trajectories.last_N.device
+        device = self.trajectories.device
         self.first, self.epochs = self.epoch, self.epoch + int(epochs)
         self.pruner.check(epochs)
         self._check_window()
