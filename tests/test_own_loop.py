@@ -319,3 +319,28 @@ def test_the_example_trains_in_two_processes():
     done = subprocess.run([*torchrun, SCRIPT], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert_learned(done.stdout)
+
+
+THREADS = """
+from pathlib import Path
+from torch import distributed as dist
+from torch.nn import Linear
+from torch.nn.parallel import DistributedDataParallel
+from alignprune_exp.pruning import DynamicPruning
+
+def threads():
+    return [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text())]
+
+dist.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
+DistributedDataParallel(Linear(2, 2))
+assert threads()
+dist.destroy_process_group()
+print(len(threads()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads that Linux lists")
+def test_no_thread_outlives_its_process_group(tmp_path):
+    code = THREADS.format(store=tmp_path / "store")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "0\n"

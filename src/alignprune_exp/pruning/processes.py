@@ -11,6 +11,11 @@ from torch import distributed as dist
 
 from .arguments import check_whole
 
+if dist.is_available():
+    # DistributedDataParallel imports it too, but later: its functions would then have the process group as a default
+    # argument, so that destroying the group ended none of its threads, and one could abort the interpreter's exit.
+    import torch.distributed.nn
+
 
 class LostProcessError(RuntimeError):
     """Another process has ended, or is silent for longer than the process group's timeout."""
