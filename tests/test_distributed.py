@@ -260,7 +260,7 @@ def test_with_batch_norm_the_number_of_processes_belongs_to_the_run(tmp_path, nu
     assert two["config_id"] == one["config_id"]
 
 
-@pytest.mark.parametrize(("local", "devices", "own"), [(0, 4, 0), (3, 4, 3), (3, 1, 0), (3, 2, 3)])
+@pytest.mark.parametrize(("local", "devices", "own"), [(0, 4, 0), (3, 4, 3), (3, 1, 0), (3, 2, None)])
 def test_a_process_takes_the_device_of_its_number_or_the_only_one_it_is_shown(monkeypatch, local, devices, own):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "RANK": local, "WORLD_SIZE": 4, "LOCAL_RANK": local}.items():
         monkeypatch.setenv(name, str(value))
@@ -268,7 +268,7 @@ def test_a_process_takes_the_device_of_its_number_or_the_only_one_it_is_shown(mo
     assert processes.place(devices) == own
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
-    if own < devices:
+    if own is not None:
         assert resolve_device("auto", processes) == torch.device("cuda", own)
     else:
         with pytest.raises(UsageError, match="torch sees 2 CUDA devices"):

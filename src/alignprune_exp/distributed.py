@@ -40,14 +40,14 @@ class Processes(Exchange):
         self.beside = max(beside, self.local + 1)
         super().__init__(rank, size)
 
-    def place(self, devices: int) -> int:
-        """Return the number of its own of the CUDA devices that it sees, or one too high where they do not suffice.
+    def place(self, devices: int) -> int | None:
+        """Return the number of its own of the CUDA devices that it sees, None where they do not suffice.
 
         A scheduler may show it that one alone; torchrun shows all of them to all processes of a machine.
         """
         if devices == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             return 0
-        return self.local if self.beside <= devices else max(devices, self.local)
+        return self.local if self.beside <= devices else None
 
     @contextmanager
     def joined(self, asked: str, compiles: bool = False) -> Iterator[None]:
@@ -64,8 +64,8 @@ class Processes(Exchange):
             # Where another process is lost, give up the connection and raise, in place of ending this one by a signal.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
             cuda, device = asked != "cpu" and torch.cuda.is_available(), None
-            if cuda and (devices := torch.cuda.device_count()) > self.place(devices):
-                device = torch.device("cuda", self.place(devices))
+            if cuda and (place := self.place(torch.cuda.device_count())) is not None:
+                device = torch.device("cuda", place)
                 torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, timeout=COMPILING if compiles else TIMEOUT, device_id=device)

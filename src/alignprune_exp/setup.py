@@ -157,12 +157,13 @@ def resolve_device(asked: str, processes: Processes | None = None) -> torch.devi
     if device.type == "cuda" and processes is not None and processes.size > 1:
         if device.index is not None:
             raise UsageError(f"device={asked} is one device for {processes.size} processes; use device=cuda")
-        device = torch.device("cuda", processes.place(count))
-        if count and device.index >= count:
+        place = processes.place(count)
+        if count and place is None:
             raise UsageError(
                 f"torch sees {count} CUDA devices, and each of {processes.beside} processes on this machine needs one "
                 f"of its own; start {count}, or set device=cpu"
             )
+        device = torch.device("cuda", place or 0)
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UsageError(f"device={asked} is not there: torch sees {count} CUDA devices; use device=auto or device=cpu")
     return device
