@@ -16,7 +16,7 @@ import torch
 from torch import distributed as dist
 from torch.utils import collect_env
 
-from alignprune_exp.distributed import Processes
+from alignprune_exp.distributed import Lost, Processes
 from alignprune_exp.errors import UsageError
 from alignprune_exp.record import environment
 from alignprune_exp.run import Run
@@ -298,6 +298,27 @@ def test_more_processes_than_devices_are_refused_in_all_of_them_and_none_waits_f
         assert sentence_of(str(refused.value)) == said + f"start {devices}, or set device=cpu"
         assert resolve_device("cpu", processes) == torch.device("cpu")
     assert asked == [None] * 4
+
+
+NCCL = "NCCL error in: NCCLUtils.hpp:275, invalid usage, NCCL version 2.20.5\n"
+
+
+@pytest.mark.parametrize(
+    ("last", "ends"), [("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device a4000", UsageError), ("", Lost)]
+)
+def test_one_device_shown_to_several_tasks_is_no_lost_process(monkeypatch, last, ends):
+    def refuse(*_, **__):
+        raise dist.DistBackendError(NCCL + last)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ends) as ended, Processes().joined("auto"):
+        pass
+    assert ("--gpus-per-task=1" in sentence_of(str(ended.value))) == bool(last)
 
 
 @pytest.mark.parametrize(("devices", "own"), [(0, []), (1, [0, 0, 0, 0]), (2, [0, 1, 0, 1]), (8, [0, 1, 2, 3])])

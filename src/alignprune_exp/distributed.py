@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import GOES_ON, Failed
+from .errors import GOES_ON, Failed, UsageError
 from .pruning.processes import DisagreementError, Exchange, LostProcessError
 
 TIMEOUT = timedelta(seconds=50)  # of silence, after which another process counts as dead
@@ -51,7 +51,9 @@ class Processes(Exchange):
 
     @contextmanager
     def joined(self, asked: str, compiles: bool = False) -> Iterator[None]:
-        """Be connected with the others until the block ends. Raises Lost where the connection fails.
+        """Be connected with the others until the block ends.
+
+        Raises Lost where the connection fails, UsageError where a scheduler gave two processes one CUDA device.
 
         Args:
             asked: for the device; on a CPU the processes leave CUDA devices, which they may have to share, alone.
@@ -68,7 +70,15 @@ class Processes(Exchange):
                 device = torch.device("cuda", place)
                 torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=COMPILING if compiles else TIMEOUT, device_id=device)
+            try:
+                dist.init_process_group(backend, timeout=COMPILING if compiles else TIMEOUT, device_id=device)
+            except dist.DistBackendError as error:
+                if "Duplicate GPU" not in str(error):
+                    raise
+                raise UsageError(
+                    f"several of the {self.size} processes were given the same CUDA device; give each one of its own, "
+                    "as Slurm's --gpus-per-task=1 does, or set device=cpu"
+                ) from None
         try:
             yield
         finally:
