@@ -31,6 +31,7 @@ from alignprune_exp.errors import UsageError
 from alignprune_exp.pruning import SCORES
 from alignprune_exp.records import Damaged, finished_configs, read_dynamics, read_record, read_samples
 from alignprune_exp.report.blocks import blocks
+from alignprune_exp.report.claims import recounted
 from alignprune_exp.report.figures import BLUE, RED, draw, inline_svg, save
 from alignprune_exp.report.findings import BOUNDS, findings
 from alignprune_exp.report.html import page
@@ -1144,7 +1145,7 @@ CLAIMED = """
 On clean labels they end at 71.0 % and 72.0 %.
 
 1. DAS is one above full training on average
-   (1.0 [−1.5, 3.5]), by 2.0 at the most and by 0.0 at the least.
+   (1.0 [−1.5, 3.5]), in three seeds by 1.0, 2.0 and 0.0.
    <!-- claims
    main_smoke clean: infobatch_das - full ≈
    main_smoke clean: infobatch_das - full = [0, 0] of 9
@@ -1182,7 +1183,7 @@ def test_what_prose_claims_is_compared_with_the_tables(results, tmp_path, make_t
     ]
     (sentence,) = capsys.readouterr().err.splitlines()
     first, second, third = sentence.partition("; mend the prose")[0].split("; ")
-    assert f"{readme}: the paragraph above line 6 does not say 10.0: main_smoke sym0.5" in first
+    assert f"{readme}: the paragraph above line 6 does not say 10.0 and [10.0, 10.0]: main_smoke sym0.5" in first
     assert f"{readme}: the paragraph above line 15 does not say 71.0: main_smoke clean" in second
     assert "does not say 0.40: main_smoke.kept_noise_mean" in third
     assert (tmp_path / "out" / "report.html").is_file()
@@ -1213,6 +1214,38 @@ def test_a_claim_that_is_of_nothing_is_one_sentence(results, tmp_path, make_tabl
         2 if words else 0
     )
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("claim", "prose", "lacking"),
+    [
+        ("infobatch_das - full each", "ends 1.0, 2.0 and 0.0 above it", ""),
+        ("infobatch_das - full each", "ends 1.0,\n2.0 and 0.0 above it", ""),
+        ("infobatch_das - full each", "ends 1.0, 0.0 and 2.0 above it", "1.0, 2.0 and 0.0"),
+        ("infobatch_das - full each", "ends 0.0 to 2.0, on average 1.0, above it", "1.0, 2.0 and 0.0"),
+        ("full - infobatch_das each", "ends 1.0, 2.0 and 0.0 below it", ""),
+        ("full - infobatch_das each", "has −1.0, −2.0 and 0.0", ""),
+        ("infobatch_das - full each", "has −1.0, 2.0 and 0.0", "1.0, 2.0 and 0.0"),
+        ("infobatch_das - full range", "ends 0.0 to 2.0 above it", ""),
+        ("infobatch_das - full range", "ends 0.0 or 2.0 above it", "0.0 to 2.0"),
+        ("infobatch_das - full by seed 1 each", "ends 2.0 above it", ""),
+        ("infobatch_das - full", "ends +1.0 above it", ""),
+        ("infobatch_das - full", "ends −1.0 above it", "1.0"),
+        ("full - infobatch_das", "ends 1.0 below it", ""),
+        ("infobatch_das - full", "ends 11.0, or 1.05, above it", "1.0"),
+        ("infobatch_das - full", "ends 1.0 above it, −1.5 to 3.5", ""),
+        ("infobatch_das - full", "ends 1.0 above it [−1.5, +3.5]", ""),
+        ("infobatch_das - full", "ends 1.0 above it, 1.5 to 3.5", "[−1.5, 3.5]"),
+        ("infobatch_das - full", "ends 1.0 above it, of 3.5, −1.5", "[−1.5, 3.5]"),
+    ],
+)
+def test_prose_has_the_numbers_of_a_claim_in_order_with_their_signs_or_all_without(
+    results, suite, claim, prose, lacking
+):
+    tables = {"main_smoke": make_table(suite, "smoke", read_records([results]))}
+    asked = " []" if "1.5" in prose else ""
+    told = recounted(f"It {prose}.\n<!-- claims\nmain_smoke clean: {claim} ={asked}\nend -->\n", tables)[1]
+    assert [line.split(" does not say ")[1].split(": ")[0] for line in told] == ([lacking] if lacking else [])
 
 
 @pytest.mark.parametrize(

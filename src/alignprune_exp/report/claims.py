@@ -7,14 +7,16 @@ Under the paragraph that claims it, a line each, with nothing behind the sign or
     posterior_cpu sym0.5: posterior shorter - ce shorter = 6.5 [5.1, 7.8] of 5
     posterior_cpu sym0.5: ce topk_oracle - ce shorter by seeds 0,1 = 11.7 of 2
     posterior_cpu sym0.5: posterior shorter - untrusted_cpu sym0.5: sieve_features none = 2.5 of 3
-    sieve_cpu sym0.5: sieve_readout - shorter each = 3.6, 3.4, 3.4, 3.5
+    sieve_cpu sym0.5: sieve_readout - shorter each = 3.6, 3.4, 3.5
+    sieve_cpu sym0.5: sieve_readout - shorter range = 3.4 to 3.6
     foretold_cpu.noise_estimate sieve_features cifar10: sym0.5 ≈ 0.49 of 3
     end -->
 
-That is TABLE COLUMN: ROW, less another one of the same seeds, which another table or column may have, of all seeds,
-some, or each by itself; TABLE.KEY is for another number of the summaries than the headline. Behind = it stands in the
-paragraph in digits, with the interval where brackets ask for one, and of several the least and the largest; behind ≈
-in words, or rounded.
+That is TABLE COLUMN: ROW, less another one of the same seeds, which another table or column may have: the mean of all
+seeds or some, each by itself, or the least and the largest. TABLE.KEY is for another number of the summaries than the
+headline. Behind = it stands in the paragraph in digits: 6.5, with 5.1 to 7.8 or [5.1, 7.8] where brackets ask for the
+interval, "3.6, 3.4 and 3.5" of each, "3.4 to 3.6" of a range; behind ≈ in words, or rounded. What is negative
+throughout may stand without its signs, as in "6.5 below".
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ BEGINS = re.compile(r"<!--\s*claims")
 CLAIM = re.compile(
     r"(?P<table>[^\s.]+)(?:\.(?P<key>\S+))? (?P<column>[^:]+): (?P<row>.+?)"
     r"(?: - (?:(?P<other_table>\S+) (?P<other_column>[^:]+): )?(?P<other>.+?))?"
-    r"(?: by seeds? (?P<seeds>\d+(?:,\d+)*))?(?P<each> each)? (?P<sign>[=≈])(?P<found>.*)"
+    r"(?: by seeds? (?P<seeds>\d+(?:,\d+)*))?(?: (?P<of>each|range))? (?P<sign>[=≈])(?P<found>.*)"
 )
 
 
@@ -49,9 +51,9 @@ def recounted(text: str, tables: Mapping[str, Table]) -> tuple[str, list[str]]:
         above, number = _paragraph(text[: block.start()]), text.count("\n", 0, block.start()) + 1
         lines = []
         for line in filter(None, map(str.strip, block["lines"].splitlines())):
-            claim, figures = _recounted(line, tables)
+            claim, said = _recounted(line, tables)
             lines.append(claim)
-            if missing := dict.fromkeys(figure for figure in figures if not _says(above, figure)):
+            if missing := [forms[0] for forms in said if not _says(above, forms)]:
                 lacking.append(f"the paragraph above line {number} does not say {' and '.join(missing)}: {claim}")
         return "\n".join(f"{block['indent']}{line}" for line in ["<!-- claims", *lines, "end -->"])
 
@@ -63,13 +65,17 @@ def _paragraph(before: str) -> str:
     return re.split(r"\n[ \t]*\n|\n(?=[ \t]*(?:[*-]|\d+\.) )", BLOCK.sub("", before).rstrip())[-1]
 
 
-def _says(paragraph: str, figure: str) -> bool:
-    """Return whether digits stand in a paragraph, whatever their sign."""
-    return re.search(rf"(?<![\d.]){re.escape(figure.lstrip('−'))}(?!\d|\.\d)", paragraph) is not None
+def _says(paragraph: str, forms: Sequence[str]) -> bool:
+    """Return whether one of the forms of some numbers stands in a paragraph, or one that words may make negative."""
+    for form in forms:
+        if all(sign or not float(number) for sign, number in re.findall(r"(−?)(\d+\.?\d*)", form)):
+            forms = [*forms, form.replace("−", "")]
+    text = " ".join(paragraph.replace("+", "").split())
+    return any(re.search(rf"(?<![\d.−]){re.escape(form)}(?!\d|\.\d)", text) for form in forms)
 
 
-def _recounted(line: str, tables: Mapping[str, Table]) -> tuple[str, list[str]]:
-    """Return a claim with what its table says, and the figures that are to stand in the prose."""
+def _recounted(line: str, tables: Mapping[str, Table]) -> tuple[str, list[list[str]]]:
+    """Return a claim with what its table says, and what is to stand in the prose, in the forms that it may have."""
     claim = CLAIM.fullmatch(line)
     if claim is None:
         raise UsageError(f"cannot read the claim {line!r}; write TABLE COLUMN: ROW - OTHER =")
@@ -88,17 +94,27 @@ def _recounted(line: str, tables: Mapping[str, Table]) -> tuple[str, list[str]]:
             interval = difference[1:]
     if values.empty:
         raise UsageError(f"the claim {line!r} is of no seed that both have; leave it out")
+    found, said = _worded(claim["of"], values, interval, digits)
+    return f"{line[: claim.start('found')]} {found}", said if claim["sign"] == "=" else []
 
-    def figures(numbers: Sequence[float]) -> list[str]:
+
+def _worded(of: str | None, values: pd.Series, interval: Sequence[float], digits: int) -> tuple[str, list[list[str]]]:
+    """Return numbers as a claim and as prose has them."""
+
+    def figures(*numbers: float) -> list[str]:
         return [f"{number:z.{digits}f}".replace("-", "−") for number in numbers]
 
-    if claim["each"]:
-        found, in_prose = ", ".join(figures(values.tolist())), [values.min(), values.max()]
-    else:
-        mean = float(values.mean())
-        brackets = f" [{', '.join(figures(interval))}]" if interval else ""
-        found, in_prose = f"{figures([mean])[0]}{brackets} of {len(values)}", [mean, *interval]
-    return f"{line[: claim.start('found')]} {found}", figures(in_prose) if claim["sign"] == "=" else []
+    if of == "each":
+        *before, last = figures(*values)
+        return ", ".join([*before, last]), [[" and ".join(filter(None, [", ".join(before), last]))]]
+    if of == "range":
+        ends = " to ".join(figures(values.min(), values.max()))
+        return ends, [[ends]]
+    mean, *bounds = figures(values.mean(), *interval)
+    if not bounds:
+        return f"{mean} of {len(values)}", [[mean]]
+    inside = f"[{', '.join(bounds)}]"
+    return f"{mean} {inside} of {len(values)}", [[mean], [inside, " to ".join(bounds)]]
 
 
 def _values(claim: re.Match[str], table: Table, column: str, row: str) -> pd.Series:
