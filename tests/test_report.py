@@ -112,7 +112,7 @@ def test_a_readme_shows_no_row_and_no_column_without_runs(results, suite):
         "| method / noise | sym0.5 |",
         "| --- | --- |",
         "| full | 51.0 ± 1.0 |",
-        "| infobatch_das | 60.5 ± 0.7 |",
+        "| infobatch_das | 60.5 ± 0.7 (n=2) |",
     ]
 
 
@@ -1115,7 +1115,7 @@ def test_a_readme_gets_its_tables_and_keeps_the_rest(results, tmp_path, make_tab
     assert text.startswith("before\n<!-- table main_smoke -->\n| method / noise | ")
     assert text.endswith(" |\n<!-- end -->\nafter\n")
     assert "old" not in text
-    assert "| infobatch_das | 72.0 ± 1.0 | 60.5 ± 0.7 |" in text
+    assert "| infobatch_das | 72.0 ± 1.0 | 60.5 ± 0.7 (n=2) |" in text
     assert make_tables.main(arguments) == 0
     assert readme.read_text() == text
     readme.write_text("<!-- table mian_smoke -->\n<!-- end -->\n")
@@ -1200,8 +1200,14 @@ def test_what_prose_claims_is_compared_with_the_tables(results, tmp_path, make_t
         ("main_smoke clean full = 1", "cannot read the claim"),
         ("mian_smoke clean: full = 1", "is of no table mian_smoke; it could be main_smoke"),
         ("main_smoke clean: full - mian_smoke clean: full = 1", "is of no table mian_smoke; it could be main_smoke"),
-        ("main_smoke clean: seta = 1", "no such run of seta at clean has test_accuracy_final"),
-        ("main_smoke.kept clean: full = 1", "no such run of full at clean has kept"),
+        ("main_smoke clean: seta = 1", "main_smoke has no row seta; it could be full, infobatch, infobatch_das"),
+        ("main_smoke real: full = 1", "main_smoke has no column real; it could be clean, sym0.5"),
+        (
+            "main_smoke sym0.5: infobatch_das by seed 2 =",
+            "no such run of infobatch_das at sym0.5 has a number test_acc",
+        ),
+        ("main_smoke.kept clean: full = 1", "no such run of full at clean has a number kept"),
+        ("main_smoke.dataset clean: full = 1", "no such run of full at clean has a number dataset"),
         ("main_smoke clean: full by seed 9 = 1", "no such run of full at clean"),
         ("main_smoke clean: full - infobatch by seed 0,1,2 = 1 of 3", ""),
         ("main_smoke clean: full ≈\nend -->\n<!-- claims -->", "a block of claims begins or ends otherwise than"),
@@ -1214,6 +1220,14 @@ def test_a_claim_that_is_of_nothing_is_one_sentence(results, tmp_path, make_tabl
         2 if words else 0
     )
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["main_smoke clean full = 1", "main_smoke clean: full ="])
+def test_a_claim_that_cannot_be_read_is_told_before_any_record_is(tmp_path, make_tables, capsys, line):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"It ends 1.0 below.\n<!-- claims\n{line}\nend -->\n")
+    assert make_tables.main([str(tmp_path / "nowhere"), "--out", str(tmp_path), "--into", str(readme)]) == 2
+    assert ("cannot read the claim" if "clean f" in line else "no finished runs under") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

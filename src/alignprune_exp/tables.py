@@ -22,7 +22,7 @@ from .commandline import own_folder
 from .config import FORMER_SCALES
 from .console import Parser, command, one_line
 from .errors import UsageError
-from .report.claims import recounted
+from .report.claims import check, recounted
 from .report.figures import save_all
 from .report.html import page
 from .report.mirrored import download
@@ -70,9 +70,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def write(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     """Write what the runs under ``results`` give, and say what is left out. Raises UsageError where that is nothing."""
+    texts = {file: _read(file) for file in arguments.into}
     tables = _tables(results, arguments)
     lacking = []
-    for file, (text, lacks) in [(file, _filled(file, tables)) for file in arguments.into]:  # none before all are right
+    for file, (text, lacks) in [(file, _filled(file, texts[file], tables)) for file in texts]:  # all are right before
         write_text(file, text)
         lacking += [f"{file}: {each}" for each in lacks]
     folder, drawings = arguments.out / "tables", arguments.out / "figures"
@@ -143,17 +144,27 @@ def _left_over(folder: Path, tables: Sequence[Table], best: bool) -> list[str]:
     return sorted(name for name in ours - {table.name for table in tables} if name.endswith("_best") == best)
 
 
-def _filled(file: Path, tables: Sequence[Table]) -> tuple[str, list[str]]:
-    """Return what is to stand in a Markdown file, and what its prose lacks of that; see `recounted`.
-
-    Raises UsageError for one that cannot be read or filled.
-    """
+def _read(file: Path) -> str:
+    """Return the text of a Markdown file. Raises UsageError for one that cannot be read, or whose claims cannot."""
     try:
-        return recounted(filled(file.read_text(encoding="utf-8"), tables), {table.name: table for table in tables})
+        text = file.read_text(encoding="utf-8")
+        check(text)
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}; name a Markdown file that is there") from None
     except UnicodeDecodeError:
         raise UsageError(f"{file} is no text in UTF-8; name a Markdown file") from None
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+    return text
+
+
+def _filled(file: Path, text: str, tables: Sequence[Table]) -> tuple[str, list[str]]:
+    """Return what is to stand in a Markdown file, and what its prose lacks of that; see `recounted`.
+
+    Raises UsageError for one that cannot be filled.
+    """
+    try:
+        return recounted(filled(text, tables), {table.name: table for table in tables})
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
 

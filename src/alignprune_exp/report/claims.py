@@ -38,19 +38,28 @@ CLAIM = re.compile(
 )
 
 
+def check(text: str) -> None:
+    """Raise UsageError for a block of claims that does not end, and for a claim that cannot be read."""
+    if len(BEGINS.findall(text)) > len(BLOCK.findall(text)):
+        raise UsageError("a block of claims begins or ends otherwise than with <!-- claims and end -->, each on a line")
+    for block in BLOCK.finditer(text):
+        for line in _lines(block):
+            if CLAIM.fullmatch(line) is None:
+                raise UsageError(f"cannot read the claim {line!r}; write TABLE COLUMN: ROW - OTHER =")
+
+
 def recounted(text: str, tables: Mapping[str, Table]) -> tuple[str, list[str]]:
     """Return Markdown whose claims hold what the tables, by their names, say, and a line for each that the prose lacks.
 
-    Raises UsageError for a claim that cannot be read, or of which there are no runs, and for a block that does not end.
+    Raises UsageError where `check` does, and for a claim of which there are no runs.
     """
-    if len(BEGINS.findall(text)) > len(BLOCK.findall(text)):
-        raise UsageError("a block of claims begins or ends otherwise than with <!-- claims and end -->, each on a line")
+    check(text)
     lacking: list[str] = []
 
     def of_block(block: re.Match[str]) -> str:
         above, number = _paragraph(text[: block.start()]), text.count("\n", 0, block.start()) + 1
         lines = []
-        for line in filter(None, map(str.strip, block["lines"].splitlines())):
+        for line in _lines(block):
             claim, said = _recounted(line, tables)
             lines.append(claim)
             if missing := [forms[0] for forms in said if not _says(above, forms)]:
@@ -58,6 +67,10 @@ def recounted(text: str, tables: Mapping[str, Table]) -> tuple[str, list[str]]:
         return "\n".join(f"{block['indent']}{line}" for line in ["<!-- claims", *lines, "end -->"])
 
     return BLOCK.sub(of_block, text), lacking
+
+
+def _lines(block: re.Match[str]) -> list[str]:
+    return [line for line in map(str.strip, block["lines"].splitlines()) if line]
 
 
 def _paragraph(before: str) -> str:
@@ -77,8 +90,7 @@ def _says(paragraph: str, forms: Sequence[str]) -> bool:
 def _recounted(line: str, tables: Mapping[str, Table]) -> tuple[str, list[list[str]]]:
     """Return a claim with what its table says, and what is to stand in the prose, in the forms that it may have."""
     claim = CLAIM.fullmatch(line)
-    if claim is None:
-        raise UsageError(f"cannot read the claim {line!r}; write TABLE COLUMN: ROW - OTHER =")
+    assert claim is not None  # by `check`
     for name in filter(None, (claim["table"], claim["other_table"])):
         if name not in tables:
             raise UsageError(f"the claim {line!r} is of no table {name}; it could be {', '.join(tables)}")
@@ -119,10 +131,15 @@ def _worded(of: str | None, values: pd.Series, interval: Sequence[float], digits
 
 def _values(claim: re.Match[str], table: Table, column: str, row: str) -> pd.Series:
     """Return a row's numbers by seed, of the seeds that a claim is of. Raises UsageError where there are none."""
+    for what, name, there in (("row", row, table.rows), ("column", column, table.columns)):
+        if name not in there:
+            raise UsageError(
+                f"the claim {claim.group()!r}: {table.name} has no {what} {name}; it could be {', '.join(there)}"
+            )
     key, runs = claim["key"] or table.key, table.runs(row, column)
-    values = runs[key].dropna() if key in runs else pd.Series()
+    values = runs[key].dropna() if key in runs and pd.api.types.is_numeric_dtype(runs[key]) else pd.Series()
     if claim["seeds"]:
         values = values[values.index.isin([int(seed) for seed in claim["seeds"].split(",")])]
     if values.empty:
-        raise UsageError(f"the claim {claim.group()!r}: no such run of {row} at {column} has {key}")
+        raise UsageError(f"the claim {claim.group()!r}: no such run of {row} at {column} has a number {key}")
     return values

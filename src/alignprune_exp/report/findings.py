@@ -12,7 +12,7 @@ from ..suites import label
 from .blocks import Entry
 from .tables import Table, as_number, plus_minus, with_interval
 
-LEADING = ("equal_cost", "cost", "main")  # suites whose findings stand first, that of the main claim before the others
+LEADING = ("posterior", "equal_cost", "cost", "main")  # suites whose findings stand first, the main one before the rest
 BOUNDS = {  # scores that know wrong labels: no methods, and what each is the bound of
     "oracle": "A choice that knows the wrong labels ({row}) is the upper bound there",
     "supervised": "A classifier of losses that knows the others' wrong labels ({row}) is the bound of what losses tell",
@@ -154,7 +154,7 @@ def _at_one_setting(table: Table) -> list[Entry]:
     said = []
     if compared := _compared(table, column):
         best, *others = compared
-        behind = "" if best.worth > 0 else " and yet behind it"
+        behind = "" if best.worth >= 0 else " and yet behind it"
         peers = [found for found in compared if math.isnan(found.low) == math.isnan(best.low)]
         several = " with several seeds" if len(peers) < len(compared) else ""
         aside = f", the best of {len(peers)}{several} beside {best.other}{behind},"

@@ -63,6 +63,7 @@ def _markdown(text: str) -> str:
 def digest(table: Table, key: str | None = None) -> str:
     """Return the headlines alone as Markdown: mean ± std, a star where the pairing of labels is unverified.
 
+    What has no ± is of one seed, what has (n=2) of two where others have more.
     Another ``key`` of the summaries may stand in their place, with three digits. Rows and columns of which no run has
     one are left out. Raises UsageError where none has it at all.
     """
@@ -76,8 +77,13 @@ def digest(table: Table, key: str | None = None) -> str:
     lines = [[corner(table), *(f"{column}*" if column in unverified else column for column in columns)]]
     for row in rows:
         cells = (table.runs(row, column)[shown].dropna().tolist() for column in columns)
-        lines.append([row, *(plus_minus(values, digits) if values else MISSING for values in cells)])
+        lines.append([row, *(_headline(values, digits, table.seeds) for values in cells)])
     return _markdown_table(lines)
+
+
+def _headline(values: list[float], digits: int, seeds: int) -> str:
+    fewer = f" (n={len(values)})" if 1 < len(values) < seeds else ""
+    return plus_minus(values, digits) + fewer if values else MISSING
 
 
 def filled(text: str, tables: Iterable[Table]) -> str:
