@@ -92,8 +92,8 @@ def _headline(table: Table, word: str) -> Block:
     against = f"; mean Δ: plain mean over the columns of the difference to {baseline}" if baseline is not None else ""
     caption = (
         f"{word} {table.measured}, mean ± std over {table.seeds} seed(s), and what was saved of the training"
-        f"{against}. Bold: the best of a column, and those whose paired difference to it has a 95 % interval that "
-        "contains 0."
+        f"{against}. Bold: the best of a column, of several seeds where a row has them, and those whose paired "
+        "difference to it has a 95 % interval that contains 0."
     )
     return _by_place(table, table.metric.name.capitalize(), caption, table.rows, cell, partial(_mean_difference, table))
 

@@ -336,14 +336,17 @@ def paired_difference(ours: pd.Series, baseline: pd.Series) -> Difference | None
 def not_distinguishable_from_best(table: Table, column: str) -> set[str]:
     """Return the best row of a column, and those whose paired difference to it has an interval that contains 0.
 
-    With one seed the best alone (and its equals). Empty where only one row has runs.
+    One seed is not the best where another row has several; where none has, it is the best alone (and its equals). Empty
+    where only one row has runs.
     """
-    means = {row: float(runs[table.key].mean()) for row in table.rows if not (runs := table.runs(row, column)).empty}
-    if len(means) < 2:
+    known = {row: runs[table.key] for row in table.rows if not (runs := table.runs(row, column)).empty}
+    if len(known) < 2:
         return set()
+    several = {row: values for row, values in known.items() if len(values) > 1}
+    means = {row: float(values.mean()) for row, values in (several or known).items()}
     best = (max if table.metric.higher else min)(means, key=lambda row: means[row])
     chosen = {row for row, mean in means.items() if mean == means[best]}
-    pairs = {row: table.difference(row, best, column) for row in means}
+    pairs = {row: table.difference(row, best, column) for row in known}
     return chosen | {row for row, pair in pairs.items() if pair is not None and pair[1] <= 0 <= pair[2]}
 
 
