@@ -185,6 +185,17 @@ def test_efficiency_and_purity_come_from_metrics(results, suite):
     ]
 
 
+def test_a_mean_says_of_how_many_runs_it_is_where_others_lack_the_number(results, suite):
+    first, second, third = _folders(results, suite, method="full", noise="sym0.5")
+    edit_json(first / "summary.json", noise_estimate=0.1)
+    edit_json(third / "summary.json", noise_estimate=0.3)
+    purity = _block(make_table(suite, "smoke", read_records([results])), "Purity")["full"]
+    assert purity["estimated"].text == "0.200 (n=2)"
+    edit_json(second / "summary.json", noise_estimate=0.5)
+    purity = _block(make_table(suite, "smoke", read_records([results])), "Purity")["full"]
+    assert purity["estimated"].text == "0.300"
+
+
 def test_footnotes_name_what_differs(results, suite):
     (first, second, *_) = sorted(results.glob("runs/*"))
     edit_json(first / "summary.json", commit="d" * 40 + "+", pairing="unverified")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -157,12 +156,17 @@ def _paper(table: Table) -> Block:
 
 
 def _by_cell(table: Table, title: str, caption: str, columns: Mapping[str, tuple[str, str]]) -> Block:
-    """Return a block with a row for every cell with runs: the mean of each key that any run has, formatted."""
+    """Return a block with a row for every cell with runs: the mean of each key over those that have it, formatted."""
+
+    def mean(values: pd.Series, form: str) -> str:
+        known = pd.to_numeric(values).dropna()
+        fewer = f" (n={len(known)})" if len(known) < len(values) else ""
+        return f"{known.mean():{form}}{fewer}" if len(known) else MISSING
+
     there = {name: (key, form) for name, (key, form) in columns.items() if key in table.long}
     body = []
     for row, column, runs in table.cells:
-        means = [(pd.to_numeric(runs[key]).mean(), form) for key, form in there.values()]
-        texts = [MISSING if math.isnan(mean) else format(mean, form) for mean, form in means]
+        texts = [mean(runs[key], form) for key, form in there.values()]
         body.append([Entry(row, runs=ids(runs)), *map(Entry, (column, *texts))])
     return Block(title, caption, [*_axes(table), *there], body)
 
