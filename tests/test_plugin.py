@@ -1340,3 +1340,33 @@ def test_a_plug_in_told_what_to_save_saves_it():
     assert pruning.pruner == PRUNERS["infobatch"]().saving(0.5, 20)
     with pytest.raises(ValueError, match="out of reach"):
         DynamicPruning(range(200), 20, "infobatch", "loss", saved=0.95)
+
+
+@pytest.mark.parametrize("saved", [-1, 1, 1.5, 50, True, float("nan"), "0.5"])
+@pytest.mark.parametrize("pruner", ["full", "shorter", "random"])
+def test_what_cannot_be_saved_is_refused_by_every_pruner(pruner, saved):
+    with pytest.raises(ValueError, match=r"^saved=.* is out of range; use a number above 0 and below 1$"):
+        DynamicPruning(range(10), 10, pruner, "loss", saved=saved)
+
+
+@pytest.mark.parametrize("pruner", ["infobatch", "ucb"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_bank_without_reference_losses_is_ranked_by_the_loss_until_its_window_has_them(pruner, again):
+    def walk(pruning, epochs, reference):
+        for _ in range(epochs):
+            index = torch.from_numpy(pruning.order())
+            pruning.update(index, torch.rand(len(index)))
+            pruning.end_epoch(reference(pruning.epoch))
+
+    warm = DynamicPruning(range(40), 6, "full", "loss", window=4)
+    walk(warm, 6, lambda epoch: None)
+    bank = warm.trajectories.anew() if again else warm.trajectories
+    pruning = DynamicPruning(range(40), 8, pruner, "das", bank=bank)
+    by = []
+    for _ in range(6):
+        walk(pruning, 1, lambda epoch: 1 / (1 + epoch))
+        by.append(pruning.ranked_by)
+    assert by == [*["loss"] * 3, *["das"] * 3]
+
+    with pytest.raises(ValueError, match="leaves das none to act in"):
+        DynamicPruning(range(40), 3, "topk", "das", warmup=0, bank=bank.anew())

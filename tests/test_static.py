@@ -403,7 +403,7 @@ def test_a_warm_up_below_one_is_a_share_of_the_epochs(warmup, epochs):
 # In a loop of one's own
 
 
-def walk(pruning, until=None):
+def walk(pruning, until=None, reference=None):
     """Train; return the samples of each epoch, in order."""
     orders = []
     while pruning.epoch < (pruning.epochs if until is None else until):
@@ -411,7 +411,7 @@ def walk(pruning, until=None):
         for index in order.split(16):
             pruning.update(index, 1.0 + index / N)
         orders.append(order.tolist())
-        pruning.end_epoch()
+        pruning.end_epoch(reference)
     return orders
 
 
@@ -515,11 +515,11 @@ def test_the_bank_of_another_data_set_is_refused():
 
 def test_a_window_that_the_warm_up_has_filled_needs_no_epochs_of_its_own():
     warm = warm_up(10)
-    walk(warm)
+    walk(warm, reference=1.0)
     settings = {"pruner": "topk", "score": "das", "ratio": 0.5, "warmup": 0}
     assert DynamicPruning(range(N), 2, bank=warm.trajectories, **settings).ranked_by == "das"
     short = warm_up(8)
-    walk(short)
+    walk(short, reference=1.0)
     with pytest.raises(ValueError, match="here 2 of 2; use a window of at most 9, or 3 epochs or more"):
         DynamicPruning(range(N), 2, bank=short.trajectories, **settings)
 

@@ -129,6 +129,12 @@ class Trajectories:
     def device(self) -> torch.device:
         return self._last_N.device
 
+    @property
+    def lacking(self) -> int:
+        """In how many epochs, each with a reference loss, every epoch of the window has one."""
+        unknown = self.reference_W.roll(-(self.epoch % self.window)).isnan().nonzero()
+        return int(unknown.max()) + 1 if len(unknown) else 0
+
     def anew(self) -> Trajectories:
         """Return a bank of the same kind that knows no loss yet, and whose epochs count on: of another network."""
         bank = Trajectories(self.n, self.window, self.unseen, self.device, self._losses_WN.dtype)

@@ -280,14 +280,14 @@ class DynamicPruning(Selecting):
             self._check_selected(seen)
         self._check_divided_once(len(seen))
         self._check_noise_rate(trusted)
-        cut = self._cut_short(len(seen))
+        cut, ranked_by = self._cut_short(len(seen)), self._ranking_score().name
         self.trajectories.end_epoch(reference)
         self.times_selected[seen] += 1
         self.sizes.append(len(selected))
         passes = sum(self.sizes) / self.n
         self._noise.observe(self.trajectories.last_N, self.running.trained, trusted, passes, self.selection.ranked)
         self._begin()
-        if self.score.aligned and self.epoch == self.trajectories.window:
+        if self._ranking_score().name != ranked_by:
             self._memory.fill(np.nan)
         ranking = self._rank()
         self._scores = self.pruner.digest(ranking, selected, seen, self._memory)

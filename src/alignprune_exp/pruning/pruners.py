@@ -26,6 +26,7 @@ from .selection import (
     ascending,
     best,
     check_epochs,
+    check_saved,
     epochs_of,
     everything,
     floor,
@@ -50,6 +51,7 @@ class Full(Pruner):
 
     def saving(self, saved: float, epochs: int) -> Self:
         """Return this pruner, which saves nothing whatever is asked of it, and so stands beside any budget."""
+        check_saved(saved, none=True)
         return self
 
     def select(self, scores: Floats, epoch: int, epochs: int, rng: np.random.Generator) -> Selection:
@@ -72,6 +74,7 @@ class Shorter(Full):
             raise ValueError(f"Shorter: of={self.of} is out of range; use 1 or more")
 
     def saving(self, saved: float, epochs: int) -> Self:
+        check_saved(saved, none=True)
         return replace(self, of=epochs)
 
     def lasting(self, saved: float, epochs: int) -> int:

@@ -378,17 +378,18 @@ class Selecting(Indexed):
         if not self.compares:
             return
         window, epochs = self.trajectories.window, self.epochs - self.first
-        missing, last = window - self.first, self.pruner.pruning_epochs(epochs)
+        missing, last = self.trajectories.lacking, self.pruner.pruning_epochs(epochs)
         if missing >= last:
             enough = next(more for more in itertools.count(epochs) if self.pruner.pruning_epochs(more) > missing)
-            shorter = f"a window of at most {self.first + last - 1}, or " if self.first + last > 3 else ""
+            longest = window - missing + last - 1
+            shorter = f"a window of at most {longest}, or " if longest > 2 else ""
             raise ValueError(
                 f"a window of {window} epochs leaves {self.score.name} none to act in, since pruning lasts delta * "
                 f"epochs, here {last} of {epochs}; use {shorter}{enough} epochs or more"
             )
 
     def _ranking_score(self) -> Score:
-        return Loss() if self.score.aligned and self.epoch < self.trajectories.window else self.score
+        return Loss() if self.score.aligned and self.trajectories.lacking else self.score
 
     def _rank(self) -> np.ndarray:
         return self.scores(self._ranking_score())

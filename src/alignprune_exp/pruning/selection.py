@@ -126,8 +126,7 @@ class Plan:
         name = type(self).__name__
         if self.keeps is None:
             raise ValueError(f"{name} has no setting for how much it keeps, and saves what it saves; leave out saved")
-        if not (is_number(saved) and 0 < saved < 1):
-            raise ValueError(f"saved={saved!r} is out of range; use a number above 0 and below 1")
+        check_saved(saved)
         pruned, beside = len(self.pruned(epochs)), self.beside(epochs)
         left = epochs - saved * epochs - beside
         if not (left > 0 and self.least * pruned <= left <= pruned):
@@ -246,6 +245,12 @@ def check_epochs(setting: str, value: float, none: bool = False) -> None:
     """Raise ValueError for what is neither a number of epochs, ``none`` among them or not, nor a share below 1."""
     if not is_number(value) or value < 0 or (value == 0 and not none) or (value >= 1 and value % 1):
         raise ValueError(f"{setting}={value!r} is out of range; use a number of epochs, or a share of them below 1")
+
+
+def check_saved(saved: float, none: bool = False) -> None:
+    """Raise ValueError for what is no share of a training that can be saved, ``none`` of it among them or not."""
+    if not (is_number(saved) and 0 <= saved < 1) or (saved == 0 and not none):
+        raise ValueError(f"saved={saved!r} is out of range; use a number above 0 and below 1")
 
 
 def epochs_of(warmup: float, epochs: int) -> int:
