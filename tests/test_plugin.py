@@ -1370,3 +1370,21 @@ def test_a_bank_without_reference_losses_is_ranked_by_the_loss_until_its_window_
 
     with pytest.raises(ValueError, match="leaves das none to act in"):
         DynamicPruning(range(40), 3, "topk", "das", warmup=0, bank=bank.anew())
+
+
+def test_an_epoch_whose_only_batch_was_dropped_is_told_as_such():
+    pruning = DynamicPruning(TensorDataset(torch.zeros(200)), 10, "random", "das", saved=0.9, window=3)
+    loader = DataLoader(pruning, batch_size=64, sampler=pruning.sampler, drop_last=True)
+    assert not list(loader)
+    with pytest.raises(ValueError, match=r"no loss was recorded in epoch 0.* leave out drop_last=True"):
+        pruning.end_epoch(pruning.trajectories.population_mean())
+
+
+@pytest.mark.parametrize("score", ["das", "spearman", "cosine"])
+def test_a_comparison_with_no_reference_is_no_zero(score):
+    pruning = DynamicPruning(range(20), 6, "full", "loss", window=3)
+    for _ in range(4):
+        pruning.update(torch.arange(20), torch.rand(20))
+        pruning.end_epoch()
+    with pytest.raises(ValueError, match=f"^score='{score}' compares with the reference set, of which the window has"):
+        pruning.scores(score)

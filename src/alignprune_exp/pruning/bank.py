@@ -196,16 +196,21 @@ class Trajectories:
             return torch.arange(self.n, device=self.device)
         return self.losses_WN[self.epoch % self.window].isnan().nonzero().squeeze(1)
 
+    def check_recorded(self) -> None:
+        """Raise ValueError if no loss was recorded in the running epoch."""
+        if self.recorded == 0:
+            raise ValueError(
+                f"no loss was recorded in epoch {self.epoch}, so an epoch was skipped; call update() in every step and "
+                "end_epoch() once after each pass over the loader, and leave out drop_last=True, which drops an epoch "
+                "that selects less than a batch"
+            )
+
     def end_epoch(self, reference_loss: float | None) -> None:
         """Close the running epoch's row.
 
         Raises ValueError if nothing was recorded, if a sample was recorded twice, or if ``refresh`` misses one.
         """
-        if self.recorded == 0:
-            raise ValueError(
-                f"no loss was recorded in epoch {self.epoch}, so an epoch was skipped; "
-                "call update() in every step and end_epoch() once after each pass over the loader"
-            )
+        self.check_recorded()
         slot = self.epoch % self.window
         row = self.losses_WN[slot]
         missing = row.isnan()

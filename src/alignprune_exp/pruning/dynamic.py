@@ -270,6 +270,7 @@ class DynamicPruning(Selecting):
             raise ValueError(f"score={self.score.name!r} goes by what you tell of every sample; call tell() before")
         selected = self.selection.indices
         self.exchange()
+        self.trajectories.check_recorded()
         reference, trusted = self._reference(reference_loss, self.epoch)
         if reference is None and self.compares:
             raise ValueError(

@@ -292,6 +292,11 @@ class Selecting(Indexed):
         )
         found = []
         for score in map(make_score, scores):
+            if score.aligned and self.epoch and history.reference_W.isnan().all():
+                raise ValueError(
+                    f"score={score.name!r} compares with the reference set, of which the window has no loss; pass its "
+                    "mean loss to end_epoch()"
+                )
             values = score(history)
             if not isinstance(values, Tensor) or values.shape != (self.n,):
                 what = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
