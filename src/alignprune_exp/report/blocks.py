@@ -84,7 +84,7 @@ def _headline(table: Table, word: str) -> Block:
         if (runs := table.runs(row, column)).empty:
             return Entry(MISSING)
         spread = plus_minus(runs[table.key].tolist(), table.metric.digits)
-        text = f"{spread}{_of_seeds(table, len(runs))}, {100 * runs['saved'].mean():.0f} % saved"
+        text = f"{spread}{of_seeds(table, len(runs))}, {100 * runs['saved'].mean():.0f} % saved"
         return Entry(text, row in bold[column], ids(runs))
 
     baseline = table.suite.baseline
@@ -97,7 +97,8 @@ def _headline(table: Table, word: str) -> Block:
     return _by_place(table, table.metric.name.capitalize(), caption, table.rows, cell, partial(_mean_difference, table))
 
 
-def _of_seeds(table: Table, number: int) -> str:
+def of_seeds(table: Table, number: int) -> str:
+    """Return how many seeds a cell has where others of its table have more."""
     return f" (n={number})" if number < table.seeds else ""
 
 
@@ -117,7 +118,7 @@ def _differences(table: Table, baseline: str) -> Block:
         if (pair := table.difference(row, baseline, column)) is None:
             return Entry(MISSING)
         ours, base = table.runs(row, column), table.runs(baseline, column)
-        seeds = _of_seeds(table, len(ours.index.intersection(base.index)))
+        seeds = of_seeds(table, len(ours.index.intersection(base.index)))
         return Entry(with_interval(table.metric, pair) + seeds, runs=ids(ours, base))
 
     caption = (

@@ -11,7 +11,7 @@ import pandas as pd
 from ..console import one_line
 from ..errors import UsageError
 from ..files import csv
-from .blocks import MISSING, blocks, corner, ids
+from .blocks import MISSING, blocks, corner, ids, of_seeds
 from .tables import Table, mean_and_std, not_distinguishable_from_best, plus_minus
 
 
@@ -76,14 +76,13 @@ def digest(table: Table, key: str | None = None) -> str:
     columns = [column for column in table.columns if (known["column"] == column).any()]
     lines = [[corner(table), *(f"{column}*" if column in unverified else column for column in columns)]]
     for row in rows:
-        cells = (table.runs(row, column)[shown].dropna().tolist() for column in columns)
-        lines.append([row, *(_headline(values, digits, table.seeds) for values in cells)])
+        line = [row]
+        for column in columns:
+            values = table.runs(row, column)[shown].dropna().tolist()
+            fewer = of_seeds(table, len(values)) if len(values) > 1 else ""
+            line.append(plus_minus(values, digits) + fewer if values else MISSING)
+        lines.append(line)
     return _markdown_table(lines)
-
-
-def _headline(values: list[float], digits: int, seeds: int) -> str:
-    fewer = f" (n={len(values)})" if 1 < len(values) < seeds else ""
-    return plus_minus(values, digits) + fewer if values else MISSING
 
 
 def filled(text: str, tables: Iterable[Table]) -> str:
